@@ -1,0 +1,9 @@
+//! The words that both sides of the mesh share: names, identities, resource kinds, the snapshot of what is
+//! known, and the wire. Everything here but [`wire`] is pure: no clock, no I/O, no async.
+
+pub mod identity;
+pub mod name;
+pub mod policy;
+pub mod resource;
+pub mod snapshot;
+pub mod wire;

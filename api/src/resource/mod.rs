@@ -1,0 +1,47 @@
+//! Resource kinds: what users write as YAML. Own kinds (`outrigger.dev/v1alpha1`) are strict; adopted kinds (`v1`)
+//! accept their upstream schema, and a field that is not acted on is a warning.
+
+mod mesh_config;
+mod peer_authentication;
+mod service;
+mod service_account;
+mod workload;
+
+pub use mesh_config::{AccessLogMode, Defaults, KeyAlgorithm, LoadBalancerType, MeshConfig, OutboundTraffic, Tracing};
+pub use peer_authentication::{PeerAuthentication, Selector};
+pub use service::{Service, ServicePort, TargetPort};
+pub use service_account::ServiceAccount;
+pub use workload::Workload;
+
+use std::collections::BTreeMap;
+
+/// Labels and annotations.
+pub type Labels = BTreeMap<String, String>;
+
+/// What every resource carries.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Metadata {
+    pub name: String,
+    /// `default` when the document does not say.
+    pub namespace: String,
+    pub labels: Labels,
+    pub annotations: Labels,
+}
+
+/// One resource: its metadata and its spec.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Resource<S> {
+    pub metadata: Metadata,
+    pub spec: S,
+}
+
+/// Everything that a directory holds, valid as a whole, by (namespace, name).
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Resources {
+    /// The MeshConfig named `default` in `outrigger-system`; its default when there is none.
+    pub mesh: MeshConfig,
+    pub services: BTreeMap<(String, String), Resource<Service>>,
+    pub service_accounts: BTreeMap<(String, String), Resource<ServiceAccount>>,
+    pub workloads: BTreeMap<(String, String), Resource<Workload>>,
+    pub peer_authentications: BTreeMap<(String, String), Resource<PeerAuthentication>>,
+}

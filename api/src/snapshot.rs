@@ -1,0 +1,165 @@
+//! What a sidecar knows, as plain immutable values. The control plane makes them from its index, the sidecar from the
+//! wire (see [`crate::wire`]); whoever holds one may rely on it being whole and valid.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use crate::identity::SpiffeId;
+use crate::name::{Protocol, ServiceName};
+
+/// Whether a port takes mutual TLS only, both, or plaintext only.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum MtlsMode {
+    Strict,
+    Permissive,
+    Disable,
+}
+
+impl MtlsMode {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            MtlsMode::Strict => "STRICT",
+            MtlsMode::Permissive => "PERMISSIVE",
+            MtlsMode::Disable => "DISABLE",
+        }
+    }
+}
+
+/// The workload itself: what its inbound side needs.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Workload {
+    pub name: String,
+    pub namespace: String,
+    pub service_account: String,
+    /// By the application's port.
+    pub ports: BTreeMap<u16, InboundPort>,
+    /// For ports that nobody declared.
+    pub default_mtls_mode: MtlsMode,
+    pub mesh: MeshSettings,
+}
+
+impl Workload {
+    /// The mode in force for an application port.
+    pub fn mtls_mode(&self, port: u16) -> MtlsMode {
+        self.ports.get(&port).map_or(self.default_mtls_mode, |port| port.mtls_mode)
+    }
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct InboundPort {
+    pub protocol: Option<Protocol>,
+    pub mtls_mode: MtlsMode,
+    /// The Service that selects this port, if any.
+    pub service: Option<ServiceName>,
+}
+
+/// Mesh-wide settings that concern a sidecar.
+#[derive(Clone, PartialEq, Debug)]
+pub struct MeshSettings {
+    pub outbound_mode: OutboundMode,
+    /// Where traces go; none are made when absent.
+    pub otlp_endpoint: Option<String>,
+    /// 0 to 100.
+    pub random_sampling_percentage: f64,
+    pub access_log: AccessLog,
+    /// Cap on label sets per metric.
+    pub max_series: u32,
+    pub leaf_lifetime_seconds: u64,
+}
+
+/// Cap on label sets per metric when MeshConfig does not say.
+pub const DEFAULT_MAX_SERIES: u32 = 2_000;
+/// Lifetime of a leaf when MeshConfig does not say: 24 h.
+pub const DEFAULT_LEAF_LIFETIME_SECONDS: u64 = 24 * 60 * 60;
+
+impl Default for MeshSettings {
+    fn default() -> MeshSettings {
+        MeshSettings {
+            outbound_mode: OutboundMode::AllowAny,
+            otlp_endpoint: None,
+            random_sampling_percentage: 1.0,
+            access_log: AccessLog::Failures,
+            max_series: DEFAULT_MAX_SERIES,
+            leaf_lifetime_seconds: DEFAULT_LEAF_LIFETIME_SECONDS,
+        }
+    }
+}
+
+/// What happens to a destination that nobody registered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OutboundMode {
+    AllowAny,
+    RegistryOnly,
+}
+
+/// Which requests are written to the access log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AccessLog {
+    Off,
+    Failures,
+    All,
+}
+
+/// One port of one service and who may serve it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Destination {
+    pub service: ServiceName,
+    pub port: u16,
+    pub protocol: Option<Protocol>,
+    pub load_balancer: LoadBalancer,
+    pub endpoints: Vec<Endpoint>,
+    /// The control plane lost more than half of the endpoints at once and lists them all the same.
+    pub stale: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum LoadBalancer {
+    /// Of two random endpoints the less loaded: peak EWMA for HTTP, open connections for TCP.
+    #[default]
+    LeastRequest,
+    RoundRobin,
+    Random,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Endpoint {
+    /// Where to dial: the mesh port when `tls` is mutual, else the application's own.
+    pub address: SocketAddr,
+    pub tls: EndpointTls,
+    /// The name that metrics use.
+    pub workload: String,
+    pub namespace: String,
+    /// Name of the instance.
+    pub instance: String,
+    /// At least 1.
+    pub weight: u32,
+    /// The application's port behind the mesh port.
+    pub application_port: u16,
+}
+
+/// How to dial an endpoint. There is no third way: an unknown one is refused when it is decoded.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum EndpointTls {
+    /// Mutual TLS, and the peer must prove this identity.
+    Mutual(SpiffeId),
+    Plaintext,
+}
+
+/// What a sidecar subscribes to.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Key {
+    /// Its own workload.
+    Own,
+    Service(crate::name::ServicePort),
+    Address(SocketAddr),
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Key::Own => f.write_str("self"),
+            Key::Service(service) => write!(f, "{service}"),
+            Key::Address(address) => write!(f, "{address}"),
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! The gRPC messages and services, and the one place where they become values of [`crate::snapshot`] and back.
+//! Decoding refuses what it does not know: an unknown mode or protocol from a newer control plane refuses the whole
+//! resource, never half of it.
+
+#![expect(clippy::wildcard_imports, reason = "the generated module's names are this module's names")]
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::identity::SpiffeId;
+use crate::name::{self, ServiceName};
+use crate::snapshot;
+
+mod generated {
+    #![allow(clippy::all, clippy::unwrap_used, clippy::wildcard_imports, missing_docs)]
+    tonic::include_proto!("outrigger.v1");
+}
+pub use generated::*;
+
+/// The ALPN id of the control plane's port.
+pub const CONTROL_PLANE_ALPN: &[u8] = b"h2";
+
+/// Why a message was refused. The text goes back in `Ack.refusal`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    #[error("{field} is missing")]
+    Missing { field: &'static str },
+    #[error("{field} has a value that this build does not know ({value})")]
+    Unknown { field: &'static str, value: i32 },
+    #[error("{field}: {message}")]
+    Invalid { field: &'static str, message: String },
+}
+
+fn invalid(field: &'static str, error: impl std::fmt::Display) -> WireError {
+    WireError::Invalid { field, message: error.to_string() }
+}
+
+fn port(field: &'static str, value: u32) -> Result<u16, WireError> {
+    u16::try_from(value).ok().filter(|port| *port != 0).ok_or_else(|| invalid(field, format!("{value} is not a port")))
+}
+
+fn ip(field: &'static str, value: &str) -> Result<IpAddr, WireError> {
+    value.parse().map_err(|_| invalid(field, format!("{value:?} is not an IP address")))
+}
+
+// --- keys ---------------------------------------------------------------------------------------------------
+
+impl From<&snapshot::Key> for ResourceKey {
+    fn from(key: &snapshot::Key) -> ResourceKey {
+        use resource_key::Key;
+        let key = match key {
+            snapshot::Key::Own => Key::Self_(Self_ {}),
+            snapshot::Key::Service(name::ServicePort { service, port }) => Key::Service(ServicePort {
+                name: service.name.to_string(),
+                namespace: service.namespace.to_string(),
+                port: u32::from(*port),
+            }),
+            snapshot::Key::Address(address) => {
+                Key::Address(Address { ip: address.ip().to_string(), port: u32::from(address.port()) })
+            }
+        };
+        ResourceKey { key: Some(key) }
+    }
+}
+
+impl TryFrom<&ResourceKey> for snapshot::Key {
+    type Error = WireError;
+
+    fn try_from(key: &ResourceKey) -> Result<snapshot::Key, WireError> {
+        use resource_key::Key;
+        match key.key.as_ref().ok_or(WireError::Missing { field: "key" })? {
+            Key::Self_(_) => Ok(snapshot::Key::Own),
+            Key::Service(service) => Ok(snapshot::Key::Service(name::ServicePort {
+                service: ServiceName::new(&service.name, &service.namespace).map_err(|e| invalid("key.service", e))?,
+                port: port("key.service.port", service.port)?,
+            })),
+            Key::Address(address) => Ok(snapshot::Key::Address(SocketAddr::new(
+                ip("key.address.ip", &address.ip)?,
+                port("key.address.port", address.port)?,
+            ))),
+        }
+    }
+}
+
+// --- closed sets ----------------------------------------------------------------------------------------------
+
+/// `None` is "not declared".
+pub fn protocol_to_wire(protocol: Option<name::Protocol>) -> Protocol {
+    match protocol {
+        None => Protocol::Unspecified,
+        Some(name::Protocol::Http) => Protocol::Http,
+        Some(name::Protocol::Http2) => Protocol::Http2,
+        Some(name::Protocol::Grpc) => Protocol::Grpc,
+        Some(name::Protocol::Tcp) => Protocol::Tcp,
+        Some(name::Protocol::Tls) => Protocol::Tls,
+    }
+}
+
+/// The reverse of [`protocol_to_wire`].
+pub fn protocol_from_wire(value: i32) -> Result<Option<name::Protocol>, WireError> {
+    match Protocol::try_from(value).map_err(|_| WireError::Unknown { field: "protocol", value })? {
+        Protocol::Unspecified => Ok(None),
+        Protocol::Http => Ok(Some(name::Protocol::Http)),
+        Protocol::Http2 => Ok(Some(name::Protocol::Http2)),
+        Protocol::Grpc => Ok(Some(name::Protocol::Grpc)),
+        Protocol::Tcp => Ok(Some(name::Protocol::Tcp)),
+        Protocol::Tls => Ok(Some(name::Protocol::Tls)),
+    }
+}
+
+fn mtls_mode_to_wire(mode: snapshot::MtlsMode) -> MtlsMode {
+    match mode {
+        snapshot::MtlsMode::Strict => MtlsMode::Strict,
+        snapshot::MtlsMode::Permissive => MtlsMode::Permissive,
+        snapshot::MtlsMode::Disable => MtlsMode::Disable,
+    }
+}
+
+fn mtls_mode_from_wire(value: i32) -> Result<snapshot::MtlsMode, WireError> {
+    match MtlsMode::try_from(value) {
+        Ok(MtlsMode::Strict) => Ok(snapshot::MtlsMode::Strict),
+        Ok(MtlsMode::Permissive) => Ok(snapshot::MtlsMode::Permissive),
+        Ok(MtlsMode::Disable) => Ok(snapshot::MtlsMode::Disable),
+        Ok(MtlsMode::Unspecified) | Err(_) => Err(WireError::Unknown { field: "mtls_mode", value }),
+    }
+}
+
+// --- the workload itself ----------------------------------------------------------------------------------------
+
+impl Workload {
+    /// The message for a workload; the trust bundle travels with it.
+    pub fn encode(workload: &snapshot::Workload, trust_bundle: TrustBundle) -> Workload {
+        Workload {
+            name: workload.name.clone(),
+            namespace: workload.namespace.clone(),
+            service_account: workload.service_account.clone(),
+            ports: workload
+                .ports
+                .iter()
+                .map(|(port, inbound)| InboundPort {
+                    port: u32::from(*port),
+                    protocol: protocol_to_wire(inbound.protocol).into(),
+                    mtls_mode: mtls_mode_to_wire(inbound.mtls_mode).into(),
+                    service: inbound.service.as_ref().map(ToString::to_string).unwrap_or_default(),
+                })
+                .collect(),
+            default_mtls_mode: mtls_mode_to_wire(workload.default_mtls_mode).into(),
+            mesh: Some((&workload.mesh).into()),
+            trust_bundle: Some(trust_bundle),
+        }
+    }
+
+    /// The workload without its trust bundle, which `identity` checks and keeps by itself.
+    pub fn decode(&self) -> Result<snapshot::Workload, WireError> {
+        let mesh = self.mesh.as_ref().ok_or(WireError::Missing { field: "mesh" })?;
+        let mut ports = std::collections::BTreeMap::new();
+        for inbound in &self.ports {
+            let service = match inbound.service.as_str() {
+                "" => None,
+                text => Some(ServiceName::parse(text, &self.namespace).map_err(|e| invalid("ports.service", e))?),
+            };
+            ports.insert(
+                port("ports.port", inbound.port)?,
+                snapshot::InboundPort {
+                    protocol: protocol_from_wire(inbound.protocol)?,
+                    mtls_mode: mtls_mode_from_wire(inbound.mtls_mode)?,
+                    service,
+                },
+            );
+        }
+        Ok(snapshot::Workload {
+            name: self.name.clone(),
+            namespace: self.namespace.clone(),
+            service_account: self.service_account.clone(),
+            ports,
+            default_mtls_mode: mtls_mode_from_wire(self.default_mtls_mode)?,
+            mesh: mesh.try_into()?,
+        })
+    }
+}
+
+impl From<&snapshot::MeshSettings> for MeshSettings {
+    fn from(mesh: &snapshot::MeshSettings) -> MeshSettings {
+        MeshSettings {
+            outbound_mode: match mesh.outbound_mode {
+                snapshot::OutboundMode::AllowAny => OutboundMode::AllowAny,
+                snapshot::OutboundMode::RegistryOnly => OutboundMode::RegistryOnly,
+            }
+            .into(),
+            otlp_endpoint: mesh.otlp_endpoint.clone().unwrap_or_default(),
+            random_sampling_percentage: mesh.random_sampling_percentage,
+            access_log: match mesh.access_log {
+                snapshot::AccessLog::Off => AccessLog::Off,
+                snapshot::AccessLog::Failures => AccessLog::Failures,
+                snapshot::AccessLog::All => AccessLog::All,
+            }
+            .into(),
+            max_series: mesh.max_series,
+            leaf_lifetime_seconds: mesh.leaf_lifetime_seconds,
+        }
+    }
+}
+
+impl TryFrom<&MeshSettings> for snapshot::MeshSettings {
+    type Error = WireError;
+
+    fn try_from(mesh: &MeshSettings) -> Result<snapshot::MeshSettings, WireError> {
+        let sampling = mesh.random_sampling_percentage;
+        if !(0.0..=100.0).contains(&sampling) {
+            return Err(invalid("random_sampling_percentage", format!("{sampling} is not between 0 and 100")));
+        }
+        Ok(snapshot::MeshSettings {
+            outbound_mode: match OutboundMode::try_from(mesh.outbound_mode) {
+                Ok(OutboundMode::AllowAny) => snapshot::OutboundMode::AllowAny,
+                Ok(OutboundMode::RegistryOnly) => snapshot::OutboundMode::RegistryOnly,
+                Ok(OutboundMode::Unspecified) | Err(_) => {
+                    return Err(WireError::Unknown { field: "outbound_mode", value: mesh.outbound_mode });
+                }
+            },
+            otlp_endpoint: Some(mesh.otlp_endpoint.clone()).filter(|endpoint| !endpoint.is_empty()),
+            random_sampling_percentage: sampling,
+            access_log: match AccessLog::try_from(mesh.access_log) {
+                Ok(AccessLog::Off) => snapshot::AccessLog::Off,
+                Ok(AccessLog::All) => snapshot::AccessLog::All,
+                Ok(AccessLog::Failures) => snapshot::AccessLog::Failures,
+                Ok(AccessLog::Unspecified) | Err(_) => {
+                    return Err(WireError::Unknown { field: "access_log", value: mesh.access_log });
+                }
+            },
+            max_series: if mesh.max_series == 0 { snapshot::DEFAULT_MAX_SERIES } else { mesh.max_series },
+            leaf_lifetime_seconds: mesh.leaf_lifetime_seconds,
+        })
+    }
+}
+
+// --- destinations -------------------------------------------------------------------------------------------------
+
+impl From<&snapshot::Destination> for Destination {
+    fn from(destination: &snapshot::Destination) -> Destination {
+        Destination {
+            name: destination.service.name.to_string(),
+            namespace: destination.service.namespace.to_string(),
+            port: u32::from(destination.port),
+            protocol: protocol_to_wire(destination.protocol).into(),
+            load_balancer: match destination.load_balancer {
+                snapshot::LoadBalancer::LeastRequest => LoadBalancer::LeastRequest,
+                snapshot::LoadBalancer::RoundRobin => LoadBalancer::RoundRobin,
+                snapshot::LoadBalancer::Random => LoadBalancer::Random,
+            }
+            .into(),
+            endpoints: destination.endpoints.iter().map(Endpoint::from).collect(),
+            stale: destination.stale,
+        }
+    }
+}
+
+impl TryFrom<&Destination> for snapshot::Destination {
+    type Error = WireError;
+
+    fn try_from(destination: &Destination) -> Result<snapshot::Destination, WireError> {
+        Ok(snapshot::Destination {
+            service: ServiceName::new(&destination.name, &destination.namespace).map_err(|e| invalid("name", e))?,
+            port: port("port", destination.port)?,
+            protocol: protocol_from_wire(destination.protocol)?,
+            load_balancer: match LoadBalancer::try_from(destination.load_balancer) {
+                Ok(LoadBalancer::Unspecified | LoadBalancer::LeastRequest) => snapshot::LoadBalancer::LeastRequest,
+                Ok(LoadBalancer::RoundRobin) => snapshot::LoadBalancer::RoundRobin,
+                Ok(LoadBalancer::Random) => snapshot::LoadBalancer::Random,
+                Err(_) => {
+                    return Err(WireError::Unknown { field: "load_balancer", value: destination.load_balancer });
+                }
+            },
+            endpoints: destination.endpoints.iter().map(snapshot::Endpoint::try_from).collect::<Result<_, _>>()?,
+            stale: destination.stale,
+        })
+    }
+}
+
+impl From<&snapshot::Endpoint> for Endpoint {
+    fn from(endpoint: &snapshot::Endpoint) -> Endpoint {
+        let (tls, identity) = match &endpoint.tls {
+            snapshot::EndpointTls::Mutual(identity) => (EndpointTls::Mtls, identity.to_string()),
+            snapshot::EndpointTls::Plaintext => (EndpointTls::Plaintext, String::new()),
+        };
+        Endpoint {
+            ip: endpoint.address.ip().to_string(),
+            port: u32::from(endpoint.address.port()),
+            tls: tls.into(),
+            identity,
+            workload: endpoint.workload.clone(),
+            namespace: endpoint.namespace.clone(),
+            weight: endpoint.weight,
+            application_port: u32::from(endpoint.application_port),
+            instance: endpoint.instance.clone(),
+        }
+    }
+}
+
+impl TryFrom<&Endpoint> for snapshot::Endpoint {
+    type Error = WireError;
+
+    fn try_from(endpoint: &Endpoint) -> Result<snapshot::Endpoint, WireError> {
+        let tls = match EndpointTls::try_from(endpoint.tls) {
+            Ok(EndpointTls::Mtls) => snapshot::EndpointTls::Mutual(
+                SpiffeId::parse(&endpoint.identity).map_err(|e| invalid("endpoints.identity", e))?,
+            ),
+            Ok(EndpointTls::Plaintext) => snapshot::EndpointTls::Plaintext,
+            Ok(EndpointTls::Unspecified) | Err(_) => {
+                return Err(WireError::Unknown { field: "endpoints.tls", value: endpoint.tls });
+            }
+        };
+        Ok(snapshot::Endpoint {
+            address: SocketAddr::new(ip("endpoints.ip", &endpoint.ip)?, port("endpoints.port", endpoint.port)?),
+            tls,
+            workload: endpoint.workload.clone(),
+            namespace: endpoint.namespace.clone(),
+            instance: endpoint.instance.clone(),
+            weight: endpoint.weight.max(1),
+            application_port: port("endpoints.application_port", endpoint.application_port)?,
+        })
+    }
+}
