@@ -1,14 +1,18 @@
 //! Resource kinds: what users write as YAML. Own kinds (`outrigger.dev/v1alpha1`) are strict; adopted kinds (`v1`)
 //! accept their upstream schema, and a field that is not acted on is a warning.
 
+mod load;
 mod mesh_config;
 mod peer_authentication;
+mod problem;
 mod service;
 mod service_account;
 mod workload;
 
+pub use load::parse;
 pub use mesh_config::{AccessLogMode, Defaults, KeyAlgorithm, LoadBalancerType, MeshConfig, OutboundTraffic, Tracing};
 pub use peer_authentication::{PeerAuthentication, Selector};
+pub use problem::{Parsed, Problem, SourceFile};
 pub use service::{Service, ServicePort, TargetPort};
 pub use service_account::ServiceAccount;
 pub use workload::Workload;
