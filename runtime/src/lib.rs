@@ -2,3 +2,5 @@
 //! Nothing here knows what a sidecar or a control plane is for.
 
 pub mod logging;
+pub mod settings;
+pub mod stdout;
