@@ -9,8 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use notify::Watcher;
-use outrigger_api::resource::Resources;
-use serde::{Deserialize, Serialize};
+use outrigger_api::resource::{Parsed, Problem, Resources, SourceFile};
 use tokio::sync::{Notify, watch};
 use tokio::time::MissedTickBehavior;
 
@@ -21,31 +20,8 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// A file beyond this is a mistake, and reading it each second a burden.
 const MAX_FILE: u64 = 8 * 1024 * 1024;
 
-/// A mistake in a file, or a remark about it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Problem {
-    pub file: String,
-    pub line: usize,
-    pub column: usize,
-    pub message: String,
-}
-
-impl std::fmt::Display for Problem {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}:{}:{}: {}", self.file, self.line, self.column, self.message)
-    }
-}
-
-/// What a parser makes of the files of a directory, taken as a whole.
-#[derive(Clone, Debug, Default)]
-pub struct Parsed {
-    pub resources: Resources,
-    pub errors: Vec<Problem>,
-    pub warnings: Vec<Problem>,
-}
-
-/// The parser of `(file name, text)` pairs: one rule for the control plane and for `outrigger validate`.
-pub type Parse = fn(&[(String, String)]) -> Parsed;
+/// The parser: one rule for the control plane and for `outrigger validate`.
+pub type Parse = fn(&[SourceFile]) -> Parsed;
 
 /// What is in force, and what is wrong with the files as they are now.
 #[derive(Clone, Debug, Default)]
@@ -148,12 +124,13 @@ impl Reader {
                 let file = self.path.display().to_string();
                 let problem = Problem { file, line: 1, column: 1, message: format!("cannot read: {error}") };
                 // The directory as a whole is out of reach: what was good stays.
-                let files = self.good.clone().into_iter().collect();
+                let files = sources(&self.good);
                 (files, vec![problem])
             }
         };
         let mut hasher = DefaultHasher::new();
-        (&files, &unreadable).hash(&mut hasher);
+        files.iter().for_each(|file| (&file.name, &file.text).hash(&mut hasher));
+        unreadable.iter().for_each(|problem| problem.to_string().hash(&mut hasher));
         let hash = hasher.finish();
         if self.seen.replace(hash) == Some(hash) {
             return None;
@@ -169,22 +146,17 @@ impl Reader {
     }
 }
 
-impl Hash for Problem {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        (&self.file, self.line, self.column, &self.message).hash(state);
-    }
-}
-
 /// Parses the files; one with errors is replaced by its last good text, and left out when there is none or when
 /// that text is what is wrong now (a duplicate of something newer, say). Returns the errors of the files as they
 /// are on disk, and the texts that are in force.
 fn parse_with_last_good(
     parse: Parse,
-    files: Vec<(String, String)>,
+    files: Vec<SourceFile>,
     unreadable: &[Problem],
     good: &BTreeMap<String, String>,
 ) -> (Parsed, BTreeMap<String, String>) {
-    let mut chosen: BTreeMap<String, String> = files.into_iter().collect();
+    let mut chosen: BTreeMap<String, String> =
+        files.into_iter().map(|file| (file.name, file.text)).collect();
     for problem in unreadable {
         if let Some(text) = good.get(&problem.file) {
             chosen.insert(problem.file.clone(), text.clone());
@@ -192,8 +164,7 @@ fn parse_with_last_good(
     }
     let mut errors: Vec<Problem> = Vec::new();
     loop {
-        let list: Vec<(String, String)> = chosen.iter().map(|(name, text)| (name.clone(), text.clone())).collect();
-        let parsed = parse(&list);
+        let parsed = parse(&sources(&chosen));
         let mut progress = false;
         for problem in &parsed.errors {
             if !errors.contains(problem) {
@@ -212,7 +183,11 @@ fn parse_with_last_good(
     }
 }
 
-type Files = (Vec<(String, String)>, Vec<Problem>);
+fn sources(texts: &BTreeMap<String, String>) -> Vec<SourceFile> {
+    texts.iter().map(|(name, text)| SourceFile { name: name.clone(), text: text.clone() }).collect()
+}
+
+type Files = (Vec<SourceFile>, Vec<Problem>);
 
 fn read_files(directory: &Path) -> std::io::Result<Files> {
     let mut files = Vec::new();
@@ -226,15 +201,15 @@ fn read_files(directory: &Path) -> std::io::Result<Files> {
             continue;
         }
         match read_text(&path) {
-            Ok(Some(text)) => files.push((path.display().to_string(), text)),
+            Ok(Some(text)) => files.push(SourceFile { name: path.display().to_string(), text }),
             Ok(None) => {}
             Err(message) => {
                 problems.push(Problem { file: path.display().to_string(), line: 1, column: 1, message });
             }
         }
     }
-    files.sort();
-    problems.sort();
+    files.sort_by(|one, other| one.name.cmp(&other.name));
+    problems.sort_by(|one, other| one.file.cmp(&other.file));
     Ok((files, problems))
 }
 
@@ -261,9 +236,9 @@ mod tests {
     use super::*;
 
     /// A toy language: each line is the name of a service; `!` is a mistake; so is a name that comes twice.
-    fn toy(files: &[(String, String)]) -> Parsed {
+    fn toy(files: &[SourceFile]) -> Parsed {
         let mut parsed = Parsed::default();
-        for (file, text) in files {
+        for SourceFile { name: file, text } in files {
             let problem = |line: usize, message: &str| Problem {
                 file: file.clone(),
                 line: line + 1,

@@ -5,7 +5,7 @@ mod directory;
 mod journal;
 mod state;
 
-pub use directory::{Configuration, Directory, Parse, Parsed, Problem};
+pub use directory::{Configuration, Directory, Parse};
 pub use journal::{Journal, JournalError};
 pub use state::{State, StateError};
 
