@@ -229,6 +229,13 @@ impl Slot {
     }
 }
 
+/// The edge of what ends before anything is known of its destination.
+pub fn lost_edge(worker: &Worker, protocol: WireProtocol) -> Arc<Edge> {
+    let mut labels = outbound_labels(worker, None, None, protocol);
+    labels.destination_workload = UNKNOWN.to_owned();
+    worker.telemetry.edge(&labels)
+}
+
 fn unregistered_endpoint(address: SocketAddr) -> Endpoint {
     Endpoint {
         address,

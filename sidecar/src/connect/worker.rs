@@ -40,7 +40,7 @@ pub struct Shared {
     pub loads: Loads,
     pub epoch: Instant,
     pub limits: Limits,
-    pub drain: outrigger_runtime::drain::Drain,
+    pub drain: outrigger_runtime::drain::DrainHandle,
 }
 
 pub struct Worker {
@@ -53,7 +53,7 @@ pub struct Worker {
     pub dialer: Rc<Dialer>,
     pub loads: Loads,
     pub rng: RefCell<fastrand::Rng>,
-    pub drain: outrigger_runtime::drain::Drain,
+    pub drain: outrigger_runtime::drain::DrainHandle,
     pub streams: super::streams::Streams,
     epoch: Instant,
     backends: RefCell<HashMap<Key, Rc<Backend>>>,
