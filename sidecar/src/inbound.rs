@@ -210,7 +210,8 @@ impl Walk {
         let session = Session::new(&self.worker, &self.registered, false, Strip::Identity);
         let service = self.service(Framing::Http1, permit);
         let edge = service.edge(WireProtocol::Http1);
-        let on_refusal = Box::new(move |reason| edge.refused_head(reason));
+        let telemetry = self.worker.telemetry.clone();
+        let on_refusal = Box::new(move |reason| serve::count_refused_head(&telemetry, &edge, reason));
         serve::http1(&session, stream, on_refusal, |request| respond(session.clone(), service.clone(), request)).await;
         Ok(())
     }
@@ -371,6 +372,8 @@ async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<In
         outgoing.parts.headers.insert(CLIENT_CERTIFICATE, claims.client_certificate.clone());
         outgoing.parts.headers.insert(IDENTITY, claims.identity.clone());
     }
+    exchange.record.set_upstream(service.application);
+    exchange.record.trace_server(&mut outgoing.parts.headers);
     let request = exchange.request(outgoing);
     match exchange.patiently(service.lane.send(request)).await {
         Ok(Ok(answered)) => exchange.answer(answered, None),

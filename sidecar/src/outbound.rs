@@ -162,6 +162,7 @@ async fn forward(
         let edge = view.edge(worker, &slot, exchange.protocol);
         exchange.set_edge(&edge);
         let Some(load) = view.endpoints.start(index) else { return Err(unavailable(view)) };
+        exchange.record.attempt(request.headers_mut(), slot.target.address, Instant::now());
         match exchange.patiently(slot.lane(framing).send(request)).await? {
             Ok(answered) => {
                 let failed = answered.response.status().is_server_error();
@@ -171,6 +172,7 @@ async fn forward(
             }
             Err(Unsent { error, request: unsent }) => {
                 load.finish(worker.now(), exchange.elapsed(), Outcome::ConnectError);
+                exchange.record.attempt_failed(error.reason, Instant::now());
                 request = tried.again(index, error, unsent)?;
             }
         }
@@ -340,13 +342,14 @@ async fn refuse_head(worker: &Worker, view: Option<&View>, mut stream: Stream, e
     }
     let protocol = WireProtocol::Http1;
     let edge = view.map_or_else(|| lost_edge(worker, protocol), |view| view.unpicked_edge(worker, protocol));
-    edge.refused_head(error.reason);
+    serve::count_refused_head(&worker.telemetry, &edge, error.reason);
 }
 
 /// Counts heads that the parser refused.
 fn head_refusals(worker: &Rc<Worker>) -> Box<dyn Fn(Reason) + Send> {
     let edge = lost_edge(worker, WireProtocol::Http1);
-    Box::new(move |reason| edge.refused_head(reason))
+    let telemetry = worker.telemetry.clone();
+    Box::new(move |reason| serve::count_refused_head(&telemetry, &edge, reason))
 }
 
 // --- the forward proxy --------------------------------------------------------------------------------------------

@@ -345,15 +345,14 @@ impl Lane {
     fn find_shared(&self) -> Option<(http2::SendRequest<RequestBody>, StreamPlace)> {
         let wall = SystemTime::now();
         let generation = self.dialer.generation();
-        let percent = self.limits.h2_streams_used_percent as usize;
+        // The library does not tell what a peer advertised; sidecars and common servers are known.
+        let peer = if self.target.tls.is_some() { self.limits.h2_streams_mesh } else { self.limits.h2_streams_application };
+        let most = (peer as usize * self.limits.h2_streams_used_percent as usize / 100).max(1);
         let mut shared = self.shared.borrow_mut();
         shared.retain(|one| !one.sender.is_closed() && usable(one.retire_at, one.generation, wall, generation));
         shared
             .iter()
-            .find(|one| {
-                let peer_limit = one.sender.current_max_send_streams().min(self.limits.h2_streams_mesh as usize);
-                one.streams.get() < (peer_limit * percent / 100).max(1)
-            })
+            .find(|one| one.streams.get() < most)
             .map(|one| {
                 one.streams.set(one.streams.get() + 1);
                 (one.sender.clone(), StreamPlace(one.streams.clone()))

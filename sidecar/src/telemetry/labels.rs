@@ -2,21 +2,7 @@
 //! Made by the data path when it learns them, once per connection, route or endpoint; never from a raw path or
 //! authority. Nothing here counts.
 
-/// Seen from the service.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub enum Direction {
-    Inbound,
-    Outbound,
-}
-
-impl Direction {
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Direction::Inbound => "inbound",
-            Direction::Outbound => "outbound",
-        }
-    }
-}
+pub use crate::connection::Direction;
 
 /// What is spoken on the downstream side of the edge.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]

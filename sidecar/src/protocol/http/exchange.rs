@@ -73,6 +73,7 @@ impl Exchange {
         let worker = &session.worker;
         let protocol = protocol(session.http2, request.headers());
         let record = Rc::new(HttpRecord::begin(&worker.telemetry, None, request.method(), begun));
+        record.describe(request.method(), request.uri(), request.headers(), Some(session.entry.client));
         let (parts, body) = request.into_parts();
         let exchange = Exchange {
             session: session.clone(),
