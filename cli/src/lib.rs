@@ -1,1 +1,3 @@
-//! placeholder
+//! The `outrigger` command line, and what it runs. See ARCHITECTURE.md.
+
+pub mod demo;
