@@ -1,6 +1,7 @@
 //! Resource kinds: what users write as YAML. Own kinds (`outrigger.dev/v1alpha1`) are strict; adopted kinds (`v1`)
 //! accept their upstream schema, and a field that is not acted on is a warning.
 
+pub mod duration;
 mod mesh_config;
 mod peer_authentication;
 mod service;
