@@ -261,7 +261,9 @@ mod tests {
     const W3C: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     const B3_VALUE: &str = "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-1-05e3ac9a4f6e3b90";
 
-    fn headers(fields: &[(&str, &str)]) -> HeaderMap {
+    type Fields<'f> = &'f [(&'f str, &'f str)];
+
+    fn headers(fields: Fields) -> HeaderMap {
         let mut map = HeaderMap::new();
         for (name, value) in fields {
             map.append(name.parse::<HeaderName>().unwrap(), value.parse().unwrap());
@@ -357,7 +359,7 @@ mod tests {
     fn what_came_in_goes_out_and_traceparent_always() {
         let ids = Ids { trace: TRACE, span: 0xabc };
         let outgoing = "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000abc-01";
-        let cases: [(&[(&str, &str)], &[(&str, &str)]); 5] = [
+        let cases: [(Fields, Fields); 5] = [
             (&[], &[("traceparent", outgoing)]),
             (
                 &[("traceparent", W3C), ("tracestate", "a=1,b=2")],
@@ -398,7 +400,7 @@ mod tests {
         let started = ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000abc-00");
         let unsampled = ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00");
         let b3 = ("b3", "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-0-05e3ac9a4f6e3b90");
-        let cases: [(&[(&str, &str)], &[(&str, &str)]); 6] = [
+        let cases: [(Fields, Fields); 6] = [
             (&[], &[started]),
             (&[unsampled, ("tracestate", "a=1")], &[unsampled, ("tracestate", "a=1")]),
             (&[("traceparent", "bad"), ("tracestate", "a=1")], &[started]),

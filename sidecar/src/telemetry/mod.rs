@@ -3,6 +3,7 @@
 //! [`HttpRecord`] or [`TcpRecord`] per request or connection; the control thread scrapes and configures. Telemetry
 //! never holds up a request: what a queue cannot take is dropped and counted.
 
+mod about;
 mod access_log;
 mod collect;
 mod context;
@@ -17,6 +18,8 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod text;
+#[cfg(test)]
+mod trace_tests;
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::Write;

@@ -22,7 +22,7 @@ use super::text::ShortText;
 
 pub struct HttpRecord {
     telemetry: Arc<Telemetry>,
-    /// Set by the caller when it is known; taken by the end.
+    /// Set by the caller when it is known; the last one is counted on.
     edge: RefCell<Option<Arc<Edge>>>,
     method: MethodLabel,
     started: Instant,
@@ -194,7 +194,8 @@ impl HttpRecord {
         }
     }
 
-    /// The response reached its end: body and trailers went out, or there were none to send.
+    /// The response reached its end: body and trailers went out, or there were none to send (HEAD, 204, 304). A record
+    /// that ends without this and without a reason says `client_closed`.
     pub fn response_ended(&self) {
         self.response_ended.set(true);
     }
@@ -234,13 +235,10 @@ impl HttpRecord {
         if self.reason.get().is_none() && !self.response_ended.get() {
             self.reason.set(Some(Reason::ClientClosed));
         }
-        let edge = match self.edge.borrow().as_ref() {
-            Some(edge) => {
-                edge.leave();
-                edge.clone()
-            }
-            None => self.telemetry.unresolved_edge(),
-        };
+        if let Some(edge) = self.edge.borrow().as_ref() {
+            edge.leave();
+        }
+        let edge = self.edge_or_unresolved();
         let outcome = self.outcome(&edge);
         let ended = Ended {
             duration: now.saturating_duration_since(self.started),
@@ -254,6 +252,10 @@ impl HttpRecord {
         if self.telemetry.logs(outcome.failed() || reason.is_some()) {
             self.log(edge, outcome, &ended);
         }
+    }
+
+    fn edge_or_unresolved(&self) -> Arc<Edge> {
+        self.edge.borrow().clone().unwrap_or_else(|| self.telemetry.unresolved_edge())
     }
 
     fn outcome(&self, edge: &Edge) -> Outcome {
@@ -325,21 +327,13 @@ impl HttpRecord {
     fn close_span(&self, end: &SpanEnd) {
         let mut slot = self.trace.borrow_mut();
         let Some(trace) = slot.as_mut().filter(|trace| trace.ids.span != 0) else { return };
-        let unresolved;
-        let edge = self.edge.borrow();
-        let edge = match edge.as_ref() {
-            Some(edge) => edge,
-            None => {
-                unresolved = self.telemetry.unresolved_edge();
-                &unresolved
-            }
-        };
+        let edge = self.edge_or_unresolved();
         let words = self.words.borrow();
         let facts = Facts {
             kind: trace.kind,
             ids: trace.ids,
             parent: trace.incoming.ids.map_or(0, |ids| ids.span),
-            edge,
+            edge: &edge,
             method: words.method.as_ref().unwrap_or(&Method::GET),
             route: words.route.as_deref(),
             path: words.path.as_str(),
