@@ -12,4 +12,5 @@ pub mod outbound;
 pub mod outcome;
 pub mod policy;
 pub mod protocol;
+pub mod telemetry;
 pub mod tls;

@@ -67,6 +67,11 @@ pub fn is_taken(address: SocketAddr) -> bool {
     probe().is_err_and(|error: io::Error| error.kind() == io::ErrorKind::AddrInUse)
 }
 
+/// Whether an address belongs to this machine (or network namespace): only then can it be bound.
+pub fn is_local(ip: std::net::IpAddr) -> bool {
+    ip.is_loopback() || std::net::UdpSocket::bind((ip, 0)).is_ok()
+}
+
 /// Connects; the caller bounds the time.
 pub async fn connect(address: SocketAddr, options: &SocketOptions) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
@@ -120,6 +125,11 @@ impl Stream {
         ahead.extend_from_slice(bytes);
         ahead.extend_from_slice(&self.ahead);
         self.ahead = ahead;
+    }
+
+    /// Takes the read-ahead out: somebody else has its bytes now.
+    pub fn take_ahead(&mut self) -> BytesMut {
+        std::mem::take(&mut self.ahead)
     }
 
     /// Reads once more from the peer into the read-ahead. 0 is the end of the stream.

@@ -1,12 +1,26 @@
 //! Resource kinds: what users write as YAML. Own kinds (`outrigger.dev/v1alpha1`) are strict; adopted kinds (`v1`)
 //! accept their upstream schema, and a field that is not acted on is a warning.
+//!
+//! [`parse`] reads files: text -> `tree` (one document, repeated keys kept) -> `kind` (read, refuse or pass over) ->
+//! `decode` (typed, paths known) -> the kind's own checks -> checks between objects. Whatever is found on the way
+//! carries a path, and `position` finds its line and column at the end.
 
+mod decode;
+pub mod duration;
+mod findings;
+mod kind;
 mod load;
 mod mesh_config;
+mod metadata;
+mod nearest;
+mod path;
 mod peer_authentication;
+mod position;
 mod problem;
 mod service;
 mod service_account;
+mod syntax;
+mod tree;
 mod workload;
 
 pub use load::parse;

@@ -146,24 +146,31 @@ mod tests {
 
     /// A stderr that takes nothing until the gate opens.
     #[derive(Clone, Default)]
-    struct Gate(Arc<(Mutex<(bool, Vec<u8>)>, Condvar)>);
+    struct Gate(Arc<Inner>);
+
+    #[derive(Default)]
+    struct Inner {
+        opened: Mutex<bool>,
+        opens: Condvar,
+        written: Mutex<Vec<u8>>,
+    }
 
     impl Gate {
         fn open(&self) {
-            self.0.0.lock().unwrap().0 = true;
-            self.0.1.notify_all();
+            *self.0.opened.lock().unwrap() = true;
+            self.0.opens.notify_all();
         }
 
         fn text(&self) -> String {
-            String::from_utf8(self.0.0.lock().unwrap().1.clone()).unwrap()
+            String::from_utf8(self.0.written.lock().unwrap().clone()).unwrap()
         }
     }
 
     impl Write for Gate {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let guard = self.0.0.lock().unwrap();
-            let mut guard = self.0.1.wait_while(guard, |(open, _)| !*open).unwrap();
-            guard.1.extend_from_slice(bytes);
+            let opened = self.0.opened.lock().unwrap();
+            let _opened = self.0.opens.wait_while(opened, |opened| !*opened).unwrap();
+            self.0.written.lock().unwrap().extend_from_slice(bytes);
             Ok(bytes.len())
         }
 

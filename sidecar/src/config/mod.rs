@@ -1,11 +1,16 @@
 //! What a sidecar was told on its command line, checked: every later module reads [`Config`] and never a flag, a file
 //! of settings or an environment variable. The numbers that nobody sets are in [`limits`].
 
+mod args;
+mod check;
 pub mod limits;
+mod value;
 
+pub use args::Args;
 pub use limits::Limits;
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,6 +18,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use outrigger_api::identity::TrustDomain;
 use outrigger_api::name::{Protocol, ServicePort};
+use outrigger_runtime::settings::Stop;
 
 /// A checked command line: addresses do not collide, names are names, nothing that is set lacks what it needs.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,6 +58,21 @@ pub struct Config {
     /// How long connections are still accepted after SIGTERM; at most [`Limits::drain_total`].
     pub drain_delay: Duration,
     pub log: outrigger_runtime::logging::Settings,
+}
+
+impl Config {
+    /// Parses what stands behind `run` on the command line of `name` (as in `outrigger-sidecar run`), with the process's
+    /// variables and the settings file that one of them names. All mistakes are reported at once.
+    pub fn from_command_line(
+        name: &'static str,
+        argv: impl IntoIterator<Item = OsString>,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> Result<Config, Stop> {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        outrigger_runtime::settings::parse_checked(name, argv, environment, |args: Args, mistakes| {
+            check::check(args, processors, mistakes)
+        })
+    }
 }
 
 /// A port of the application; `protocol` None means: detect.

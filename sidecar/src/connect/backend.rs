@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use outrigger_api::name::{Protocol, ServiceName, ServicePort};
-use outrigger_api::snapshot::{Destination, Endpoint, EndpointTls, Key, LoadBalancer, OutboundMode};
+use outrigger_api::snapshot::{Destination, Endpoint, EndpointTls, Key, LoadBalancer};
 use tokio::sync::watch;
 
 use super::dial::{MutualTls, Target};
@@ -115,14 +115,13 @@ impl View {
 
     /// A destination that nobody registered: its own address, plaintext, if the mesh allows that.
     fn passthrough(worker: &Worker, key: &Key, previous: Option<&View>) -> Result<View, Error> {
-        let mode = worker.own_workload().map_or(OutboundMode::RegistryOnly, |own| own.mesh.outbound_mode);
-        let address = match (key, mode) {
-            (Key::Address(address), OutboundMode::AllowAny) => *address,
-            (Key::Address(_), OutboundMode::RegistryOnly) => {
+        let address = match key {
+            Key::Address(address) if !worker.registry_only() => *address,
+            Key::Address(_) => {
                 let detail = format!("{key} is not registered and outbound.mode is RegistryOnly");
                 return Err(Error::own(Stage::Lookup, Reason::NotRegistered, detail));
             }
-            (Key::Service(_) | Key::Own, _) => {
+            Key::Service(_) | Key::Own => {
                 let detail = format!("no Service {key} exists; apply one, or check its name, namespace and port");
                 return Err(Error::own(Stage::Lookup, Reason::NotRegistered, detail));
             }
@@ -227,6 +226,13 @@ impl Slot {
             Framing::Http2 => &self.http2,
         }
     }
+}
+
+/// The edge of what ends before anything is known of its destination.
+pub fn lost_edge(worker: &Worker, protocol: WireProtocol) -> Arc<Edge> {
+    let mut labels = outbound_labels(worker, None, None, protocol);
+    labels.destination_workload = UNKNOWN.to_owned();
+    worker.telemetry.edge(&labels)
 }
 
 fn unregistered_endpoint(address: SocketAddr) -> Endpoint {

@@ -42,16 +42,39 @@ pub struct Dialer {
     connect_timeout: Duration,
     handshake_timeout: Duration,
     handshakes: Semaphore,
+    own_listeners: OwnListeners,
+}
+
+/// The addresses on which this sidecar itself listens; known once all are open.
+#[derive(Clone, Debug, Default)]
+pub struct OwnListeners(std::sync::Arc<std::sync::RwLock<Vec<SocketAddr>>>);
+
+impl OwnListeners {
+    pub fn add(&self, address: SocketAddr) {
+        self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner).push(address);
+    }
+
+    /// True when a connection to `target` would end at this sidecar: a loop, or a way to its admin port.
+    fn contain(&self, target: SocketAddr) -> bool {
+        let listeners = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        listeners.iter().any(|own| {
+            own.port() == target.port()
+                && (own.ip() == target.ip()
+                    || target.ip().is_unspecified()
+                    || (own.ip().is_unspecified() && net::is_local(target.ip())))
+        })
+    }
 }
 
 impl Dialer {
-    pub fn new(tls: Tls, socket: SocketOptions, limits: &Limits) -> Rc<Dialer> {
+    pub fn new(tls: Tls, socket: SocketOptions, limits: &Limits, own_listeners: OwnListeners) -> Rc<Dialer> {
         Rc::new(Dialer {
             tls,
             socket,
             connect_timeout: limits.connect_timeout,
             handshake_timeout: limits.handshake_timeout.min(limits.connect_budget),
             handshakes: Semaphore::new(limits.handshakes_in_flight),
+            own_listeners,
         })
     }
 
@@ -63,6 +86,9 @@ impl Dialer {
     /// Every failure is safe to retry: no byte of a request has been sent.
     pub async fn dial(&self, target: &Target, alpn: MeshAlpn) -> Result<Dialled, Error> {
         let address = target.address;
+        if target.tls.is_none() && self.own_listeners.contain(address) {
+            return Err(Error::own(Stage::Connect, Reason::OwnPort, format!("{address} is this sidecar's own")));
+        }
         let connecting = tokio::time::timeout(self.connect_timeout, net::connect(address, &self.socket));
         let tcp = match connecting.await {
             Ok(Ok(tcp)) => tcp,

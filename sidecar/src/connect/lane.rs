@@ -67,6 +67,14 @@ struct Opening {
     ended: Cell<bool>,
 }
 
+/// The head of an answer, the connection that its body comes on, and how long the head took from when the request was
+/// sent, connecting not included.
+pub struct Answered {
+    pub response: Response<Incoming>,
+    pub held: Held,
+    pub latency: Duration,
+}
+
 /// Why a request was not answered; the request itself when it may be sent elsewhere.
 pub struct Unsent {
     pub error: Error,
@@ -130,7 +138,7 @@ impl Lane {
     }
 
     /// Sends one request and waits for the head of its answer.
-    pub async fn send(self: &Rc<Lane>, request: Request<RequestBody>) -> Result<(Response<Incoming>, Held), Unsent> {
+    pub async fn send(self: &Rc<Lane>, request: Request<RequestBody>) -> Result<Answered, Unsent> {
         match self.framing {
             Framing::Http1 => self.send_http1(request).await,
             Framing::Http2 => self.send_http2(request).await,
@@ -162,7 +170,7 @@ impl Lane {
     async fn send_http1(
         self: &Rc<Lane>,
         mut request: Request<RequestBody>,
-    ) -> Result<(Response<Incoming>, Held), Unsent> {
+    ) -> Result<Answered, Unsent> {
         let mut may_reuse = true;
         loop {
             let reused = if may_reuse { self.take_idle() } else { None };
@@ -176,15 +184,15 @@ impl Lane {
             };
             let copy = if is_reused { replayable(&request) } else { None };
             let received = connection.probe.received();
-            let failed = match connection.sender.try_send_request(request).await {
+            let sent = Instant::now();
+            let mut failed = match connection.sender.try_send_request(request).await {
                 Ok(response) => {
                     self.heed_keep_alive(&response);
                     let held = Held::Http1(Box::new((Http1Parts(connection), self.clone())));
-                    return Ok((response, held));
+                    return Ok(Answered { response, held, latency: sent.elapsed() });
                 }
                 Err(failed) => failed,
             };
-            let mut failed = failed;
             if let Some(unsent) = failed.take_message() {
                 // Not a byte was written: whatever the method, nobody has seen it.
                 request = unsent;
@@ -281,7 +289,7 @@ impl Lane {
     async fn send_http2(
         self: &Rc<Lane>,
         mut request: Request<RequestBody>,
-    ) -> Result<(Response<Incoming>, Held), Unsent> {
+    ) -> Result<Answered, Unsent> {
         let mut again = true;
         loop {
             let (mut sender, place) = match self.shared_connection().await {
@@ -289,8 +297,11 @@ impl Lane {
                 Err(error) => return Err(Unsent { error, request: Some(request) }),
             };
             let copy = replayable(&request);
+            let sent = Instant::now();
             let mut failed = match sender.try_send_request(request).await {
-                Ok(response) => return Ok((response, Held::Http2(place))),
+                Ok(response) => {
+                    return Ok(Answered { response, held: Held::Http2(place), latency: sent.elapsed() });
+                }
                 Err(failed) => failed,
             };
             let refused = is_refused_stream(failed.error());
@@ -334,15 +345,14 @@ impl Lane {
     fn find_shared(&self) -> Option<(http2::SendRequest<RequestBody>, StreamPlace)> {
         let wall = SystemTime::now();
         let generation = self.dialer.generation();
-        let percent = self.limits.h2_streams_used_percent as usize;
+        // The library does not tell what a peer advertised; sidecars and common servers are known.
+        let peer = if self.target.tls.is_some() { self.limits.h2_streams_mesh } else { self.limits.h2_streams_application };
+        let most = (peer as usize * self.limits.h2_streams_used_percent as usize / 100).max(1);
         let mut shared = self.shared.borrow_mut();
         shared.retain(|one| !one.sender.is_closed() && usable(one.retire_at, one.generation, wall, generation));
         shared
             .iter()
-            .find(|one| {
-                let peer_limit = one.sender.current_max_send_streams().min(self.limits.h2_streams_mesh as usize);
-                one.streams.get() < (peer_limit * percent / 100).max(1)
-            })
+            .find(|one| one.streams.get() < most)
             .map(|one| {
                 one.streams.set(one.streams.get() + 1);
                 (one.sender.clone(), StreamPlace(one.streams.clone()))

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use outrigger_api::identity::SpiffeId;
-use outrigger_api::snapshot::{Key, Workload};
+use outrigger_api::snapshot::{Key, OutboundMode, Workload};
 
 use super::backend::Backend;
 use super::dial::{Dialer, Target};
@@ -40,7 +40,7 @@ pub struct Shared {
     pub loads: Loads,
     pub epoch: Instant,
     pub limits: Limits,
-    pub drain: outrigger_runtime::drain::Drain,
+    pub drain: outrigger_runtime::drain::DrainHandle,
 }
 
 pub struct Worker {
@@ -53,7 +53,7 @@ pub struct Worker {
     pub dialer: Rc<Dialer>,
     pub loads: Loads,
     pub rng: RefCell<fastrand::Rng>,
-    pub drain: outrigger_runtime::drain::Drain,
+    pub drain: outrigger_runtime::drain::DrainHandle,
     pub streams: super::streams::Streams,
     epoch: Instant,
     backends: RefCell<HashMap<Key, Rc<Backend>>>,
@@ -99,6 +99,11 @@ impl Worker {
     /// The own workload as last known.
     pub fn own_workload(&self) -> Option<Arc<Workload>> {
         self.directory.own().borrow().clone()
+    }
+
+    /// Whether destinations that nobody registered are refused.
+    pub fn registry_only(&self) -> bool {
+        self.own_workload().is_none_or(|own| own.mesh.outbound_mode == OutboundMode::RegistryOnly)
     }
 
     pub fn backend(&self, key: &Key) -> Rc<Backend> {

@@ -7,7 +7,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Version, header};
 use hyper::body::Incoming;
@@ -16,11 +15,11 @@ use hyper::upgrade::OnUpgrade;
 use super::body::{Ending, Measured, ResponseBody, Upstream, note_grpc_status};
 use super::headers::{self, Strip};
 use super::{answer, head, tunnel};
-use crate::connect::lane::Held;
+use crate::connect::lane::{Answered, Held};
 use crate::connect::request_body::RequestBody;
 use crate::connect::streams::{Busy, Stream};
 use crate::connect::worker::Worker;
-use crate::connection::Entry;
+use crate::connection::{Entry, Registered};
 use crate::outcome::{Error, Reason, Stage};
 use crate::telemetry::{Edge, GrpcFrames, HttpRecord, WireProtocol};
 
@@ -28,6 +27,8 @@ use crate::telemetry::{Edge, GrpcFrames, HttpRecord, WireProtocol};
 pub struct Session {
     pub worker: Rc<Worker>,
     pub entry: Arc<Entry>,
+    /// Keeps the place in the table, also after the connection has left HTTP.
+    pub registered: Rc<Registered>,
     /// HTTP/2 below.
     pub http2: bool,
     pub strip: Strip,
@@ -35,8 +36,15 @@ pub struct Session {
 }
 
 impl Session {
-    pub fn new(worker: &Rc<Worker>, entry: &Arc<Entry>, http2: bool, strip: Strip) -> Rc<Session> {
-        Rc::new(Session { worker: worker.clone(), entry: entry.clone(), http2, strip, running: Rc::default() })
+    pub fn new(worker: &Rc<Worker>, registered: &Rc<Registered>, http2: bool, strip: Strip) -> Rc<Session> {
+        Rc::new(Session {
+            worker: worker.clone(),
+            entry: Arc::clone(registered),
+            registered: registered.clone(),
+            http2,
+            strip,
+            running: Rc::default(),
+        })
     }
 }
 
@@ -65,6 +73,7 @@ impl Exchange {
         let worker = &session.worker;
         let protocol = protocol(session.http2, request.headers());
         let record = Rc::new(HttpRecord::begin(&worker.telemetry, None, request.method(), begun));
+        record.describe(request.method(), request.uri(), request.headers(), Some(session.entry.client));
         let (parts, body) = request.into_parts();
         let exchange = Exchange {
             session: session.clone(),
@@ -169,10 +178,10 @@ impl Exchange {
     /// Passes an upstream's answer on.
     pub fn answer(
         mut self,
-        mut response: Response<Incoming>,
-        held: Held,
+        answered: Answered,
         load: Option<Measured>,
     ) -> Response<ResponseBody> {
+        let Answered { mut response, held, .. } = answered;
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return match self.upgrade.take() {
                 Some(downstream) => self.switch(downstream, response, held),
@@ -217,13 +226,11 @@ impl Exchange {
         response.map(|body| body.recorded(Ending { record: self.record, busy: Some(self.busy) }))
     }
 
-    /// Answers with a body of our own making that is no failure.
-    pub fn reply(self, status: StatusCode, text: &'static str) -> Response<ResponseBody> {
-        self.record.answered(status.as_u16());
-        let body = if text.is_empty() { ResponseBody::empty() } else { ResponseBody::local(Bytes::from_static(text.as_bytes())) };
-        let mut response = Response::new(body.recorded(Ending { record: self.record, busy: Some(self.busy) }));
-        *response.status_mut() = status;
-        response
+    /// Agrees to a CONNECT: what follows is bytes. Its own record ends here; what runs inside has records of its own.
+    pub fn connected(self) -> Response<ResponseBody> {
+        self.record.answered(StatusCode::OK.as_u16());
+        self.record.response_ended();
+        Response::new(ResponseBody::empty())
     }
 
     fn close_when_draining(&self, headers: &mut http::HeaderMap) {

@@ -7,19 +7,24 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
-use http::{Request, Response};
+use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::AsyncWriteExt;
 
+use super::answer;
 use super::body::ResponseBody;
 use super::downstream_io::{DownstreamIo, OnRefusal};
 use super::exchange::Session;
 use crate::connect::Local;
 use crate::connection::{Command, Entry};
 use crate::net::Stream;
+use crate::outcome::Reason;
+use crate::telemetry::{Edge, HttpRecord, Telemetry};
 
 /// Serves HTTP/1 until the connection ends. `respond` is the direction's walk for one request.
 pub async fn http1<F>(
@@ -77,6 +82,22 @@ pub async fn http2<F>(
         .keep_alive_timeout(limits.user_timeout)
         .serve_connection(TokioIo::new(io), service);
     Driven { connection, entry: &session.entry, finishing: false }.await;
+}
+
+/// A head that was refused before it became a request has a record all the same, with the method `other`.
+pub fn count_refused_head(telemetry: &Arc<Telemetry>, edge: &Arc<Edge>, reason: Reason) {
+    let unknown = Method::from_bytes(b"REFUSED").unwrap_or_default();
+    let record = HttpRecord::begin(telemetry, Some(edge), &unknown, Instant::now());
+    record.failed(reason, || "the head was refused".to_owned());
+    record.answered(reason.row().status);
+    record.response_ended();
+}
+
+/// Answers a connection whose first line never ended, before anything parsed it.
+pub async fn refuse_head(stream: &mut Stream, reason: Reason, proxy: &str) {
+    // The client may be gone; there is nobody else to tell.
+    let _ = stream.write_all(&answer::refuse_raw(reason, reason.row().status, proxy)).await;
+    let _ = stream.shutdown().await;
 }
 
 /// What both kinds of hyper connection can do.
