@@ -47,10 +47,8 @@ impl Bundle {
             other => {
                 let generation = other.map_or(1, |record| record.generation + 1);
                 let record = Record { generation, roots: fingerprints };
-                let bytes = serde_json::to_vec(&record).map_err(|error| AuthorityError::Unfit {
-                    path: state.path(RECORD),
-                    message: error.to_string(),
-                })?;
+                let bytes = serde_json::to_vec(&record)
+                    .map_err(|error| AuthorityError::Unfit { path: state.path(RECORD), message: error.to_string() })?;
                 state.write(RECORD, &bytes)?;
                 generation
             }

@@ -138,10 +138,7 @@ fn make_intermediate(
     Ok(Intermediate { chain, key, validity })
 }
 
-fn read_intermediate(
-    state: &State,
-    roots: &[CertificateDer<'static>],
-) -> Result<Option<Intermediate>, AuthorityError> {
+fn read_intermediate(state: &State, roots: &[CertificateDer<'static>]) -> Result<Option<Intermediate>, AuthorityError> {
     let path = state.path("ca/intermediate.pem");
     let (chain, key) = match (read_chain(state, INTERMEDIATE)?, read_key(state, INTERMEDIATE)?) {
         (None, None) => return Ok(None),

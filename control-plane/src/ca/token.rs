@@ -194,8 +194,8 @@ impl TokenKey {
         let (signed, tag) = token.rsplit_once('.').ok_or(TokenError::Malformed)?;
         let body = signed.strip_prefix(PREFIX).and_then(|rest| rest.strip_prefix('.')).ok_or(TokenError::Malformed)?;
         let tag = URL_SAFE_NO_PAD.decode(tag).map_err(|_| TokenError::Malformed)?;
-        let body = URL_SAFE_NO_PAD.decode(body).map_err(|_| TokenError::Malformed)?;
         hmac::verify(&self.key, signed.as_bytes(), &tag).map_err(|_| TokenError::Signature)?;
+        let body = URL_SAFE_NO_PAD.decode(body).map_err(|_| TokenError::Malformed)?;
         let claims: Claims = serde_json::from_slice(&body).map_err(|_| TokenError::Malformed)?;
         let other_domain = claims.trust_domain.as_deref().is_some_and(|domain| domain != trust_domain);
         if claims.audience != AUDIENCE || other_domain {

@@ -138,11 +138,7 @@ impl Reader {
         let (parsed, good) = parse_with_last_good(self.parse, files, &unreadable, &self.good);
         self.good = good;
         unreadable.extend(parsed.errors);
-        Some(Configuration {
-            resources: Arc::new(parsed.resources),
-            errors: unreadable,
-            warnings: parsed.warnings,
-        })
+        Some(Configuration { resources: Arc::new(parsed.resources), errors: unreadable, warnings: parsed.warnings })
     }
 }
 
@@ -155,8 +151,7 @@ fn parse_with_last_good(
     unreadable: &[Problem],
     good: &BTreeMap<String, String>,
 ) -> (Parsed, BTreeMap<String, String>) {
-    let mut chosen: BTreeMap<String, String> =
-        files.into_iter().map(|file| (file.name, file.text)).collect();
+    let mut chosen: BTreeMap<String, String> = files.into_iter().map(|file| (file.name, file.text)).collect();
     for problem in unreadable {
         if let Some(text) = good.get(&problem.file) {
             chosen.insert(problem.file.clone(), text.clone());
@@ -270,8 +265,7 @@ mod tests {
     impl Fixture {
         fn new() -> Fixture {
             let directory = tempfile::tempdir().unwrap();
-            let reader =
-                Reader { path: directory.path().to_owned(), parse: toy, good: BTreeMap::new(), seen: None };
+            let reader = Reader { path: directory.path().to_owned(), parse: toy, good: BTreeMap::new(), seen: None };
             Fixture { directory, reader }
         }
 

@@ -45,8 +45,7 @@ impl<T: Serialize + DeserializeOwned> Journal<T> {
         if state.read(name)?.is_none() {
             state.create(name, b"")?;
         }
-        let mut file =
-            OpenOptions::new().read(true).write(true).mode(0o600).open(&path).map_err(io_error("open"))?;
+        let mut file = OpenOptions::new().read(true).write(true).mode(0o600).open(&path).map_err(io_error("open"))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(io_error("read"))?;
         let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);

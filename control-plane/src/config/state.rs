@@ -72,6 +72,10 @@ impl State {
         Ok(StateLock { _file: file })
     }
 
+    pub fn directory(&self) -> &Path {
+        &self.root
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.root.join(name)
     }

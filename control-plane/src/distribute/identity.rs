@@ -123,8 +123,7 @@ fn prove(
             if let Some(certificate) = certificate
                 && certificate.identity != identity
             {
-                let message =
-                    format!("the token is for {identity}, and the connection is {}'s", certificate.identity);
+                let message = format!("the token is for {identity}, and the connection is {}'s", certificate.identity);
                 return Err(Refusal::new(Code::PermissionDenied, "token_namespace", message));
             }
             Ok((identity, Some(claims)))

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use outrigger_api::identity::{SpiffeId, TrustDomain};
 use outrigger_api::name::{self, Protocol, ServiceName};
 use outrigger_api::resource::{
-    AccessLogMode, Labels, LoadBalancerType, Metadata, OutboundTraffic, Resource, Resources, Service, ServicePort, TargetPort,
+    AccessLogMode, Labels, LoadBalancerType, Metadata, OutboundTraffic, Resource, Resources, Service, ServicePort,
+    TargetPort,
 };
 use outrigger_api::snapshot::{
     AccessLog, DEFAULT_LEAF_LIFETIME_SECONDS, DEFAULT_MAX_SERIES, Destination, Endpoint, EndpointTls, InboundPort, Key,
@@ -143,7 +144,7 @@ impl Catalog {
         warnings
     }
 
-    fn services_in<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a Resource<Service>> {
+    fn services_in<'a, 'n>(&'a self, namespace: &'n str) -> impl Iterator<Item = &'a Resource<Service>> + use<'a, 'n> {
         self.resources
             .services
             .range((namespace.to_owned(), String::new())..)
@@ -286,9 +287,11 @@ fn selects(service: &Resource<Service>, instance: &Instance) -> bool {
     !selector.is_empty()
         && service.metadata.namespace == instance.id.namespace
         && policy::contains(&instance.labels, selector)
-        && service.metadata.annotations.get(SERVICE_ACCOUNTS).is_none_or(|accounts| {
-            accounts.split(',').any(|account| account.trim() == instance.id.service_account)
-        })
+        && service
+            .metadata
+            .annotations
+            .get(SERVICE_ACCOUNTS)
+            .is_none_or(|accounts| accounts.split(',').any(|account| account.trim() == instance.id.service_account))
 }
 
 fn service_name(metadata: &Metadata) -> Option<ServiceName> {

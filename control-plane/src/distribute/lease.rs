@@ -139,8 +139,7 @@ fn read(message: &wire::Registration, peer: IpAddr, grant: &Labels) -> Result<Re
             u16::try_from(value).ok().filter(|port| *port != 0).ok_or_else(|| format!("{value} is not a port"))
         };
         let protocol = protocol_from_wire(port.protocol).map_err(|error| error.to_string())?;
-        let port =
-            LeasedPort { application: number(port.application_port)?, mesh: number(port.mesh_port)?, protocol };
+        let port = LeasedPort { application: number(port.application_port)?, mesh: number(port.mesh_port)?, protocol };
         if ports.iter().any(|other| other.application == port.application || other.mesh == port.mesh) {
             return Err(format!("port {} (at {}) is registered twice", port.application, port.mesh));
         }

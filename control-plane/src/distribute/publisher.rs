@@ -157,8 +157,7 @@ impl Publisher {
     pub fn sweep(&self, now: Instant) {
         let mut inner = self.lock();
         let Inner { catalog, registry, .. } = &mut *inner;
-        let services =
-            |instance: &Instance| catalog.services_of(instance).into_iter().map(|(name, _)| name).collect();
+        let services = |instance: &Instance| catalog.services_of(instance).into_iter().map(|(name, _)| name).collect();
         for id in registry.sweep(now, &services) {
             self.lease_changed(&mut inner, &id);
         }

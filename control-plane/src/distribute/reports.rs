@@ -16,8 +16,7 @@ const WINDOW: Duration = Duration::from_secs(10);
 const MAX_EDGES: usize = 1_000;
 const MAX_REPORTS: usize = 120;
 /// Upper bounds in seconds of the buckets of a report (DESIGN section 10); a last one is +Inf.
-pub const BOUNDS: [f64; 14] =
-    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+pub const BOUNDS: [f64; 14] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 #[derive(Default)]
 pub struct Reports {

@@ -60,7 +60,8 @@ pub fn server_config(
     serving: Arc<ServingCertificate>,
 ) -> Result<ServerConfig, rustls::Error> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let verifier = Arc::new(WorkloadVerifier { authority, provider: provider.clone(), current: ArcSwapOption::empty() });
+    let verifier =
+        Arc::new(WorkloadVerifier { authority, provider: provider.clone(), current: ArcSwapOption::empty() });
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)

@@ -203,8 +203,7 @@ impl Registry {
     /// Instances whose address this is.
     pub fn at(&self, ip: IpAddr) -> impl Iterator<Item = &Arc<Instance>> {
         let leases = self.by_ip.get(&ip).into_iter().flatten().filter_map(|id| self.get(id));
-        let workloads =
-            self.workloads.iter().filter(|(id, _)| !self.leases.contains_key(id)).map(|(_, fixed)| fixed);
+        let workloads = self.workloads.iter().filter(|(id, _)| !self.leases.contains_key(id)).map(|(_, fixed)| fixed);
         leases.chain(workloads.filter(move |instance| instance.ip == ip))
     }
 
@@ -225,8 +224,7 @@ impl Registry {
     /// An address belongs to one identity at a time; a successor of the same identity may take it over.
     fn check_address(&self, id: &InstanceId, address: SocketAddr) -> Result<(), RegisterError> {
         let holder = self.at(address.ip()).find(|other| {
-            let same_identity =
-                other.id.namespace == id.namespace && other.id.service_account == id.service_account;
+            let same_identity = other.id.namespace == id.namespace && other.id.service_account == id.service_account;
             !same_identity && other.listens_on(address.port())
         });
         match holder {
