@@ -1,5 +1,7 @@
 //! The data plane: one process beside a service. See ARCHITECTURE.md for the walk and the arrows between modules.
 
+pub mod admin;
+pub mod app;
 pub mod balance;
 pub mod config;
 pub mod connect;
@@ -11,6 +13,8 @@ pub mod net;
 pub mod outbound;
 pub mod outcome;
 pub mod policy;
+pub mod process;
 pub mod protocol;
+pub mod readiness;
 pub mod telemetry;
 pub mod tls;
