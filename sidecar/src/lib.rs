@@ -13,8 +13,6 @@ pub mod net;
 pub mod outbound;
 pub mod outcome;
 pub mod policy;
-pub mod process;
 pub mod protocol;
-pub mod readiness;
 pub mod telemetry;
 pub mod tls;

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    outrigger_sidecar::process::main("outrigger-sidecar", std::env::args_os().skip(1))
+    outrigger_sidecar::app::process::main("outrigger-sidecar", std::env::args_os().skip(1))
 }

@@ -17,10 +17,10 @@ use outrigger_runtime::heartbeat::Heartbeats;
 use outrigger_runtime::logging::Logs;
 use tokio::sync::{Notify, mpsc, watch};
 
-use crate::readiness::Readiness;
+pub mod process;
 use worker::{Crew, Purpose, Start};
 
-use crate::admin::{self, Admin};
+use crate::admin::{self, Admin, Readiness};
 use crate::balance::Loads;
 use crate::config::{Config, Limits};
 use crate::connect::dial::OwnListeners;

@@ -1,6 +1,10 @@
 //! What operators and probes ask a sidecar: admin (loopback only), metrics and health, each on a port of its own.
 //! Answers are made from what is true now; what changes something is a POST.
 
+mod readiness;
+
+pub use readiness::{NotReady, Readiness};
+
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -24,7 +28,6 @@ use tokio::sync::Notify;
 use crate::config::Config;
 use crate::connection::Table;
 use crate::discovery::{Directory, Known};
-use crate::readiness::Readiness;
 use crate::telemetry::Telemetry;
 use crate::tls::Tls;
 

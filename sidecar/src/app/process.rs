@@ -8,7 +8,7 @@ use outrigger_runtime::logging::{self, Logs};
 use outrigger_runtime::signals::{Signal, Signals};
 use outrigger_runtime::{open_files, stdout};
 
-use crate::app::Sidecar;
+use super::Sidecar;
 use crate::config::{Config, Limits};
 
 /// Runs `sidecar COMMAND ...`; `argv` begins with the command.
