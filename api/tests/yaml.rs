@@ -20,10 +20,7 @@ fn testdata(folder: &str) -> Vec<PathBuf> {
 }
 
 fn source(path: &Path) -> SourceFile {
-    SourceFile {
-        name: path.file_name().unwrap().to_str().unwrap().to_owned(),
-        text: fs::read_to_string(path).unwrap(),
-    }
+    SourceFile { name: path.file_name().unwrap().to_str().unwrap().to_owned(), text: fs::read_to_string(path).unwrap() }
 }
 
 fn printed(parsed: &Parsed) -> String {

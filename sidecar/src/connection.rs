@@ -307,6 +307,15 @@ impl Table {
         }
     }
 
+    /// Asks the HTTP/2 connections: told early, they move their streams elsewhere and lose none.
+    pub fn ask_http2(&self, command: Command) {
+        for entry in self.entries().values() {
+            if entry.about.lock().unwrap_or_else(PoisonError::into_inner).protocol == "http2" {
+                entry.ask(command);
+            }
+        }
+    }
+
     /// What `/connections` shows, oldest first.
     pub fn views(&self) -> Vec<View> {
         let now = self.clock.now.load(Relaxed);

@@ -140,9 +140,9 @@ impl Walk {
             return Err((Error::own(Stage::Accept, Reason::NotReady, "no certificate yet"), Some(stream)));
         };
         drop(stream.take_ahead());
-        let (stream, peer) = tls::accept_hello(&material, hello, stream).await.map_err(|error| {
-            (Error::downstream(Stage::Accept, error.reason(), error.to_string()), None)
-        })?;
+        let (stream, peer) = tls::accept_hello(&material, hello, stream)
+            .await
+            .map_err(|error| (Error::downstream(Stage::Accept, error.reason(), error.to_string()), None))?;
         let mut stream = Stream::from(stream);
         self.registered.describe(|about| {
             about.principal = Some(peer.identity.to_string());

@@ -1,5 +1,7 @@
 //! The data plane: one process beside a service. See ARCHITECTURE.md for the walk and the arrows between modules.
 
+pub mod admin;
+pub mod app;
 pub mod balance;
 pub mod config;
 pub mod connect;

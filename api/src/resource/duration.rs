@@ -48,12 +48,10 @@ pub fn parse(text: &str) -> Result<Duration, DurationError> {
         if unit.is_empty() {
             return Err(DurationError::NoUnit(text.to_owned()));
         }
-        let scale =
-            scale(unit).ok_or_else(|| DurationError::Unit { text: text.to_owned(), unit: unit.to_owned() })?;
+        let scale = scale(unit).ok_or_else(|| DurationError::Unit { text: text.to_owned(), unit: unit.to_owned() })?;
         let amount = amount(whole, fraction, scale).and_then(|amount| nanoseconds.checked_add(amount));
-        nanoseconds = amount
-            .filter(|total| *total <= i64::MAX as u128)
-            .ok_or_else(|| DurationError::TooLong(text.to_owned()))?;
+        nanoseconds =
+            amount.filter(|total| *total <= i64::MAX as u128).ok_or_else(|| DurationError::TooLong(text.to_owned()))?;
         rest = after;
     }
     Ok(Duration::from_nanos(nanoseconds as u64))

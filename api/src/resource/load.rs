@@ -120,15 +120,15 @@ impl<'f> Loader<'f> {
             Node::Null => return,
             Node::Map(_) => {}
             other => {
-                let message = format!("expected an object with apiVersion, kind and metadata, got {}", other.described());
+                let message =
+                    format!("expected an object with apiVersion, kind and metadata, got {}", other.described());
                 findings.error(path, message);
                 return self.keep(origin, findings);
             }
         }
-        let (Some(api_version), Some(kind)) = (
-            type_field("apiVersion", object, path, &mut findings),
-            type_field("kind", object, path, &mut findings),
-        ) else {
+        let (Some(api_version), Some(kind)) =
+            (type_field("apiVersion", object, path, &mut findings), type_field("kind", object, path, &mut findings))
+        else {
             return self.keep(origin, findings);
         };
         match classify(api_version, kind) {

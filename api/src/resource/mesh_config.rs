@@ -3,11 +3,11 @@
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
+use super::Metadata;
 use super::duration;
 use super::findings::Findings;
 use super::path::{Path, Shortened};
 use super::syntax::Port;
-use super::Metadata;
 use crate::identity::{ROOT_NAMESPACE, TrustDomain};
 
 #[derive(Clone, PartialEq, Debug, Default)]

@@ -137,12 +137,7 @@ impl View {
         Ok(View::new(worker, None, &destination, previous))
     }
 
-    fn new(
-        worker: &Worker,
-        service: Option<ServicePort>,
-        destination: &Destination,
-        previous: Option<&View>,
-    ) -> View {
+    fn new(worker: &Worker, service: Option<ServicePort>, destination: &Destination, previous: Option<&View>) -> View {
         let set = Endpoints::new(destination, previous.map(|view| &*view.endpoints), &worker.loads);
         let slots = destination
             .endpoints
@@ -208,9 +203,7 @@ impl Slot {
             None => worker.limits.application_pool_idle,
         };
         let target = Target { address: endpoint.address, tls };
-        let lane = |framing| {
-            Lane::new(target.clone(), framing, worker.dialer.clone(), worker.limits.clone(), idle)
-        };
+        let lane = |framing| Lane::new(target.clone(), framing, worker.dialer.clone(), worker.limits.clone(), idle);
         Slot {
             endpoint: endpoint.clone(),
             http1: lane(Framing::Http1),

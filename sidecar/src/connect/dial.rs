@@ -101,8 +101,9 @@ impl Dialer {
         let Some(mutual) = &target.tls else {
             return Ok(Dialled { stream: tcp.into(), peer: None });
         };
-        let material = self.tls.current().ok_or_else(|| {
-            Error { retry: Retry::Never, ..Error::own(Stage::Connect, Reason::NotReady, "no certificate yet") }
+        let material = self.tls.current().ok_or_else(|| Error {
+            retry: Retry::Never,
+            ..Error::own(Stage::Connect, Reason::NotReady, "no certificate yet")
         })?;
         // The semaphore is never closed; a closed one would only mean no bound.
         let _place = self.handshakes.acquire().await.ok();

@@ -167,10 +167,7 @@ impl Lane {
 
     // --- HTTP/1.1 -------------------------------------------------------------------------------------------
 
-    async fn send_http1(
-        self: &Rc<Lane>,
-        mut request: Request<RequestBody>,
-    ) -> Result<Answered, Unsent> {
+    async fn send_http1(self: &Rc<Lane>, mut request: Request<RequestBody>) -> Result<Answered, Unsent> {
         let mut may_reuse = true;
         loop {
             let reused = if may_reuse { self.take_idle() } else { None };
@@ -286,10 +283,7 @@ impl Lane {
 
     // --- HTTP/2 ---------------------------------------------------------------------------------------------
 
-    async fn send_http2(
-        self: &Rc<Lane>,
-        mut request: Request<RequestBody>,
-    ) -> Result<Answered, Unsent> {
+    async fn send_http2(self: &Rc<Lane>, mut request: Request<RequestBody>) -> Result<Answered, Unsent> {
         let mut again = true;
         loop {
             let (mut sender, place) = match self.shared_connection().await {
@@ -346,17 +340,15 @@ impl Lane {
         let wall = SystemTime::now();
         let generation = self.dialer.generation();
         // The library does not tell what a peer advertised; sidecars and common servers are known.
-        let peer = if self.target.tls.is_some() { self.limits.h2_streams_mesh } else { self.limits.h2_streams_application };
+        let peer =
+            if self.target.tls.is_some() { self.limits.h2_streams_mesh } else { self.limits.h2_streams_application };
         let most = (peer as usize * self.limits.h2_streams_used_percent as usize / 100).max(1);
         let mut shared = self.shared.borrow_mut();
         shared.retain(|one| !one.sender.is_closed() && usable(one.retire_at, one.generation, wall, generation));
-        shared
-            .iter()
-            .find(|one| one.streams.get() < most)
-            .map(|one| {
-                one.streams.set(one.streams.get() + 1);
-                (one.sender.clone(), StreamPlace(one.streams.clone()))
-            })
+        shared.iter().find(|one| one.streams.get() < most).map(|one| {
+            one.streams.set(one.streams.get() + 1);
+            (one.sender.clone(), StreamPlace(one.streams.clone()))
+        })
     }
 
     async fn open_http2(&self) -> Result<Shared, Error> {

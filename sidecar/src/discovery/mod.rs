@@ -44,12 +44,16 @@ pub struct Lease {
 }
 
 /// Runs until it is dropped. When `withdraw` completes, the lease is taken back; discovery goes on.
+/// Makes the summary of the time since it was last asked.
+pub type ReportSource = Box<dyn FnMut() -> outrigger_api::wire::ReportRequest + Send>;
+
 pub async fn run(
     settings: DiscoverySettings,
     tls: Tls,
     lease: Option<Lease>,
     directory: Directory,
+    reports: ReportSource,
     withdraw: impl Future<Output = ()>,
 ) {
-    let _ = (settings, tls, lease, directory, withdraw);
+    let _ = (settings, tls, lease, directory, reports, withdraw);
 }

@@ -129,6 +129,16 @@ pub(super) const DETECT: About = About {
 };
 pub(super) const SPANS_EXPORTED: About =
     About { name: "outrigger_spans_exported_total", help: "Spans that the collector took.", labels: &[] };
+pub(super) const ACCEPT_FAILURES: About = About {
+    name: "outrigger_accept_failures_total",
+    help: "Times that a connection could not be accepted, for want of descriptors or memory.",
+    labels: &[],
+};
+pub(super) const CONNECTIONS_REFUSED: About = About {
+    name: "outrigger_connections_refused_total",
+    help: "Connections closed at once because the sidecar was at its limit of connections.",
+    labels: &[],
+};
 pub(super) const SPANS_DROPPED: About = About {
     name: "outrigger_spans_dropped_total",
     help: "Spans lost because the queue was full or the collector did not take them.",
@@ -141,7 +151,7 @@ pub(super) const ACCESS_LOG_DROPPED: About = About {
 };
 
 /// All metrics of this module.
-pub(super) const ALL: [&About; 18] = [
+pub(super) const ALL: [&About; 20] = [
     &HTTP_REQUESTS,
     &HTTP_DURATION,
     &HTTP_REQUEST_BYTES,
@@ -160,4 +170,6 @@ pub(super) const ALL: [&About; 18] = [
     &SPANS_EXPORTED,
     &SPANS_DROPPED,
     &ACCESS_LOG_DROPPED,
+    &ACCEPT_FAILURES,
+    &CONNECTIONS_REFUSED,
 ];

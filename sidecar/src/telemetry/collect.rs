@@ -10,9 +10,9 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto::{self, MetricFamily, MetricType};
 
 use super::about::{
-    ACCESS_LOG_DROPPED, ALL, About, CERTIFICATE_EXPIRY, CONTROL_PLANE_CONNECTED, DETECT, GRPC_MESSAGES, HTTP_DURATION,
-    HTTP_REQUEST_BYTES, HTTP_REQUESTS, HTTP_RESPONSE_BYTES, IN_FLIGHT, SNAPSHOT_AGE, SPANS_DROPPED, SPANS_EXPORTED,
-    TCP_CLOSED, TCP_DURATION, TCP_OPENED, TCP_RECEIVED, TCP_SENT,
+    ACCEPT_FAILURES, ACCESS_LOG_DROPPED, ALL, About, CERTIFICATE_EXPIRY, CONNECTIONS_REFUSED, CONTROL_PLANE_CONNECTED,
+    DETECT, GRPC_MESSAGES, HTTP_DURATION, HTTP_REQUEST_BYTES, HTTP_REQUESTS, HTTP_RESPONSE_BYTES, IN_FLIGHT,
+    SNAPSHOT_AGE, SPANS_DROPPED, SPANS_EXPORTED, TCP_CLOSED, TCP_DURATION, TCP_OPENED, TCP_RECEIVED, TCP_SENT,
 };
 use super::edge::{BUCKETS, Edge, Edges, Observations, Outcome, TcpCounters};
 use super::labels::{Detected, OVERFLOW, WireProtocol};
@@ -31,6 +31,8 @@ pub(super) struct Metrics {
     pub spans_exported: AtomicU64,
     pub spans_dropped: AtomicU64,
     pub access_log_dropped: AtomicU64,
+    pub accept_failures: AtomicU64,
+    pub connections_refused: AtomicU64,
 }
 
 impl Metrics {
@@ -44,6 +46,8 @@ impl Metrics {
             spans_exported: AtomicU64::new(0),
             spans_dropped: AtomicU64::new(0),
             access_log_dropped: AtomicU64::new(0),
+            accept_failures: AtomicU64::new(0),
+            connections_refused: AtomicU64::new(0),
         }
     }
 
@@ -81,6 +85,8 @@ impl Metrics {
             counter(&SPANS_EXPORTED, count(&self.spans_exported)),
             counter(&SPANS_DROPPED, count(&self.spans_dropped)),
             counter(&ACCESS_LOG_DROPPED, count(&self.access_log_dropped)),
+            counter(&ACCEPT_FAILURES, count(&self.accept_failures)),
+            counter(&CONNECTIONS_REFUSED, count(&self.connections_refused)),
         ];
         families.extend(self.certificate_expiry(now).map(|left| gauge(&CERTIFICATE_EXPIRY, Rows::one(left))));
         families.extend(self.snapshot_age(now).map(|age| gauge(&SNAPSHOT_AGE, Rows::one(age))));

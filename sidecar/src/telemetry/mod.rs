@@ -194,6 +194,16 @@ impl Telemetry {
         self.metrics.snapshot_confirmed.store(unix_millis(at), Ordering::Relaxed);
     }
 
+    /// A connection could not be accepted.
+    pub fn accept_failed(&self) {
+        self.metrics.accept_failures.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A connection was closed at once: the sidecar is at its limit.
+    pub fn connection_refused(&self) {
+        self.metrics.connections_refused.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Counts a connection on an undeclared port whose protocol was decided.
     pub fn detected(&self, outcome: Detected) {
         self.metrics.detected[outcome as usize].fetch_add(1, Ordering::Relaxed);

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use outrigger_api::identity::{IdentityError, SpiffeId, TrustDomain};
 use rustls::{AlertDescription, CertificateError, OtherError};
 
-use super::clock::{from_unix_seconds, unix_seconds, unix_time};
+use super::clock::{from_unix_seconds, show, unix_time};
 use crate::outcome::Reason;
 
 /// What is wrong with the certificate that a peer presented.
@@ -18,9 +18,9 @@ pub enum PeerFault {
     Malformed(String),
     #[error("the certificate is not signed by a root that this side believes")]
     Untrusted,
-    #[error("the certificate ended at unix time {}, it is {} now", unix_seconds(*.not_after), unix_seconds(*.now))]
+    #[error("the certificate ended at {}, it is {} now", show(*.not_after), show(*.now))]
     Expired { not_after: SystemTime, now: SystemTime },
-    #[error("the certificate begins at unix time {}, it is {} now", unix_seconds(*.not_before), unix_seconds(*.now))]
+    #[error("the certificate begins at {}, it is {} now", show(*.not_before), show(*.now))]
     NotYetValid { not_before: SystemTime, now: SystemTime },
     #[error("the certificate is not meant for this use (extended key usage)")]
     Purpose,
@@ -85,7 +85,7 @@ pub enum TlsError {
     NoCertificate,
     #[error("{0}")]
     Peer(#[from] PeerFault),
-    #[error("this sidecar's own certificate ended at unix time {}; see /ready", unix_seconds(*.0))]
+    #[error("this sidecar's own certificate ended at {}; see /ready", show(*.0))]
     OwnExpired(SystemTime),
     #[error("the peer ended the handshake with the alert {0:?}")]
     Alert(AlertDescription),

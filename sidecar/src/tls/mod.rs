@@ -3,7 +3,7 @@
 //! credentials; nothing here dials, listens or reads a file. Names in certificates other than the SPIFFE id are
 //! never consulted.
 
-mod clock;
+pub(crate) mod clock;
 mod credential;
 mod error;
 mod handshake;

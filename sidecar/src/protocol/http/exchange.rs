@@ -176,11 +176,7 @@ impl Exchange {
     }
 
     /// Passes an upstream's answer on.
-    pub fn answer(
-        mut self,
-        answered: Answered,
-        load: Option<Measured>,
-    ) -> Response<ResponseBody> {
+    pub fn answer(mut self, answered: Answered, load: Option<Measured>) -> Response<ResponseBody> {
         let Answered { mut response, held, .. } = answered;
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return match self.upgrade.take() {

@@ -12,7 +12,11 @@ pub type Refusal = (Reason, &'static str);
 
 /// Checks an HTTP/1 head and puts its target into origin form. An absolute-form target wins over Host and replaces
 /// it. `authority` stands in where HTTP/1.0 gave none.
-pub fn check_http1(parts: &mut Parts, longest_target: usize, authority: impl FnOnce() -> String) -> Result<(), Refusal> {
+pub fn check_http1(
+    parts: &mut Parts,
+    longest_target: usize,
+    authority: impl FnOnce() -> String,
+) -> Result<(), Refusal> {
     check_target(&parts.uri, longest_target)?;
     let mut hosts = parts.headers.get_all(header::HOST).iter();
     let host = hosts.next();
@@ -31,7 +35,8 @@ pub fn check_http1(parts: &mut Parts, longest_target: usize, authority: impl FnO
         if has_userinfo(&target) {
             return Err((Reason::BadRequest, "the target has user information"));
         }
-        let host = HeaderValue::from_str(target.as_str()).map_err(|_| (Reason::BadRequest, "the target's authority"))?;
+        let host =
+            HeaderValue::from_str(target.as_str()).map_err(|_| (Reason::BadRequest, "the target's authority"))?;
         parts.headers.insert(header::HOST, host);
         parts.uri = origin_form(&parts.uri);
     } else if host.is_none() {
@@ -46,7 +51,11 @@ pub fn check_http1(parts: &mut Parts, longest_target: usize, authority: impl FnO
 }
 
 /// Checks an HTTP/2 head; the library has checked the pseudo-headers.
-pub fn check_http2(parts: &mut Parts, longest_target: usize, authority: impl FnOnce() -> String) -> Result<(), Refusal> {
+pub fn check_http2(
+    parts: &mut Parts,
+    longest_target: usize,
+    authority: impl FnOnce() -> String,
+) -> Result<(), Refusal> {
     check_target(&parts.uri, longest_target)?;
     let mut hosts = parts.headers.get_all(header::HOST).iter();
     let host = hosts.next().cloned();
@@ -116,8 +125,8 @@ fn is_host(host: &[u8]) -> bool {
             None => (host, &b""[..]),
         },
     };
-    let name_ok = !name.is_empty()
-        && name.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%".contains(byte));
+    let name_ok =
+        !name.is_empty() && name.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%".contains(byte));
     let port_ok = match port {
         [] | [b':'] => true,
         [b':', digits @ ..] => {

@@ -80,8 +80,7 @@ fn claims_identity(name: &str) -> bool {
         return false;
     }
     let same = |text: &str| {
-        bytes.len() >= text.len()
-            && bytes.iter().zip(text.bytes()).all(|(a, b)| *a == b || (*a == b'_' && b == b'-'))
+        bytes.len() >= text.len() && bytes.iter().zip(text.bytes()).all(|(a, b)| *a == b || (*a == b'_' && b == b'-'))
     };
     same("x-outrigger-") || (bytes.len() == CLIENT_CERTIFICATE.as_str().len() && same("x-forwarded-client-cert"))
 }
@@ -124,10 +123,7 @@ mod tests {
     use super::*;
 
     fn map(fields: &[(&'static str, &'static str)]) -> HeaderMap {
-        fields
-            .iter()
-            .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
-            .collect()
+        fields.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
     }
 
     fn cleaned(fields: &[(&'static str, &'static str)], strip: Strip, upgrade: bool) -> Vec<(String, String)> {
@@ -164,8 +160,14 @@ mod tests {
             Strip::HopByHop,
             false,
         );
-        let expected =
-            pairs(&[("host", "a"), ("accept", "*/*"), ("cookie", "a"), ("cookie", "b"), ("user-agent", "z"), ("te", "trailers")]);
+        let expected = pairs(&[
+            ("host", "a"),
+            ("accept", "*/*"),
+            ("cookie", "a"),
+            ("cookie", "b"),
+            ("user-agent", "z"),
+            ("te", "trailers"),
+        ]);
         assert_eq!(got, expected);
     }
 
@@ -198,7 +200,8 @@ mod tests {
         );
         assert_eq!(got.len(), 3, "{got:?}");
         assert!(got.iter().all(|(_, value)| value == "kept"));
-        let mut trailers = map(&[("x-outrigger-identity", "1"), ("content-length", "2"), ("host", "h"), ("grpc-status", "0")]);
+        let mut trailers =
+            map(&[("x-outrigger-identity", "1"), ("content-length", "2"), ("host", "h"), ("grpc-status", "0")]);
         clean_trailers(&mut trailers);
         assert_eq!(trailers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["grpc-status"]);
     }
