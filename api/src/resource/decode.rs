@@ -60,7 +60,9 @@ impl<'n> Value<'n, '_> {
             Node::Float(value) => visitor.visit_f64(*value),
             Node::Text(text) => visitor.visit_borrowed_str(text),
             Node::List(items) => visitor.visit_seq(Items { items: items.iter().enumerate(), list: self }),
-            Node::Map(entries) => visitor.visit_map(Entries { entries: entries.iter(), next: None, map: self, fields: None }),
+            Node::Map(entries) => {
+                visitor.visit_map(Entries { entries: entries.iter(), next: None, map: self, fields: None })
+            }
         }
     }
 }

@@ -136,10 +136,7 @@ fn own_word(kind: &str) -> Option<&'static str> {
 }
 
 fn foreign(api_version: &str, kind: &str) -> Verdict {
-    refuse_version(format!(
-        "{kind} of {} is not read: this mesh's has apiVersion {OWN_API}",
-        Shortened(api_version)
-    ))
+    refuse_version(format!("{kind} of {} is not read: this mesh's has apiVersion {OWN_API}", Shortened(api_version)))
 }
 
 fn ignored(api_version: &str, kind: &str) -> Verdict {

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
+use super::Metadata;
 use super::findings::Findings;
 use super::kind::Kind;
 use super::nearest::suggestion;
 use super::path::{Path, Shortened};
 use super::syntax::{check_annotations, check_labels, is_subdomain};
-use super::Metadata;
 use crate::name::is_label;
 
 /// Fields that Kubernetes puts into every object. They mean nothing here and are no mistake.
@@ -61,11 +61,7 @@ impl RawMetadata {
             Kind::ServiceAccount | Kind::PeerAuthentication | Kind::MeshConfig if !is_subdomain(&name) => {
                 findings.error(&path.key("name"), not_a_subdomain(&name));
             }
-            Kind::Service
-            | Kind::Workload
-            | Kind::ServiceAccount
-            | Kind::PeerAuthentication
-            | Kind::MeshConfig => {}
+            Kind::Service | Kind::Workload | Kind::ServiceAccount | Kind::PeerAuthentication | Kind::MeshConfig => {}
         }
         Some(Metadata { name, namespace, labels: self.labels, annotations: self.annotations })
     }

@@ -85,7 +85,8 @@ impl RawPeerAuthentication {
         let selector = Some(Selector { match_labels: self.selector.match_labels })
             .filter(|selector| !selector.match_labels.is_empty());
         if selector.is_some() && metadata.namespace == ROOT_NAMESPACE {
-            let message = format!("reaches only workloads of {ROOT_NAMESPACE} itself; without it the whole mesh is meant");
+            let message =
+                format!("reaches only workloads of {ROOT_NAMESPACE} itself; without it the whole mesh is meant");
             findings.warning(&selector_path, message);
         }
         if selector.is_none() && !self.port_level_mtls.is_empty() {

@@ -18,6 +18,8 @@ pub struct SourceFile {
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Parsed {
     pub resources: Resources,
+    /// How many objects `resources` was made from.
+    pub objects: usize,
     pub errors: Vec<Problem>,
     pub warnings: Vec<Problem>,
 }

@@ -7,9 +7,9 @@ use std::fmt;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
-use super::path::{Path, Shortened};
 use super::Labels;
 use super::findings::Findings;
+use super::path::{Path, Shortened};
 use crate::name::is_label;
 
 /// A TCP port, 1 to 65535.
@@ -59,9 +59,8 @@ impl<'de> Deserialize<'de> for PortKey {
         let text = String::deserialize(deserializer)?;
         // One spelling only, or `08080` and `8080` would be two keys for one port.
         let port = text.parse::<u16>().ok().filter(|port| *port != 0 && port.to_string() == text);
-        port.map(PortKey).ok_or_else(|| {
-            de::Error::custom(format_args!("{:?} is not a port: expected 1 to 65535", Shortened(&text)))
-        })
+        port.map(PortKey)
+            .ok_or_else(|| de::Error::custom(format_args!("{:?} is not a port: expected 1 to 65535", Shortened(&text))))
     }
 }
 
