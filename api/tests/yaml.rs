@@ -1,6 +1,8 @@
 //! Golden files: each `bad/X.yaml` gives exactly the problems in `bad/X.out`, everything in `good/` none.
 //! `UPDATE_GOLDEN=1 cargo test -p outrigger-api --test yaml` writes the `.out` files anew, for reading in the diff.
 
+#![expect(clippy::unwrap_used, reason = "what is missing here fails the test")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -106,6 +108,19 @@ fn nothing_is_fine() {
         assert_eq!(parsed, Parsed::default(), "{text:?}");
     }
     assert_eq!(parse(&[]), Parsed::default());
+}
+
+#[test]
+fn files_of_other_systems() {
+    let lines =
+        ["apiVersion: outrigger.dev/v1alpha1", "kind: Workload", "metadata: {name: a}", "spec: {adress: 10.0.0.1}"];
+    for (what, text) in [("CRLF", lines.join("\r\n")), ("BOM", format!("\u{feff}{}\n", lines.join("\n")))] {
+        let errors = problems(text);
+        assert!(
+            errors.iter().any(|error| error.starts_with("hostile.yaml:4:8: spec: unknown field")),
+            "{what}: {errors:?}"
+        );
+    }
 }
 
 fn problems(text: String) -> Vec<String> {

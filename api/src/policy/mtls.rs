@@ -122,6 +122,14 @@ mod tests {
     use crate::resource::Selector;
     use MtlsMode::{Disable, Permissive, Strict};
 
+    /// What it is about, the policies, then what comes out: default, ports, contradictions.
+    type Case = (
+        &'static str,
+        &'static [Written],
+        MtlsMode,
+        &'static [(u16, MtlsMode)],
+        &'static [(&'static str, &'static str)],
+    );
     /// `namespace/name`, the selector (`key=value`), the mode, the ports.
     type Written = (&'static str, &'static str, Option<MtlsMode>, &'static [(u16, MtlsMode)]);
 
@@ -141,7 +149,7 @@ mod tests {
 
     #[test]
     fn the_narrowest_policy_counts() {
-        let cases: [(&str, &[Written], MtlsMode, &[(u16, MtlsMode)], &[(&str, &str)]); 16] = [
+        let cases: [Case; 15] = [
             ("nothing said", &[], Permissive, &[], &[]),
             ("mesh", &[("outrigger-system/m", "", Some(Strict), &[])], Strict, &[], &[]),
             (
@@ -178,7 +186,6 @@ mod tests {
             ),
             ("another workload", &[("shop/w", "app=b", Some(Strict), &[])], Permissive, &[], &[]),
             ("half a match", &[("shop/w", "app=a,tier=x", Some(Strict), &[])], Permissive, &[], &[]),
-            ("an empty selector is none", &[("shop/n", "", Some(Strict), &[])], Strict, &[], &[]),
             ("a selector in the root", &[("outrigger-system/w", "app=a", Some(Disable), &[])], Permissive, &[], &[]),
             (
                 "ports over the workload's own mode",
@@ -238,6 +245,14 @@ mod tests {
                 assert_eq!(pairs, contradictions, "{what}");
             }
         }
+    }
+
+    #[test]
+    fn a_selector_without_labels_is_none() {
+        let mut policies = policies(&[("shop/n", "", Some(Strict), &[(80, Disable)])]);
+        policies[0].1.selector = Some(Selector::default());
+        let modes = mtls_modes(policies.iter().map(|(metadata, policy)| (metadata, policy)), "shop", &labels("a=b"));
+        assert_eq!((modes.default, modes.ports), (Strict, BTreeMap::new()));
     }
 
     #[test]
