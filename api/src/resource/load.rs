@@ -60,7 +60,7 @@ struct Origin {
 
 impl<'f> Loader<'f> {
     fn read_file(&mut self, file: usize) {
-        let text = &self.files[file].text;
+        let text = self.files[file].body();
         if text.len() > MAX_FILE_BYTES {
             self.refuse_file(file, (1, 1), format!("the file is larger than {MAX_FILE_BYTES} bytes: split it"));
             return;
@@ -245,7 +245,7 @@ impl<'f> Loader<'f> {
     /// `FILE:LINE` of an object's name.
     fn name_of_place(&self, origin: &Origin) -> String {
         let file = &self.files[origin.file];
-        let (line, _) = locate(&file.text, origin.document, &origin.path.key("metadata").key("name"), At::Value);
+        let (line, _) = locate(file.body(), origin.document, &origin.path.key("metadata").key("name"), At::Value);
         format!("{}:{line}", file.name)
     }
 

@@ -30,7 +30,7 @@ pub(super) fn located(file: &SourceFile, found: Vec<Found>, what: &str) -> Vec<P
         .map(|found| {
             let (line, column) = match found.place {
                 Place::Exact(line, column) => (line, column),
-                Place::In { document, path, at } => locate(&file.text, document, &path, at),
+                Place::In { document, path, at } => locate(file.body(), document, &path, at),
             };
             Problem { file: file.name.clone(), line, column, message: found.message }
         })
