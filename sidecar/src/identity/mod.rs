@@ -211,7 +211,10 @@ impl Report {
         let Some(not_after) = self.tls.expiry() else { return };
         let expired = self.tls.clock().now() > not_after;
         if expired && !self.expiry_told {
-            tracing::error!(not_after = show(not_after), "the certificate has expired: no new mTLS connection until it is renewed");
+            tracing::error!(
+                not_after = show(not_after),
+                "the certificate has expired: no new mTLS connection until it is renewed"
+            );
         }
         self.expiry_told = expired;
     }

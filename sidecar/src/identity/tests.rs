@@ -340,8 +340,7 @@ async fn the_same_key_asks_until_it_is_answered() {
         rcgen::PublicKeyData::der_bytes(&csr.public_key).to_vec()
     };
     let issued = control_plane.record.issued.lock().unwrap().clone();
-    let keys: std::collections::BTreeSet<_> =
-        issued.iter().map(|issued| public_key(&issued.request.csr_der)).collect();
+    let keys: std::collections::BTreeSet<_> = issued.iter().map(|issued| public_key(&issued.request.csr_der)).collect();
     assert_eq!(keys.len(), 1, "of {} requests", issued.len());
 }
 
