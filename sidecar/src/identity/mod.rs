@@ -8,6 +8,9 @@ mod schedule;
 mod state;
 mod trouble;
 
+#[cfg(test)]
+pub(crate) mod test_control_plane;
+
 pub use channel::{DialError, dial};
 pub use state::{StateError, write};
 
