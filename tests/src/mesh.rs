@@ -10,6 +10,7 @@ use outrigger_api::resource::Labels;
 use outrigger_control_plane::app::ControlPlane;
 use outrigger_control_plane::ca::token;
 use outrigger_control_plane::config::{Args, State};
+use outrigger_runtime::logging;
 use tokio::sync::oneshot;
 
 use crate::eventually::soon;
@@ -75,6 +76,7 @@ enum Stop {
 
 impl Mesh {
     pub async fn start(options: MeshOptions) -> Mesh {
+        log();
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("config")).unwrap();
         let mut mesh = Mesh { directory, grpc: ([127, 0, 0, 1], 0).into(), running: Mutex::new(None) };
@@ -220,6 +222,14 @@ impl Drop for Mesh {
         if let Some(running) = self.running.lock().unwrap().take() {
             let _ = running.stop.send(Stop::AtOnce);
         }
+    }
+}
+
+/// With OUTRIGGER_TEST_LOG set to levels, everything in this process logs to stderr.
+fn log() {
+    if let Ok(level) = std::env::var("OUTRIGGER_TEST_LOG") {
+        // The second mesh of a process finds it started.
+        let _ = logging::start(&logging::Settings { level, format: logging::Format::Text });
     }
 }
 
