@@ -258,6 +258,7 @@ impl Walk {
     }
 
     async fn copy(&self, stream: Stream, upstream: Stream, protocol: WireProtocol) {
+        let _hold = self.worker.drain.hold();
         self.registered.describe(|about| about.protocol = protocol.as_str());
         let edge = self.caller.edge(&self.worker, protocol);
         let record = TcpRecord::begin(&self.worker.telemetry, &edge, Instant::now());

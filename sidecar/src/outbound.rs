@@ -9,6 +9,7 @@ use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use outrigger_api::name::{Protocol, ServicePort};
 use outrigger_api::snapshot::Key;
+use outrigger_runtime::drain::Hold;
 
 use crate::balance::{Kind, Outcome};
 use crate::connect::backend::{Backend, View, lost_edge};
@@ -248,6 +249,7 @@ struct Opened {
     dialled: Dialled,
     record: TcpRecord,
     _load: crate::balance::Open,
+    _hold: Hold,
 }
 
 async fn dial(worker: &Rc<Worker>, view: &View, protocol: WireProtocol, _permit: Permit) -> Result<Opened, Error> {
@@ -263,7 +265,7 @@ async fn dial(worker: &Rc<Worker>, view: &View, protocol: WireProtocol, _permit:
                 let edge = view.edge(worker, &slot, protocol);
                 let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
                 record.upstream(slot.target.address);
-                return Ok(Opened { dialled, record, _load: load });
+                return Ok(Opened { dialled, record, _load: load, _hold: worker.drain.hold() });
             }
             Err(error) => {
                 load.connected(worker.now(), Outcome::ConnectError);
