@@ -27,7 +27,7 @@ use crate::protocol::http::headers::Strip;
 use crate::protocol::http::{serve, tunnel};
 use crate::protocol::opaque::{self, CopyError};
 use crate::protocol::peek::{self, First, Peeked};
-use crate::telemetry::{TcpRecord, WireProtocol};
+use crate::telemetry::{self, TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
 
 /// Serves one connection of the application to one destination.
@@ -50,7 +50,7 @@ async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, re
         Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
             peek::speaks_or_waits(&mut stream, limits.client_idle, limits.head_timeout).await
         }
-        None => peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await,
+        None => counted(worker, peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await),
     };
     match peeked {
         Ok(Peeked::Speaks(Detected::Http1)) => http1(worker, backend, stream, registered, permit).await,
@@ -73,6 +73,14 @@ async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, re
         Ok(Peeked::Silent | Peeked::Left) => {}
         Err(error) => refuse_head(worker, view.ok().as_deref(), stream, &error).await,
     }
+}
+
+/// Counts how the protocol of an undeclared port was found.
+fn counted(worker: &Worker, peeked: Result<Peeked, Error>) -> Result<Peeked, Error> {
+    if let Ok(Peeked::Speaks(detected)) = &peeked {
+        worker.telemetry.detected((*detected).into());
+    }
+    peeked
 }
 
 // --- HTTP ---------------------------------------------------------------------------------------------------
@@ -309,8 +317,11 @@ async fn silent(
         Err(error) => return refuse_connection(worker, Some(&view), &stream, &error),
     };
     match peek::who_speaks(&mut stream, &mut opened.dialled.stream).await {
-        Ok(First::Server) => copy(stream, opened, registered, WireProtocol::Tcp).await,
-        Ok(First::Client) => match peek::speaks(&mut stream, worker.limits.head_timeout).await {
+        Ok(First::Server) => {
+            worker.telemetry.detected(telemetry::Detected::ServerFirst);
+            copy(stream, opened, registered, WireProtocol::Tcp).await;
+        }
+        Ok(First::Client) => match counted(worker, peek::speaks(&mut stream, worker.limits.head_timeout).await) {
             Ok(Peeked::Speaks(Detected::Http1)) => {
                 drop(opened);
                 http1(worker, backend, stream, registered, permit).await;
