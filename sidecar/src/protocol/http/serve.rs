@@ -20,6 +20,7 @@ use super::answer;
 use super::body::ResponseBody;
 use super::downstream_io::{DownstreamIo, OnRefusal};
 use super::exchange::Session;
+use super::flood::Flood;
 use crate::connect::Local;
 use crate::connection::{Command, Entry};
 use crate::net::Stream;
@@ -62,7 +63,7 @@ pub async fn http2<F>(
     F: Future<Output = Response<ResponseBody>> + 'static,
 {
     let limits = &session.worker.limits;
-    let io = DownstreamIo::http2(stream, session.entry.clone());
+    let io = DownstreamIo::http2(stream, session.entry.clone(), Flood::new(limits, streams));
     let respond = Rc::new(respond);
     let service = service_fn(move |request| {
         let response = respond(request);
