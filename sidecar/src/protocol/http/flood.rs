@@ -50,7 +50,7 @@ impl Flood {
             head_read: 0,
             left: PREFACE,
             control: Budget::new(control, control),
-            resets: Budget::new(resets, (resets / 4).max(1)),
+            resets: Budget::new(resets, (resets / 8).max(1)),
             sent: 0,
             over: false,
         }
