@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use outrigger_runtime::stdout;
 
-use crate::{stat, status, token};
+use crate::{demo, stat, status, token};
 
 /// Mistakes on the command line, as in every command of this project.
 const USAGE: u8 = 2;
@@ -35,6 +35,8 @@ struct Line {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run a whole mesh with three services, and watch mutual TLS and golden signals
+    Demo(demo::Args),
     /// Make the join token with which a new sidecar gets its first certificate
     #[command(subcommand)]
     Token(Token),
@@ -92,6 +94,7 @@ pub fn main(
         }
     };
     match line.command {
+        Command::Demo(args) => demo::command(&args),
         Command::Token(Token::Create(args)) => token::command(&args),
         Command::Status(args) => status::command(&args),
         Command::Stat(args) => stat::command(&args),
