@@ -8,9 +8,9 @@ use outrigger_api::snapshot::{Destination, Key};
 use outrigger_api::wire::{self, ResourceKey, TrustBundle, WatchResponse, watch_response::Resource};
 use prost::Message;
 
+use super::DiscoverySettings;
 use super::directory::{Directory, Known};
 use super::update::check_is_ours;
-use super::DiscoverySettings;
 use crate::identity::{StateError, write};
 
 const FILE: &str = "snapshot.pb";

@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use super::lease::{Leasing, LeaseEvent};
+use super::lease::{LeaseEvent, Leasing};
 use super::{DiscoverySettings, Lease};
 use crate::identity::{DialError, dial};
 use crate::tls::{Clock, Credential};
@@ -56,11 +56,13 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// Dials with the credential, says hello and subscribes to the own workload.
+    /// Dials with the credential, says hello and subscribes to the own workload. The lease is registered, or taken back
+    /// when `withdraw` says so.
     pub(super) async fn open(
         settings: DiscoverySettings,
         credential: Credential,
         lease: Option<Lease>,
+        withdraw: bool,
         clock: Clock,
     ) -> Result<Session, SessionError> {
         let channel = dial(&settings.control_plane, credential.bundle(), Some(&credential), &clock).await?;
@@ -74,7 +76,7 @@ impl Session {
         let answer = timeout(ANSWER, client.watch(ReceiverStream::new(outgoing)));
         let answer = answer.await.map_err(|_| SessionError::Late(ANSWER))?;
         let updates = answer.map_err(|status| SessionError::Refused(Box::new(status)))?.into_inner();
-        let leasing = Leasing::new(channel.clone(), lease);
+        let leasing = Leasing::new(channel.clone(), lease, withdraw);
         Ok(Session { updates, requests, queue: VecDeque::new(), leasing, channel })
     }
 

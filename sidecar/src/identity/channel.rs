@@ -114,11 +114,7 @@ async fn handshake(
     Ok(stream)
 }
 
-fn client_config(
-    roots: &Bundle,
-    credential: Option<&Credential>,
-    clock: &Clock,
-) -> Result<ClientConfig, TlsError> {
+fn client_config(roots: &Bundle, credential: Option<&Credential>, clock: &Clock) -> Result<ClientConfig, TlsError> {
     let control_plane = SpiffeId::control_plane(roots.trust_domain());
     let config = ClientConfig::builder_with_details(Arc::clone(provider()), Arc::new(clock.clone()))
         .with_protocol_versions(&[&rustls::version::TLS13])

@@ -8,6 +8,9 @@ mod schedule;
 mod state;
 mod trouble;
 
+#[cfg(test)]
+pub(crate) mod test_control_plane;
+
 pub use channel::{DialError, dial};
 pub use state::{StateError, write};
 
@@ -208,7 +211,10 @@ impl Report {
         let Some(not_after) = self.tls.expiry() else { return };
         let expired = self.tls.clock().now() > not_after;
         if expired && !self.expiry_told {
-            tracing::error!(not_after = show(not_after), "the certificate has expired: no new mTLS connection until it is renewed");
+            tracing::error!(
+                not_after = show(not_after),
+                "the certificate has expired: no new mTLS connection until it is renewed"
+            );
         }
         self.expiry_told = expired;
     }

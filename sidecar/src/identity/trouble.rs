@@ -116,8 +116,11 @@ fn refused(status: &tonic::Status, settings: &IdentitySettings, now: SystemTime)
     let message = status.message();
     let word = message.split_once(':').map(|(word, _)| word).filter(|word| is_reason(word));
     let Some(word) = word else {
-        let (reason, advice) =
-            if passing(status.code()) { unreachable() } else { ("issue_refused", "see the control plane's log".into()) };
+        let (reason, advice) = if passing(status.code()) {
+            unreachable()
+        } else {
+            ("issue_refused", "see the control plane's log".into())
+        };
         return Trouble { reason: reason.to_owned(), hint: format!("{:?}: {message}; {advice}", status.code()) };
     };
     let file = settings.token_file.as_deref().map_or_else(|| "--token-file".into(), |path| path.to_string_lossy());
@@ -127,7 +130,10 @@ fn refused(status: &tonic::Status, settings: &IdentitySettings, now: SystemTime)
             format!("write a new one from `outrigger token create` of this control plane to {file}")
         }
         "token_namespace" => {
-            format!("the token must be made for namespace {} and service account {}", settings.namespace, settings.service_account)
+            format!(
+                "the token must be made for namespace {} and service account {}",
+                settings.namespace, settings.service_account
+            )
         }
         "namespace_reserved" => "that namespace belongs to the mesh itself: choose another --namespace".to_owned(),
         "workload_name" => "choose another --name".to_owned(),
