@@ -1,5 +1,7 @@
 //! The YAML that the demo gives to its control plane: what a user would write for the same mesh. Pure.
 
+use outrigger_api::resource::{SourceFile, parse};
+
 use super::edge::NAMESPACE;
 use super::mesh::PORTS;
 
@@ -13,6 +15,12 @@ pub(super) fn yaml(applications: [u16; 3], otlp: Option<&str>) -> String {
         ));
     }
     documents.join("---\n")
+}
+
+/// Whether traces can be sent there.
+pub(super) fn is_valid(otlp: &str) -> bool {
+    let text = mesh_config(Some(otlp));
+    parse(&[SourceFile { name: "demo.yaml".to_owned(), text }]).errors.is_empty() && !otlp.is_empty()
 }
 
 const STRICT: &str = "\
@@ -43,17 +51,20 @@ spec:
 
 #[cfg(test)]
 mod tests {
-    use outrigger_api::resource::{SourceFile, parse};
+    use super::*;
 
     #[test]
     fn is_valid_and_says_what_it_should() {
         for otlp in [None, Some("http://127.0.0.1:4317")] {
-            let text = super::yaml([8001, 8002, 8003], otlp);
+            let text = yaml([8001, 8002, 8003], otlp);
             let parsed = parse(&[SourceFile { name: "demo.yaml".into(), text: text.clone() }]);
             assert!(parsed.errors.is_empty() && parsed.warnings.is_empty(), "{:?}\n{text}", parsed);
             assert_eq!(parsed.resources.services.len(), 3);
             assert_eq!(parsed.resources.peer_authentications.len(), 1);
             assert_eq!(parsed.resources.mesh.tracing.otlp_endpoint.as_deref(), otlp);
+        }
+        for wrong in ["", "jaeger", "http://", "ftp://jaeger:4317"] {
+            assert!(!is_valid(wrong), "{wrong}");
         }
     }
 }

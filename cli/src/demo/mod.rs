@@ -42,7 +42,7 @@ pub(crate) struct Args {
     #[arg(long = "for", value_name = "SECONDS", value_parser = how_long)]
     duration: Option<Duration>,
     /// Send traces of every request to an OTLP collector, Jaeger say: http://127.0.0.1:4317
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", value_parser = collector)]
     otlp: Option<String>,
     /// What the control plane and the sidecars log to stderr
     #[arg(long, value_name = "LEVEL", default_value = "error", value_parser = logging::parse_level)]
@@ -59,6 +59,11 @@ fn how_long(text: &str) -> Result<Duration, String> {
         return Err(format!("the demo needs at least {}s to tell something", SHORTEST.as_secs()));
     }
     Ok(duration)
+}
+
+/// Checked as MeshConfig's `otlpEndpoint`, which it becomes.
+fn collector(text: &str) -> Result<String, String> {
+    if configuration::is_valid(text) { Ok(text.to_owned()) } else { Err("expected http://HOST:PORT".to_owned()) }
 }
 
 const SHORTEST: Duration = Duration::from_secs(1);
@@ -265,7 +270,7 @@ async fn observe(
     let first = scrape::sample(&mesh.sidecars).await?;
     mesh.begin_load(options.rate);
     let startup = began.elapsed();
-    screen.begin(mesh, options, startup);
+    screen.begin(mesh, options, startup, &first);
     let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + SECOND, SECOND);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let end = async {

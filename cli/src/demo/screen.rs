@@ -92,7 +92,8 @@ impl Screen {
     }
 
     /// Once, when the traffic begins: where everything can be found.
-    pub(super) fn begin(&self, mesh: &Mesh, options: &Options, startup: Duration) {
+    pub(super) fn begin(&mut self, mesh: &Mesh, options: &Options, startup: Duration, first: &Sample) {
+        self.recent.push_back(first.clone());
         if self.show != Show::Nothing {
             stdout::say(&introduction(mesh, options, startup).join("\n"));
         }
@@ -107,7 +108,7 @@ impl Screen {
         self.shown += 1;
         let progress = format!("{} requests answered, {} failed", load.ok, load.failed);
         match (self.show, self.recent.front(), self.recent.back()) {
-            (Show::Terminal, Some(first), Some(last)) if self.recent.len() > 1 => {
+            (Show::Terminal, Some(first), Some(last)) => {
                 let mut lines = table(&rows(first, last));
                 lines.extend([String::new(), format!("{progress}; Ctrl-C ends")]);
                 self.draw(&lines);
