@@ -224,8 +224,7 @@ impl Exchange {
 
     /// Agrees to a CONNECT: what follows is bytes. Its own record ends here; what runs inside has records of its own.
     pub fn connected(self) -> Response<ResponseBody> {
-        self.record.answered(StatusCode::OK.as_u16());
-        self.record.response_ended();
+        self.record.discard();
         Response::new(ResponseBody::empty())
     }
 
