@@ -2,8 +2,6 @@
 //! Decoding refuses what it does not know: an unknown mode or protocol from a newer control plane refuses the whole
 //! resource, never half of it.
 
-#![expect(clippy::wildcard_imports, reason = "the generated module's names are this module's names")]
-
 use std::net::{IpAddr, SocketAddr};
 
 use crate::identity::SpiffeId;

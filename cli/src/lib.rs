@@ -1,1 +1,10 @@
-//! placeholder
+//! The `outrigger` command line, and what it runs. See ARCHITECTURE.md.
+
+pub mod command;
+pub mod demo;
+mod fetch;
+mod stat;
+mod status;
+mod table;
+mod token;
+pub mod validate;

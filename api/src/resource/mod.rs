@@ -1,15 +1,34 @@
 //! Resource kinds: what users write as YAML. Own kinds (`outrigger.dev/v1alpha1`) are strict; adopted kinds (`v1`)
 //! accept their upstream schema, and a field that is not acted on is a warning.
+//!
+//! [`parse`] reads files: text -> `tree` (one document, repeated keys kept) -> `kind` (read, refuse or pass over) ->
+//! `decode` (typed, paths known) -> the kind's own checks -> checks between objects. Whatever is found on the way
+//! carries a path, and `position` finds its line and column at the end.
 
+mod decode;
+pub mod duration;
+mod findings;
+mod kind;
+mod load;
 mod mesh_config;
+mod metadata;
+mod nearest;
+mod path;
 mod peer_authentication;
+mod position;
+mod problem;
+mod report;
 mod service;
 mod service_account;
+mod syntax;
+mod tree;
 mod workload;
 
+pub use load::{MAX_FILE_BYTES, parse};
 pub use mesh_config::{AccessLogMode, Defaults, KeyAlgorithm, LoadBalancerType, MeshConfig, OutboundTraffic, Tracing};
 pub use peer_authentication::{PeerAuthentication, Selector};
-pub use service::{Service, ServicePort, TargetPort};
+pub use problem::{Parsed, Problem, SourceFile};
+pub use service::{LOAD_BALANCER, SERVICE_ACCOUNTS, Service, ServicePort, TargetPort};
 pub use service_account::ServiceAccount;
 pub use workload::Workload;
 
@@ -35,7 +54,7 @@ pub struct Resource<S> {
     pub spec: S,
 }
 
-/// Everything that a directory holds, valid as a whole, by (namespace, name).
+/// Everything that a directory holds, by (namespace, name).
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Resources {
     /// The MeshConfig named `default` in `outrigger-system`; its default when there is none.

@@ -64,12 +64,19 @@ pub struct Lease {
 const COPY_AFTER: Duration = Duration::from_secs(1);
 const FORGET_EVERY: Duration = Duration::from_secs(60);
 
+/// How often the control plane is told the golden signals.
+const REPORT_EVERY: Duration = Duration::from_secs(3);
+
+/// Makes the summary of the time since it was last asked.
+pub type ReportSource = Box<dyn FnMut() -> outrigger_api::wire::ReportRequest + Send>;
+
 /// Runs until it is dropped. When `withdraw` completes, the lease is taken back; discovery goes on.
 pub async fn run(
     settings: DiscoverySettings,
     tls: Tls,
     lease: Option<Lease>,
     directory: Directory,
+    mut reports: ReportSource,
     withdraw: impl Future<Output = ()>,
 ) {
     let Some(mut changes) = directory.take_changes() else {
@@ -82,6 +89,8 @@ pub async fn run(
     watcher.dial_with(materials.borrow_and_update().clone());
     let mut forget = interval(FORGET_EVERY);
     forget.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut report = interval(REPORT_EVERY);
+    report.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut withdraw = Box::pin(withdraw);
     let mut withdrawn = false;
     loop {
@@ -91,6 +100,11 @@ pub async fn run(
             Some(change) = changes.recv() => watcher.on_changes(change, &mut changes),
             Ok(()) = materials.changed() => watcher.dial_with(materials.borrow_and_update().clone()),
             _ = forget.tick() => watcher.directory.forget_unused(),
+            _ = report.tick() => {
+                if let Some(session) = &watcher.session {
+                    session.report(reports());
+                }
+            }
             () = &mut withdraw, if !withdrawn => {
                 withdrawn = true;
                 watcher.withdraw();

@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use outrigger_api::snapshot::Key;
 use outrigger_api::wire::discovery_client::DiscoveryClient;
+use outrigger_api::wire::telemetry_client::TelemetryClient;
 use outrigger_api::wire::{self, ResourceKey, WatchRequest, WatchResponse, watch_request};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
+use tonic::transport::Channel;
 
 use super::lease::{LeaseEvent, Leasing};
 use super::{DiscoverySettings, Lease};
@@ -52,6 +54,7 @@ pub(super) struct Session {
     /// for a control plane that waits for us would be the end of both.
     queue: VecDeque<WatchRequest>,
     leasing: Leasing,
+    channel: Channel,
 }
 
 impl Session {
@@ -79,12 +82,8 @@ impl Session {
             None => SessionError::Refused(Box::new(status)),
         });
         let updates = answer?.into_inner();
-        Ok(Session {
-            updates,
-            requests,
-            queue: VecDeque::new(),
-            leasing: Leasing::new(dialled.channel, lease, withdraw),
-        })
+        let leasing = Leasing::new(dialled.channel.clone(), lease, withdraw);
+        Ok(Session { updates, requests, queue: VecDeque::new(), leasing, channel: dialled.channel })
     }
 
     pub(super) fn subscribe(&mut self, key: &Key) {
@@ -102,6 +101,16 @@ impl Session {
     /// Takes the lease back; the answer comes as an event.
     pub(super) fn withdraw(&mut self) {
         self.leasing.withdraw();
+    }
+
+    /// Sends a summary beside everything else. One that is lost is lost: the next covers another window.
+    pub(super) fn report(&self, report: wire::ReportRequest) {
+        let mut client = TelemetryClient::new(self.channel.clone());
+        tokio::spawn(async move {
+            if let Ok(Err(status)) = timeout(ANSWER, client.report(report)).await {
+                tracing::debug!(%status, "the control plane did not take a report");
+            }
+        });
     }
 
     fn send(&mut self, kind: watch_request::Kind) {

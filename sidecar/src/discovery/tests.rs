@@ -54,12 +54,18 @@ impl Fixture {
     fn start(&mut self) {
         let (withdraw, wanted) = oneshot::channel();
         self.withdraw = Some(withdraw);
-        let run =
-            run(self.settings.clone(), self.tls.clone(), self.lease.clone(), self.directory.clone(), async move {
+        let run = run(
+            self.settings.clone(),
+            self.tls.clone(),
+            self.lease.clone(),
+            self.directory.clone(),
+            Box::new(outrigger_api::wire::ReportRequest::default),
+            async move {
                 if wanted.await.is_err() {
                     pending().await
                 }
-            });
+            },
+        );
         self.task = Some(tokio::spawn(run));
     }
 

@@ -183,6 +183,13 @@ impl Credential {
         &self.leaf.workload
     }
 
+    /// The leaf's serial number, in hexadecimal.
+    pub fn serial(&self) -> String {
+        use x509_parser::prelude::{FromDer as _, X509Certificate};
+        let leaf = self.chain().first().map(|der| X509Certificate::from_der(der));
+        leaf.and_then(Result::ok).map(|(_, leaf)| leaf.raw_serial_as_string()).unwrap_or_default()
+    }
+
     pub fn not_before(&self) -> SystemTime {
         self.leaf.not_before
     }

@@ -1,0 +1,392 @@
+//! From files to resources: the order of the checks, what concerns several objects at once, and the report.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+use serde::de::DeserializeSeed;
+
+use super::decode::{UnknownField, decode};
+use super::findings::{Finding, Findings, Severity, prefixed};
+use super::kind::{Kind, Verdict, classify};
+use super::mesh_config::{self, RawMeshConfig};
+use super::metadata::{RawMetadata, STANDARD_FIELDS};
+use super::nearest::nearest;
+use super::path::{Path, Shortened};
+use super::peer_authentication::RawPeerAuthentication;
+use super::position::{At, locate};
+use super::report::{Found, Place, located, position_of, without_position};
+use super::service::{self, RawService};
+use super::tree::{Budget, Node, TreeSeed, safe_prefix};
+use super::workload::RawWorkload;
+use super::{
+    Labels, MeshConfig, Metadata, Parsed, PeerAuthentication, Resource, Resources, Service, ServiceAccount, SourceFile,
+    Workload,
+};
+use crate::policy::mtls_modes;
+
+/// Longer files are refused unread.
+pub const MAX_FILE_BYTES: usize = 1 << 20;
+/// The parser's work grows with the square of their number.
+const MAX_DIRECTIVES: usize = 16;
+
+/// Reads a set of files as one configuration. Never fails as a whole and never panics: what is wrong is in `errors`,
+/// in the order of the files and their lines.
+pub fn parse(files: &[SourceFile]) -> Parsed {
+    let mut loader =
+        Loader { files, origins: BTreeMap::new(), resources: Resources::default(), objects: 0, found: Vec::new() };
+    for file in 0..files.len() {
+        loader.read_file(file);
+    }
+    loader.check_contradictions();
+    loader.report()
+}
+
+struct Loader<'f> {
+    files: &'f [SourceFile],
+    /// Every object with a name, also those with errors: kind, namespace, name.
+    origins: BTreeMap<(Kind, String, String), Origin>,
+    resources: Resources,
+    objects: usize,
+    found: Vec<Found>,
+}
+
+/// Where an object stands.
+#[derive(Clone, Debug)]
+struct Origin {
+    file: usize,
+    document: usize,
+    path: Path,
+}
+
+impl<'f> Loader<'f> {
+    fn read_file(&mut self, file: usize) {
+        let text = self.files[file].body();
+        if text.len() > MAX_FILE_BYTES {
+            self.refuse_file(file, (1, 1), format!("the file is larger than {MAX_FILE_BYTES} bytes: split it"));
+            return;
+        }
+        if text.lines().filter(|line| line.starts_with('%')).count() > MAX_DIRECTIVES {
+            self.refuse_file(file, (1, 1), "too many directives (lines that start with `%`): remove them".to_owned());
+            return;
+        }
+        if let Some(offset) = text.find('\u{fffd}') {
+            let position = position_of(text, offset);
+            self.refuse_file(file, position, "these bytes are not UTF-8 text".to_owned());
+            return;
+        }
+        let budget = Budget::new();
+        for (document, deserializer) in serde_yaml::Deserializer::from_str(safe_prefix(text)).enumerate() {
+            match TreeSeed::new(&budget).deserialize(deserializer) {
+                Ok(tree) => self.read_document(file, document, &tree),
+                Err(error) => {
+                    // Behind an error of the parser it has lost its way: nothing more can be read from this file.
+                    let position = error.location().map(|location| (location.line(), location.column()));
+                    let position = position.unwrap_or_else(|| locate(text, document, &Path::default(), At::Value));
+                    self.refuse_file(file, position, without_position(&error.to_string(), position));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn refuse_file(&mut self, file: usize, (line, column): (usize, usize), message: String) {
+        self.found.push(Found { file, place: Place::Exact(line, column), severity: Severity::Error, message });
+    }
+
+    fn read_document(&mut self, file: usize, document: usize, tree: &Node<'_>) {
+        let origin = Origin { file, document, path: Path::default() };
+        let mut findings = Findings::default();
+        for path in tree.repeated_keys() {
+            let message = prefixed(&path, "this key stands here a second time".to_owned());
+            findings.add(&path, At::RepeatedKey, Severity::Error, message);
+        }
+        if findings.has_errors() {
+            // Which of the two was meant nobody knows, so the document says nothing.
+            self.keep(&origin, findings);
+        } else {
+            self.read_object(&origin, tree);
+        }
+    }
+
+    fn read_object(&mut self, origin: &Origin, object: &Node<'_>) {
+        let mut findings = Findings::default();
+        let path = &origin.path;
+        match object {
+            Node::Null => return,
+            Node::Map(_) => {}
+            other => {
+                let message =
+                    format!("expected an object with apiVersion, kind and metadata, got {}", other.described());
+                findings.error(path, message);
+                return self.keep(origin, findings);
+            }
+        }
+        let (Some(api_version), Some(kind)) =
+            (type_field("apiVersion", object, path, &mut findings), type_field("kind", object, path, &mut findings))
+        else {
+            return self.keep(origin, findings);
+        };
+        match classify(api_version, kind) {
+            Verdict::Read(kind) => {
+                self.read_resource(origin, kind, object, &mut findings);
+            }
+            Verdict::List => self.read_list(origin, object, &mut findings),
+            Verdict::Refuse { about_version, message } => {
+                let field = if about_version { "apiVersion" } else { "kind" };
+                findings.add(&path.key(field), At::Value, Severity::Error, message);
+            }
+            Verdict::Ignore(message) => findings.add(&path.key("kind"), At::Value, Severity::Warning, message),
+        }
+        self.keep(origin, findings);
+    }
+
+    /// `kind: List`, what `kubectl get -o yaml` writes.
+    fn read_list(&mut self, origin: &Origin, list: &Node<'_>, findings: &mut Findings) {
+        let path = origin.path.key("items");
+        match list.field("items") {
+            Some(Node::List(items)) => {
+                for (index, item) in items.iter().enumerate() {
+                    self.read_object(&Origin { path: path.index(index), ..origin.clone() }, item);
+                }
+            }
+            None | Some(Node::Null) => {}
+            Some(other) => findings.error(&path, format!("expected a list, got {}", other.described())),
+        }
+    }
+
+    fn read_resource(&mut self, origin: &Origin, kind: Kind, object: &Node<'_>, findings: &mut Findings) {
+        let unknown = RefCell::new(Vec::new());
+        let sections = Sections { object, origin, unknown: &unknown };
+        let path = origin.path.key("metadata");
+        let metadata = sections.read::<RawMetadata>("metadata", findings);
+        let metadata = metadata.and_then(|metadata| metadata.check(kind, &path, findings));
+        if let Some(metadata) = &metadata {
+            self.remember(kind, metadata, origin, findings);
+        }
+        // Without a name the spec is still looked at, so that all mistakes are told at once.
+        let metadata = metadata.unwrap_or_default();
+        let spec = sections.read_spec(kind, &metadata, findings);
+        sections.report_unknown(kind, findings);
+        if let Some(spec) = spec
+            && !findings.has_errors()
+        {
+            self.insert(metadata, spec);
+        }
+    }
+
+    fn insert(&mut self, metadata: Metadata, spec: Spec) {
+        let key = (metadata.namespace.clone(), metadata.name.clone());
+        let all = &mut self.resources;
+        self.objects += 1;
+        match spec {
+            Spec::MeshConfig(spec) => all.mesh = spec,
+            Spec::Workload(spec) => drop(all.workloads.insert(key, Resource { metadata, spec })),
+            Spec::PeerAuthentication(spec) => drop(all.peer_authentications.insert(key, Resource { metadata, spec })),
+            Spec::Service(spec) => drop(all.services.insert(key, Resource { metadata, spec })),
+            Spec::ServiceAccount(spec) => drop(all.service_accounts.insert(key, Resource { metadata, spec })),
+        }
+    }
+
+    /// An object that exists already is an error of the second one.
+    fn remember(&mut self, kind: Kind, metadata: &Metadata, origin: &Origin, findings: &mut Findings) {
+        let key = (kind, metadata.namespace.clone(), metadata.name.clone());
+        let Some(first) = self.origins.get(&key) else {
+            self.origins.insert(key, origin.clone());
+            return;
+        };
+        let message = format!(
+            "{} {}/{} stands already in {}",
+            kind.name(),
+            metadata.namespace,
+            metadata.name,
+            self.name_of_place(first)
+        );
+        findings.add(&origin.path.key("metadata").key("name"), At::Value, Severity::Error, message);
+    }
+
+    /// Two PeerAuthentications for the same workloads that say different things: the stricter is in force, and
+    /// somebody should know.
+    fn check_contradictions(&mut self) {
+        type Scope<'r> = (&'r str, Option<&'r Labels>);
+        let mut scopes: BTreeMap<Scope<'_>, Vec<&Resource<PeerAuthentication>>> = BTreeMap::new();
+        for policy in self.resources.peer_authentications.values() {
+            let labels = policy.spec.selector.as_ref().map(|selector| &selector.match_labels);
+            scopes.entry((policy.metadata.namespace.as_str(), labels)).or_default().push(policy);
+        }
+        let none = Labels::new();
+        let mut found = Vec::new();
+        for ((namespace, labels), policies) in scopes {
+            let policies = policies.iter().map(|policy| (&policy.metadata, &policy.spec));
+            for (first, second) in mtls_modes(policies, namespace, labels.unwrap_or(&none)).contradictions {
+                found.extend(self.contradiction(&first, &second));
+            }
+        }
+        self.found.extend(found);
+    }
+
+    fn contradiction(&self, first: &str, second: &str) -> Option<Found> {
+        let origin = |full_name: &str| {
+            let (namespace, name) = full_name.split_once('/')?;
+            self.origins.get(&(Kind::PeerAuthentication, namespace.to_owned(), name.to_owned()))
+        };
+        let (at, other) = (origin(second)?, origin(first)?);
+        let other_place = self.name_of_place(other);
+        Some(Found {
+            file: at.file,
+            place: Place::In { document: at.document, path: at.path.key("spec"), at: At::Key },
+            severity: Severity::Warning,
+            message: format!(
+                "PeerAuthentication {second} contradicts {first} in {other_place} for the same workloads: the stricter \
+                 mode is in force; merge them"
+            ),
+        })
+    }
+
+    /// `FILE:LINE` of an object's name.
+    fn name_of_place(&self, origin: &Origin) -> String {
+        let file = &self.files[origin.file];
+        let (line, _) = locate(file.body(), origin.document, &origin.path.key("metadata").key("name"), At::Value);
+        format!("{}:{line}", file.name)
+    }
+
+    fn keep(&mut self, origin: &Origin, findings: Findings) {
+        let found = findings.into_vec().into_iter().map(|Finding { path, at, severity, message }| Found {
+            file: origin.file,
+            place: Place::In { document: origin.document, path, at },
+            severity,
+            message,
+        });
+        self.found.extend(found);
+    }
+
+    /// Finds the lines, sorts, and cuts what would be too long to read.
+    fn report(self) -> Parsed {
+        let mut parsed = Parsed { resources: self.resources, objects: self.objects, ..Parsed::default() };
+        let mut by_file: Vec<[Vec<Found>; 2]> = self.files.iter().map(|_| Default::default()).collect();
+        for found in self.found {
+            by_file[found.file][found.severity as usize].push(found);
+        }
+        for (file, [errors, warnings]) in self.files.iter().zip(by_file) {
+            parsed.errors.extend(located(file, errors, "errors"));
+            parsed.warnings.extend(located(file, warnings, "warnings"));
+        }
+        parsed
+    }
+}
+
+enum Spec {
+    MeshConfig(MeshConfig),
+    Workload(Workload),
+    PeerAuthentication(PeerAuthentication),
+    Service(Service),
+    ServiceAccount(ServiceAccount),
+}
+
+/// The parts of one object.
+struct Sections<'o, 'u> {
+    object: &'o Node<'o>,
+    origin: &'o Origin,
+    unknown: &'u RefCell<Vec<UnknownField<'o>>>,
+}
+
+impl<'o> Sections<'o, '_> {
+    fn read<T: serde::Deserialize<'o> + Default>(&self, section: &str, findings: &mut Findings) -> Option<T> {
+        let Some(node) = self.object.field(section) else { return Some(T::default()) };
+        match decode(node, &self.origin.path.key(section), self.unknown) {
+            Ok(value) => Some(value),
+            Err(mismatch) => {
+                let (path, at) = mismatch.place.unwrap_or_else(|| (self.origin.path.key(section), At::Value));
+                let message = prefixed(&path, mismatch.message);
+                findings.add(&path, at, Severity::Error, message);
+                None
+            }
+        }
+    }
+
+    fn read_spec(&self, kind: Kind, metadata: &Metadata, findings: &mut Findings) -> Option<Spec> {
+        let path = self.origin.path.key("spec");
+        let metadata_path = self.origin.path.key("metadata");
+        match kind {
+            Kind::MeshConfig => {
+                mesh_config::check_name(metadata, &metadata_path, findings);
+                let raw: RawMeshConfig = self.read("spec", findings)?;
+                Some(Spec::MeshConfig(raw.check(&path, findings)))
+            }
+            Kind::Workload => {
+                let raw: RawWorkload = self.read("spec", findings)?;
+                raw.check(metadata, &path, findings).map(Spec::Workload)
+            }
+            Kind::PeerAuthentication => {
+                let raw: RawPeerAuthentication = self.read("spec", findings)?;
+                Some(Spec::PeerAuthentication(raw.check(metadata, &path, findings)))
+            }
+            Kind::Service => {
+                service::check_annotations(metadata, &metadata_path, findings);
+                let raw: RawService = self.read("spec", findings)?;
+                Some(Spec::Service(raw.check(&path, findings)))
+            }
+            Kind::ServiceAccount => Some(Spec::ServiceAccount(ServiceAccount {})),
+        }
+    }
+
+    /// In own kinds unknown fields are errors; in adopted ones warnings, unless they change nothing.
+    fn report_unknown(&self, kind: Kind, findings: &mut Findings) {
+        self.collect_top_level(kind);
+        for field in self.unknown.take() {
+            let path = field.parent.key(field.field);
+            let shape = path.shape_below(&self.origin.path);
+            if STANDARD_FIELDS.contains(&shape.as_str()) {
+                continue;
+            }
+            if kind.is_own() {
+                findings.add(&path, At::Key, Severity::Error, prefixed(&field.parent, field.message()));
+            } else if !changes_nothing(kind, &shape, field.value) {
+                let hint = match nearest(field.field, field.known) {
+                    Some((name, true)) => format!("; did you mean `{name}`?"),
+                    Some((_, false)) | None => String::new(),
+                };
+                let message = format!("field {} is not acted on{hint}", Shortened(field.field));
+                findings.add(&path, At::Key, Severity::Warning, prefixed(&field.parent, message));
+            }
+        }
+    }
+
+    fn collect_top_level(&self, kind: Kind) {
+        let known: &'static [&'static str] = match kind {
+            Kind::ServiceAccount => &["apiVersion", "kind", "metadata"],
+            Kind::MeshConfig | Kind::Workload | Kind::PeerAuthentication | Kind::Service => {
+                &["apiVersion", "kind", "metadata", "spec"]
+            }
+        };
+        let Node::Map(entries) = self.object else { return };
+        for (field, value) in entries.iter().filter(|(field, _)| !known.contains(&field.as_ref())) {
+            let parent = self.origin.path.clone();
+            self.unknown.borrow_mut().push(UnknownField { parent, field, value, known });
+        }
+    }
+}
+
+fn changes_nothing(kind: Kind, shape: &str, value: &Node<'_>) -> bool {
+    let standard_value = service::SILENT_VALUES
+        .iter()
+        .any(|(field, standard)| *field == shape && matches!(value, Node::Text(text) if text == standard));
+    match kind {
+        Kind::Service => service::SILENT_FIELDS.contains(&shape) || standard_value,
+        Kind::ServiceAccount | Kind::MeshConfig | Kind::Workload | Kind::PeerAuthentication => false,
+    }
+}
+
+/// `apiVersion` or `kind`: text that must be there.
+fn type_field<'o>(name: &str, object: &'o Node<'_>, path: &Path, findings: &mut Findings) -> Option<&'o str> {
+    match object.field(name) {
+        Some(Node::Text(text)) => Some(text),
+        Some(other) => {
+            findings.error(&path.key(name), format!("expected text, got {}", other.described()));
+            None
+        }
+        None => {
+            findings.error(path, format!("`{name}` is missing: every document says its apiVersion and kind"));
+            None
+        }
+    }
+}

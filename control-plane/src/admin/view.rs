@@ -1,0 +1,122 @@
+//! What `/status` and `/stats` say, as types that `outrigger status` and `outrigger stat` read. Times are Unix seconds.
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    pub version: String,
+    pub trust_domain: String,
+    pub authority: Authority,
+    /// Whoever has a Watch stream open.
+    pub sidecars: Vec<Sidecar>,
+    /// Instances that hold a lease, or are kept after losing it.
+    pub leases: usize,
+    pub config: Config,
+    /// Services that list endpoints which were lost, as `name.namespace`.
+    pub stale_services: Vec<String>,
+    /// What is probably not as it was meant.
+    pub warnings: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Authority {
+    /// End of the issuing chain.
+    pub not_after: u64,
+    /// Half of its life is over, and the root's key is not here to renew it.
+    pub overdue: bool,
+    /// Roots in the trust bundle.
+    pub roots: usize,
+    pub generation: u64,
+    /// End of the control plane's own certificate.
+    pub serving_not_after: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sidecar {
+    pub instance: String,
+    pub namespace: String,
+    pub identity: String,
+    /// The sidecar's build.
+    pub version: String,
+    pub connected_since: u64,
+    /// End of the certificate that it last spoke of.
+    pub certificate_not_after: u64,
+    pub subscriptions: usize,
+    /// Subscriptions of which it has acknowledged nothing yet.
+    pub unacknowledged: usize,
+    /// Its open connections; None: it has not reported yet.
+    pub connections: Option<u64>,
+    pub refusals: Vec<Refusal>,
+}
+
+/// An update that a sidecar refused; it goes on with what it had.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// `self`, `name.namespace:port` or an address.
+    pub key: String,
+    pub version: u64,
+    pub reason: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    /// A file with errors is not in force; its last good text is, if there is one.
+    pub errors: Vec<Problem>,
+    pub warnings: Vec<Problem>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Problem {
+    pub file: String,
+    pub line: usize,
+    pub column: usize,
+    pub message: String,
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}:{}: {}", self.file, self.line, self.column, self.message)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stats {
+    pub edges: Vec<Edge>,
+}
+
+/// The golden signals of one edge over the last ten seconds, as one side saw it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Edge {
+    pub source_workload: String,
+    pub source_namespace: String,
+    /// SPIFFE id; empty when it was not proved.
+    pub source_identity: String,
+    /// `name.namespace`
+    pub destination_service: String,
+    pub destination_workload: String,
+    pub destination_namespace: String,
+    pub destination_identity: String,
+    pub direction: Direction,
+    /// http1, http2, grpc, tcp or tls
+    pub protocol: String,
+    pub mtls: bool,
+    /// HTTP and gRPC: requests; TCP: connections that were opened.
+    pub requests_per_second: f64,
+    /// 0 to 100; None when there were no requests.
+    pub success_percent: Option<f64>,
+    /// Seconds.
+    pub p50: Option<f64>,
+    pub p99: Option<f64>,
+    pub sent_bytes_per_second: f64,
+    pub received_bytes_per_second: f64,
+}
+
+/// Whose sidecar reported the edge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// The server's.
+    Inbound,
+    /// The client's.
+    Outbound,
+}

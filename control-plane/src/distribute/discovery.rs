@@ -1,0 +1,182 @@
+//! `Discovery.Watch`: one stream per sidecar. Reads subscriptions and acknowledgements, writes what changed; the
+//! sidecar's own pace decides how much is sent, and only the newest version of each key ever is.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use outrigger_api::resource::Labels;
+use outrigger_api::snapshot::Key;
+use outrigger_api::wire::discovery_server::Discovery;
+use outrigger_api::wire::{Ack, Hello, ResourceKey, WatchRequest, WatchResponse, watch_request};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::publisher::{Subscriber, Topic};
+use super::server::{Control, Shared};
+use super::tls::{Peer, PeerCertificate};
+use crate::registry::InstanceId;
+
+/// Keys that one sidecar may subscribe to.
+const MAX_SUBSCRIPTIONS: usize = 10_000;
+/// Updates that wait for a sidecar's window; the rest waits as marks.
+const IN_FLIGHT: usize = 16;
+
+#[tonic::async_trait]
+impl Discovery for Shared {
+    type WatchStream = ReceiverStream<Result<WatchResponse, Status>>;
+
+    async fn watch(&self, request: Request<Streaming<WatchRequest>>) -> Result<Response<Self::WatchStream>, Status> {
+        let certificate = client_certificate(&request)?.1;
+        let (updates, stream) = mpsc::channel(IN_FLIGHT);
+        tokio::spawn(watch(self.0.clone(), certificate, request.into_inner(), updates));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// The verified certificate without which this service says nothing, and who it is from.
+pub(super) fn client_certificate<T>(request: &Request<T>) -> Result<(Peer, PeerCertificate), Status> {
+    let peer = request.extensions().get::<Peer>().cloned();
+    let certificate = peer.as_ref().and_then(|peer| peer.certificate.clone());
+    peer.zip(certificate).ok_or_else(|| {
+        Status::unauthenticated("certificate_required: connect with the certificate that Identity.Issue gave")
+    })
+}
+
+/// The instance that a caller stands for. The certificate proves namespace and account; its subject names the workload,
+/// of which there may be several instances, each with the name that it gives itself.
+pub(super) fn instance_of(certificate: &PeerCertificate, claimed: &str) -> Result<InstanceId, Status> {
+    if let Err(error) = outrigger_api::name::label(claimed) {
+        return Err(Status::invalid_argument(format!("workload_name: {error}")));
+    }
+    Ok(InstanceId {
+        namespace: certificate.identity.namespace().to_owned(),
+        service_account: certificate.identity.account().to_owned(),
+        name: claimed.to_owned(),
+    })
+}
+
+async fn watch(
+    control: Arc<Control>,
+    certificate: PeerCertificate,
+    mut requests: Streaming<WatchRequest>,
+    updates: mpsc::Sender<Result<WatchResponse, Status>>,
+) {
+    let end = control.until_end(certificate.not_after);
+    let mut end = std::pin::pin!(end);
+    let first = tokio::select! {
+        first = requests.message() => first,
+        status = &mut end => Err(status),
+    };
+    let subscriber = match first {
+        Ok(Some(WatchRequest { kind: Some(watch_request::Kind::Hello(hello)) })) => {
+            greet(&control, &certificate, hello)
+        }
+        Ok(Some(_)) => Err(Status::invalid_argument("the first message of a Watch must be hello")),
+        Ok(None) => return,
+        Err(status) => Err(status),
+    };
+    let subscriber = match subscriber {
+        Ok(subscriber) => subscriber,
+        Err(status) => {
+            let _ = updates.send(Err(status)).await;
+            return;
+        }
+    };
+    control.publisher.connect(&subscriber);
+    tracing::info!(instance = %subscriber.id, "sidecar connected");
+    let ended = tokio::select! {
+        status = talk(&control, &certificate.workload, &subscriber, &mut requests, &updates) => status,
+        status = end => Some(status),
+    };
+    control.publisher.disconnect(&subscriber);
+    tracing::info!(instance = %subscriber.id, "sidecar disconnected");
+    if let Some(status) = ended {
+        let _ = updates.try_send(Err(status));
+    }
+}
+
+fn greet(control: &Control, certificate: &PeerCertificate, hello: Hello) -> Result<Arc<Subscriber>, Status> {
+    let id = instance_of(certificate, &hello.workload)?;
+    let version = hello.version.chars().take(64).collect();
+    let number = control.next_stream();
+    Ok(Arc::new(Subscriber::new(number, id, version, SystemTime::now(), certificate.not_after)))
+}
+
+/// Both directions until one ends. None: the sidecar left.
+async fn talk(
+    control: &Control,
+    workload: &str,
+    subscriber: &Arc<Subscriber>,
+    requests: &mut Streaming<WatchRequest>,
+    updates: &mpsc::Sender<Result<WatchResponse, Status>>,
+) -> Option<Status> {
+    loop {
+        let room = async {
+            while !subscriber.has_waiting() {
+                subscriber.wake.notified().await;
+            }
+            updates.reserve().await
+        };
+        tokio::select! {
+            request = requests.message() => match request {
+                Ok(Some(request)) => {
+                    if let Err(status) = take(control, workload, subscriber, request) {
+                        return Some(status);
+                    }
+                }
+                Ok(None) | Err(_) => return None,
+            },
+            room = room => {
+                let Ok(room) = room else { return None };
+                let message = subscriber.take().and_then(|topic| control.publisher.message(&topic));
+                if let Some(message) = message {
+                    room.send(Ok(WatchResponse::clone(&message)));
+                }
+            }
+        }
+    }
+}
+
+fn take(control: &Control, workload: &str, subscriber: &Arc<Subscriber>, request: WatchRequest) -> Result<(), Status> {
+    match request.kind {
+        None => Err(Status::invalid_argument("a message that this control plane does not know")),
+        Some(watch_request::Kind::Hello(_)) => Err(Status::invalid_argument("hello comes once, first")),
+        Some(watch_request::Kind::Subscribe(key)) => {
+            let (topic, _) = topic(&key, &subscriber.id)?;
+            if subscriber.subscriptions() >= MAX_SUBSCRIPTIONS {
+                let message = format!("more than {MAX_SUBSCRIPTIONS} subscriptions; unsubscribe what is not used");
+                return Err(Status::resource_exhausted(message));
+            }
+            let granted =
+                if matches!(topic, Topic::Own(_)) { granted(control, &subscriber.id, workload) } else { None };
+            control.publisher.subscribe(subscriber, &topic, &granted.unwrap_or_default());
+            Ok(())
+        }
+        Some(watch_request::Kind::Unsubscribe(key)) => {
+            let (topic, _) = topic(&key, &subscriber.id)?;
+            control.publisher.unsubscribe(subscriber, &topic);
+            Ok(())
+        }
+        Some(watch_request::Kind::Ack(Ack { key, version, refusal })) => {
+            let (topic, text) = topic(&key.unwrap_or_default(), &subscriber.id)?;
+            if subscriber.answered(&topic, text.clone(), version, &refusal) {
+                control.metrics.refusals.inc();
+                tracing::warn!(instance = %subscriber.id, key = text, version, "update refused: {refusal}");
+            }
+            Ok(())
+        }
+    }
+}
+
+fn topic(key: &ResourceKey, id: &InstanceId) -> Result<(Topic, String), Status> {
+    let key = Key::try_from(key).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let text = key.to_string();
+    let topic = if key == Key::Own { Topic::Own(id.clone()) } else { Topic::Destination(key) };
+    Ok((topic, text))
+}
+
+/// The labels that an instance may register; None when it never redeemed a token here.
+pub(super) fn granted(control: &Control, id: &InstanceId, workload: &str) -> Option<Labels> {
+    control.redemptions.grant(&id.namespace, &id.service_account, workload)
+}

@@ -1,0 +1,150 @@
+//! `Identity.Issue`: a certificate for whoever proves who it is, by a join token the first time and by its current
+//! certificate afterwards. Every refusal begins with a word from identity.proto.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use outrigger_api::identity::SpiffeId;
+use outrigger_api::name;
+use outrigger_api::wire::identity_server::Identity;
+use outrigger_api::wire::{IssueRequest, IssueResponse};
+use tonic::{Code, Request, Response, Status};
+
+use super::index::leaf_lifetime_seconds;
+use super::server::{Control, Shared};
+use super::tls::Peer;
+use crate::ca::token::{Claims, TokenError};
+use crate::ca::{Issued, RedeemError, RequestedKey, unix_seconds};
+
+/// Why nothing was issued: the gRPC code, the word, and a sentence for people.
+struct Refusal {
+    code: Code,
+    word: &'static str,
+    message: String,
+}
+
+impl Refusal {
+    fn new(code: Code, word: &'static str, message: impl ToString) -> Refusal {
+        Refusal { code, word, message: message.to_string() }
+    }
+}
+
+impl From<TokenError> for Refusal {
+    fn from(error: TokenError) -> Refusal {
+        let code = if error == TokenError::Reserved { Code::PermissionDenied } else { Code::Unauthenticated };
+        Refusal::new(code, error.word(), error)
+    }
+}
+
+impl From<RedeemError> for Refusal {
+    fn from(error: RedeemError) -> Refusal {
+        let code = match error {
+            RedeemError::Replayed { .. } => Code::PermissionDenied,
+            RedeemError::State(_) => Code::Unavailable,
+        };
+        Refusal::new(code, error.word(), error)
+    }
+}
+
+#[tonic::async_trait]
+impl Identity for Shared {
+    async fn issue(&self, request: Request<IssueRequest>) -> Result<Response<IssueResponse>, Status> {
+        let control = &self.0;
+        let Some(peer) = request.extensions().get::<Peer>().cloned() else {
+            return Err(Status::internal("internal: the connection has no peer"));
+        };
+        let by_token = !request.get_ref().proof.trim().is_empty();
+        let issued = issue(control, &peer, request.into_inner(), SystemTime::now()).await;
+        issued.map(Response::new).map_err(|refusal| {
+            let Refusal { code, word, message } = refusal;
+            control.metrics.issue_refused.with_label_values(&[word]).inc();
+            tracing::warn!(peer = %peer.address, by_token, reason = word, "no certificate issued: {message}");
+            Status::new(code, format!("{word}: {message}"))
+        })
+    }
+}
+
+async fn issue(
+    control: &Arc<Control>,
+    peer: &Peer,
+    request: IssueRequest,
+    now: SystemTime,
+) -> Result<IssueResponse, Refusal> {
+    let IssueRequest { csr_der, proof, workload } = request;
+    let malformed_name = |error| Refusal::new(Code::InvalidArgument, "workload_name", error);
+    name::label(&workload).map_err(malformed_name)?;
+    let (identity, claims) = prove(control, peer, &proof, &workload, now)?;
+    let requested = control
+        .authority
+        .check(&csr_der, &identity)
+        .map_err(|error| Refusal::new(Code::InvalidArgument, error.word(), error))?;
+    let proof_kind = if claims.is_some() { "token" } else { "mtls" };
+    let lifetime = Duration::from_secs(leaf_lifetime_seconds(&control.publisher.resources()));
+    let (shared, named) = (control.clone(), workload.clone());
+    // The redemption waits for the disk, and signing takes a while: not on the thread that serves streams.
+    let issued = tokio::task::spawn_blocking(move || {
+        redeem_and_sign(&shared, claims, &requested, &identity, &named, lifetime, now)
+    })
+    .await
+    .map_err(|error| Refusal::new(Code::Internal, "internal", error))??;
+    control.metrics.issued.with_label_values(&[proof_kind]).inc();
+    Ok(IssueResponse {
+        chain_der: issued.chain.iter().map(|certificate| certificate.to_vec()).collect(),
+        trust_bundle: Some(control.authority.bundle().to_wire()),
+        not_before: unix_seconds(issued.validity.not_before) as i64,
+        not_after: unix_seconds(issued.validity.not_after) as i64,
+    })
+}
+
+/// Who is asking. Claims come back when a token is to be redeemed for it.
+fn prove(
+    control: &Control,
+    peer: &Peer,
+    proof: &str,
+    workload: &str,
+    now: SystemTime,
+) -> Result<(SpiffeId, Option<Claims>), Refusal> {
+    let trust_domain = control.authority.trust_domain();
+    match &peer.certificate {
+        Some(certificate) if proof.trim().is_empty() => {
+            if certificate.workload != workload {
+                let message = format!(
+                    "the current certificate is of workload {:?}; a renewal cannot be for {workload:?}",
+                    certificate.workload
+                );
+                return Err(Refusal::new(Code::InvalidArgument, "workload_name", message));
+            }
+            Ok((certificate.identity.clone(), None))
+        }
+        certificate => {
+            let claims = control.tokens.verify(proof, trust_domain.as_str(), now)?;
+            let identity = SpiffeId::new(trust_domain, &claims.namespace, &claims.service_account)
+                .map_err(|_| TokenError::Malformed)?;
+            if let Some(certificate) = certificate
+                && certificate.identity != identity
+            {
+                let message = format!("the token is for {identity}, and the connection is {}'s", certificate.identity);
+                return Err(Refusal::new(Code::PermissionDenied, "token_namespace", message));
+            }
+            Ok((identity, Some(claims)))
+        }
+    }
+}
+
+fn redeem_and_sign(
+    control: &Control,
+    claims: Option<Claims>,
+    requested: &RequestedKey,
+    identity: &SpiffeId,
+    workload: &str,
+    lifetime: Duration,
+    now: SystemTime,
+) -> Result<Issued, Refusal> {
+    if let Some(claims) = claims {
+        control.redemptions.redeem(&claims, workload, requested, now)?;
+    }
+    control
+        .authority
+        .issue(requested, identity, workload, lifetime, now)
+        .map_err(|error| Refusal::new(Code::Unavailable, "issuer", error))
+}

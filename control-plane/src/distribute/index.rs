@@ -1,0 +1,351 @@
+//! From resources and registry to what a sidecar is told: pure functions over one moment. Called by the publisher for
+//! each key that somebody subscribed to.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use outrigger_api::identity::{SpiffeId, TrustDomain};
+use outrigger_api::name::{self, Protocol, ServiceName};
+use outrigger_api::resource::{
+    AccessLogMode, Labels, LoadBalancerType, Metadata, OutboundTraffic, Resource, Resources, Service, ServicePort,
+    TargetPort,
+};
+use outrigger_api::snapshot::{
+    AccessLog, DEFAULT_LEAF_LIFETIME_SECONDS, DEFAULT_MAX_SERIES, Destination, Endpoint, EndpointTls, InboundPort, Key,
+    LoadBalancer, MeshSettings, MtlsMode, OutboundMode, Workload,
+};
+
+use crate::policy;
+use crate::registry::{Instance, InstanceId, LeasedPort, Ports, Registry};
+
+/// `RoundRobin`, `Random` or `LeastRequest`, on a Service.
+pub const LOAD_BALANCER: &str = "outrigger.dev/load-balancer";
+/// Which service accounts may be endpoints of a Service: `a,b`.
+pub const SERVICE_ACCOUNTS: &str = "outrigger.dev/service-accounts";
+
+/// A configuration with what is looked up in it by address.
+#[derive(Debug)]
+pub struct Catalog {
+    pub resources: Arc<Resources>,
+    pub trust_domain: TrustDomain,
+    by_cluster_ip: HashMap<SocketAddr, name::ServicePort>,
+}
+
+impl Catalog {
+    pub fn new(resources: Arc<Resources>, trust_domain: TrustDomain) -> Catalog {
+        let mut by_cluster_ip = HashMap::new();
+        for service in resources.services.values() {
+            let Ok(name) = ServiceName::new(&service.metadata.name, &service.metadata.namespace) else { continue };
+            for ip in &service.spec.cluster_ips {
+                for port in &service.spec.ports {
+                    let key = name::ServicePort { service: name.clone(), port: port.port };
+                    by_cluster_ip.entry(SocketAddr::new(*ip, port.port)).or_insert(key);
+                }
+            }
+        }
+        Catalog { resources, trust_domain, by_cluster_ip }
+    }
+
+    /// What the sidecar of `id` is told of itself. Before it has a lease its labels are those that were granted.
+    pub fn own_workload(&self, registry: &Registry, id: &InstanceId, granted: &Labels) -> Workload {
+        let instance = registry.get(id);
+        let labels = instance.map_or(granted, |instance| &instance.labels);
+        let modes = policy::mtls_modes(&self.resources, &id.namespace, labels);
+        let mut ports: BTreeMap<u16, OwnPort<'_>> = BTreeMap::new();
+        match instance.map(|instance| &instance.ports) {
+            Some(Ports::Leased(leased)) => ports.extend(
+                leased.iter().map(|port| (port.application, OwnPort { declared: port.protocol, service: None })),
+            ),
+            Some(Ports::Named(named)) => ports.extend(named.values().map(|port| (*port, OwnPort::default()))),
+            None => {}
+        }
+        for port in modes.ports.keys() {
+            ports.entry(*port).or_default();
+        }
+        for (name, service) in instance.map(|instance| self.services_of(instance)).unwrap_or_default() {
+            for port in &service.spec.ports {
+                let target = instance.and_then(|instance| application_port(instance, &port.target_port));
+                if let Some((target, _)) = target {
+                    ports.entry(target).or_default().service.get_or_insert((name.clone(), port));
+                }
+            }
+        }
+        let inbound = |(port, OwnPort { declared, service }): (u16, OwnPort<'_>)| {
+            let of_service = service.as_ref().map(|(_, port)| *port);
+            let protocol = policy::protocol(&self.resources, declared, of_service, Some(port));
+            let mtls_mode = policy::mode_of(&modes, port);
+            (port, InboundPort { protocol, mtls_mode, service: service.map(|(name, _)| name) })
+        };
+        Workload {
+            name: id.name.clone(),
+            namespace: id.namespace.clone(),
+            service_account: id.service_account.clone(),
+            ports: ports.into_iter().map(inbound).collect(),
+            default_mtls_mode: modes.default,
+            mesh: mesh_settings(&self.resources),
+        }
+    }
+
+    /// Who serves a destination; None when nobody registered it.
+    pub fn destination(&self, registry: &Registry, key: &Key) -> Option<Destination> {
+        match key {
+            Key::Own => None,
+            Key::Service(key) => self.service(registry, key),
+            Key::Address(address) => match self.by_cluster_ip.get(address) {
+                Some(key) => self.service(registry, key),
+                None => self.endpoint_itself(registry, *address),
+            },
+        }
+    }
+
+    /// The Services that an instance is part of, by name.
+    pub fn services_of(&self, instance: &Instance) -> Vec<(ServiceName, &Resource<Service>)> {
+        self.services_in(&instance.id.namespace)
+            .filter(|service| selects(service, instance))
+            .filter_map(|service| Some((service_name(&service.metadata)?, service)))
+            .collect()
+    }
+
+    /// What is probably not as it was meant, for `outrigger status`.
+    pub fn warnings(&self, registry: &Registry) -> Vec<String> {
+        let mut warnings = Vec::new();
+        for service in self.resources.services.values() {
+            let full_name = format!("Service {}/{}", service.metadata.namespace, service.metadata.name);
+            if let Some(value) = service.metadata.annotations.get(LOAD_BALANCER)
+                && load_balancer(value).is_none()
+            {
+                warnings.push(format!(
+                    "{full_name}: annotation {LOAD_BALANCER} is {value:?}; expected RoundRobin, Random or LeastRequest"
+                ));
+            }
+            for port in &service.spec.ports {
+                let TargetPort::Name(name) = &port.target_port else { continue };
+                let mut leased = registry
+                    .of_namespace(&service.metadata.namespace)
+                    .filter(|instance| matches!(instance.ports, Ports::Leased(_)) && selects(service, instance));
+                if let Some(instance) = leased.next() {
+                    warnings.push(format!(
+                        "{full_name}: targetPort {name:?} is a name, and the ports of {} have none; give its number",
+                        instance.id
+                    ));
+                }
+            }
+        }
+        for instance in registry.all() {
+            let modes = policy::mtls_modes(&self.resources, &instance.id.namespace, &instance.labels);
+            for (one, other) in modes.contradictions {
+                warnings.push(format!("PeerAuthentication {one} contradicts {other}; the stricter is in force"));
+            }
+        }
+        warnings.sort();
+        warnings.dedup();
+        warnings
+    }
+
+    fn services_in<'a, 'n>(&'a self, namespace: &'n str) -> impl Iterator<Item = &'a Resource<Service>> + use<'a, 'n> {
+        self.resources
+            .services
+            .range((namespace.to_owned(), String::new())..)
+            .take_while(move |((of, _), _)| of == namespace)
+            .map(|(_, service)| service)
+    }
+
+    fn service(&self, registry: &Registry, key: &name::ServicePort) -> Option<Destination> {
+        let name = (key.service.namespace.to_string(), key.service.name.to_string());
+        let service = self.resources.services.get(&name)?;
+        let port = service.spec.ports.iter().find(|port| port.port == key.port)?;
+        let chosen: Vec<(&Instance, Target)> = registry
+            .of_namespace(&name.0)
+            .filter(|instance| selects(service, instance))
+            .filter_map(|instance| Some((&**instance, target(instance, &port.target_port)?)))
+            .collect();
+        Some(self.assemble(key.service.clone(), key.port, Some((service, port)), &chosen))
+    }
+
+    /// A destination by the address of an endpoint: exactly that endpoint, under the name of a Service that it
+    /// serves there, or under its own name when there is none.
+    fn endpoint_itself(&self, registry: &Registry, address: SocketAddr) -> Option<Destination> {
+        let port = address.port();
+        let dialled = |instance: &Instance| match &instance.ports {
+            Ports::Leased(ports) => {
+                let by_mesh = ports.iter().find(|leased| leased.mesh == port);
+                by_mesh.or_else(|| ports.iter().find(|leased| leased.application == port)).map(Target::of)
+            }
+            Ports::Named(ports) => ports.values().any(|named| *named == port).then(|| Target::plain(port)),
+        };
+        // Where peers dial comes before what an application calls its port: an address may be shared, as on loopback.
+        let here = || registry.at(address.ip());
+        let instance = here()
+            .find(|instance| instance.listens_on(port))
+            .or_else(|| here().find(|instance| dialled(instance).is_some()))?;
+        let target = dialled(instance)?;
+        let found = self.services_of(instance).into_iter().find_map(|(name, service)| {
+            let serves = |of: &&ServicePort| {
+                application_port(instance, &of.target_port).is_some_and(|(port, _)| port == target.application)
+            };
+            Some((name, service, service.spec.ports.iter().find(serves)?))
+        });
+        let chosen = [(&**instance, target)];
+        match found {
+            Some((name, service, of)) => Some(self.assemble(name, of.port, Some((service, of)), &chosen)),
+            None => {
+                let namespace = &instance.id.namespace;
+                let name = ServiceName::new(&instance.workload, namespace)
+                    .or_else(|_| ServiceName::new(&instance.id.name, namespace));
+                Some(self.assemble(name.ok()?, port, None, &chosen))
+            }
+        }
+    }
+
+    fn assemble(
+        &self,
+        name: ServiceName,
+        port: u16,
+        service: Option<(&Resource<Service>, &ServicePort)>,
+        chosen: &[(&Instance, Target)],
+    ) -> Destination {
+        let declared = chosen.iter().find_map(|(_, target)| target.protocol);
+        let application_port = chosen.first().map(|(_, target)| target.application);
+        let annotated =
+            service.and_then(|(service, _)| load_balancer(service.metadata.annotations.get(LOAD_BALANCER)?));
+        Destination {
+            service: name,
+            port,
+            protocol: policy::protocol(&self.resources, declared, service.map(|(_, port)| port), application_port),
+            load_balancer: annotated
+                .unwrap_or_else(|| default_load_balancer(self.resources.mesh.defaults.load_balancer)),
+            endpoints: chosen.iter().filter_map(|(instance, target)| self.endpoint(instance, *target)).collect(),
+            stale: chosen.iter().any(|(instance, _)| instance.stale),
+        }
+    }
+
+    /// How to dial: mutual TLS with the identity that the endpoint is registered under, unless it has no sidecar or
+    /// policy says that its sidecar takes plaintext only.
+    fn endpoint(&self, instance: &Instance, target: Target) -> Option<Endpoint> {
+        let id = &instance.id;
+        let disabled = || {
+            let modes = policy::mtls_modes(&self.resources, &id.namespace, &instance.labels);
+            policy::mode_of(&modes, target.application) == MtlsMode::Disable
+        };
+        let tls = if !instance.mesh || disabled() {
+            EndpointTls::Plaintext
+        } else {
+            EndpointTls::Mutual(SpiffeId::new(&self.trust_domain, &id.namespace, &id.service_account).ok()?)
+        };
+        Some(Endpoint {
+            address: SocketAddr::new(instance.ip, target.dial),
+            tls,
+            workload: instance.workload.clone(),
+            namespace: id.namespace.clone(),
+            instance: id.name.clone(),
+            weight: instance.weight,
+            application_port: target.application,
+        })
+    }
+}
+
+/// What is known of a port of the workload itself.
+#[derive(Default)]
+struct OwnPort<'a> {
+    declared: Option<Protocol>,
+    /// The first Service, by name, that selects it.
+    service: Option<(ServiceName, &'a ServicePort)>,
+}
+
+/// Where an instance serves a port.
+#[derive(Clone, Copy)]
+struct Target {
+    application: u16,
+    dial: u16,
+    protocol: Option<Protocol>,
+}
+
+impl Target {
+    fn of(port: &LeasedPort) -> Target {
+        Target { application: port.application, dial: port.mesh, protocol: port.protocol }
+    }
+
+    fn plain(port: u16) -> Target {
+        Target { application: port, dial: port, protocol: None }
+    }
+}
+
+fn target(instance: &Instance, wanted: &TargetPort) -> Option<Target> {
+    let (application, leased) = application_port(instance, wanted)?;
+    Some(leased.map_or(Target::plain(application), Target::of))
+}
+
+/// The instance's port that a targetPort means: a sidecar serves the ports that it registered and no other, they
+/// have no names; a Workload document serves any number and the names that it lists.
+fn application_port<'a>(instance: &'a Instance, wanted: &TargetPort) -> Option<(u16, Option<&'a LeasedPort>)> {
+    match (&instance.ports, wanted) {
+        (Ports::Leased(ports), TargetPort::Number(number)) => {
+            ports.iter().find(|port| port.application == *number).map(|port| (*number, Some(port)))
+        }
+        (Ports::Leased(_), TargetPort::Name(_)) => None,
+        (Ports::Named(_), TargetPort::Number(number)) => Some((*number, None)),
+        (Ports::Named(ports), TargetPort::Name(name)) => ports.get(name).map(|number| (*number, None)),
+    }
+}
+
+fn selects(service: &Resource<Service>, instance: &Instance) -> bool {
+    let selector = &service.spec.selector;
+    !selector.is_empty()
+        && service.metadata.namespace == instance.id.namespace
+        && policy::contains(&instance.labels, selector)
+        && service
+            .metadata
+            .annotations
+            .get(SERVICE_ACCOUNTS)
+            .is_none_or(|accounts| accounts.split(',').any(|account| account.trim() == instance.id.service_account))
+}
+
+fn service_name(metadata: &Metadata) -> Option<ServiceName> {
+    ServiceName::new(&metadata.name, &metadata.namespace).ok()
+}
+
+fn load_balancer(text: &str) -> Option<LoadBalancer> {
+    match text.trim() {
+        "LeastRequest" => Some(LoadBalancer::LeastRequest),
+        "RoundRobin" => Some(LoadBalancer::RoundRobin),
+        "Random" => Some(LoadBalancer::Random),
+        _ => None,
+    }
+}
+
+fn default_load_balancer(configured: LoadBalancerType) -> LoadBalancer {
+    match configured {
+        LoadBalancerType::LeastRequest => LoadBalancer::LeastRequest,
+        LoadBalancerType::RoundRobin => LoadBalancer::RoundRobin,
+        LoadBalancerType::Random => LoadBalancer::Random,
+    }
+}
+
+/// Seconds that a leaf lives.
+pub fn leaf_lifetime_seconds(resources: &Resources) -> u64 {
+    resources.mesh.leaf_lifetime_seconds.unwrap_or(DEFAULT_LEAF_LIFETIME_SECONDS)
+}
+
+fn mesh_settings(resources: &Resources) -> MeshSettings {
+    let mesh = &resources.mesh;
+    MeshSettings {
+        outbound_mode: match mesh.outbound {
+            OutboundTraffic::AllowAny => OutboundMode::AllowAny,
+            OutboundTraffic::RegistryOnly => OutboundMode::RegistryOnly,
+        },
+        otlp_endpoint: mesh.tracing.otlp_endpoint.clone(),
+        random_sampling_percentage: mesh.tracing.random_sampling_percentage.unwrap_or(1.0),
+        access_log: match mesh.access_log {
+            AccessLogMode::Off => AccessLog::Off,
+            AccessLogMode::Failures => AccessLog::Failures,
+            AccessLogMode::All => AccessLog::All,
+        },
+        max_series: mesh.max_series.unwrap_or(DEFAULT_MAX_SERIES),
+        leaf_lifetime_seconds: leaf_lifetime_seconds(resources),
+    }
+}
+
+#[cfg(test)]
+#[path = "index_tests.rs"]
+mod tests;

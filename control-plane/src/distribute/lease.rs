@@ -1,0 +1,196 @@
+//! `Registry.Lease`: the stream is the lease. What is registered is limited to what the instance's certificate and its
+//! token's grant allow; everything that a sidecar says is checked before it gets into the registry.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use outrigger_api::resource::Labels;
+use outrigger_api::wire::registry_server::Registry;
+use outrigger_api::wire::{self, LeaseRequest, LeaseResponse, lease_request, protocol_from_wire};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::discovery::{client_certificate, granted, instance_of};
+use super::server::{Control, Shared};
+use super::tls::{Peer, PeerCertificate};
+use crate::registry::{InstanceId, LeasedPort, Registration};
+
+/// Far more than any workload serves.
+const MAX_PORTS: usize = 1_000;
+const MAX_NAME: usize = 253;
+
+#[tonic::async_trait]
+impl Registry for Shared {
+    type LeaseStream = ReceiverStream<Result<LeaseResponse, Status>>;
+
+    async fn lease(&self, request: Request<Streaming<LeaseRequest>>) -> Result<Response<Self::LeaseStream>, Status> {
+        let (peer, certificate) = client_certificate(&request)?;
+        let (answers, stream) = mpsc::channel(4);
+        tokio::spawn(lease(self.0.clone(), peer, certificate, request.into_inner(), answers));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+async fn lease(
+    control: Arc<Control>,
+    peer: Peer,
+    certificate: PeerCertificate,
+    mut requests: Streaming<LeaseRequest>,
+    answers: mpsc::Sender<Result<LeaseResponse, Status>>,
+) {
+    let number = control.next_stream();
+    let mut id: Option<InstanceId> = None;
+    let held = hold(&control, &peer, &certificate, number, &mut id, &mut requests, &answers);
+    let ended = tokio::select! {
+        ended = held => ended,
+        status = control.until_end(certificate.not_after) => Some(status),
+    };
+    if let Some(id) = id {
+        control.publisher.lost(&id, number);
+    }
+    if let Some(status) = ended {
+        let _ = answers.try_send(Err(status));
+    }
+}
+
+/// Answers each message. None: the sidecar left.
+async fn hold(
+    control: &Control,
+    peer: &Peer,
+    certificate: &PeerCertificate,
+    number: u64,
+    registered: &mut Option<InstanceId>,
+    requests: &mut Streaming<LeaseRequest>,
+    answers: &mpsc::Sender<Result<LeaseResponse, Status>>,
+) -> Option<Status> {
+    while let Ok(Some(request)) = requests.message().await {
+        let answer = match request.kind {
+            Some(lease_request::Kind::Register(registration)) => {
+                let id = match instance_of(certificate, &registration.instance) {
+                    Ok(id) => id,
+                    Err(status) => return Some(status),
+                };
+                let answer = register(control, &id, certificate, peer, number, &registration);
+                *registered = Some(id);
+                answer
+            }
+            Some(lease_request::Kind::Withdraw(_)) => {
+                if let Some(id) = registered.take() {
+                    control.publisher.withdraw(&id, number);
+                    tracing::info!(instance = %id, "lease withdrawn");
+                }
+                LeaseResponse::default()
+            }
+            None => return Some(Status::invalid_argument("a message that this control plane does not know")),
+        };
+        if answers.send(Ok(answer)).await.is_err() {
+            return None;
+        }
+    }
+    None
+}
+
+fn register(
+    control: &Control,
+    id: &InstanceId,
+    certificate: &PeerCertificate,
+    peer: &Peer,
+    number: u64,
+    registration: &wire::Registration,
+) -> LeaseResponse {
+    let grant = granted(control, id, &certificate.workload).unwrap_or_default();
+    let registered = read(registration, peer.address.ip(), &grant).and_then(|registration| {
+        control.publisher.register(id, number, &registration).map_err(|error| error.to_string())
+    });
+    match registered {
+        Ok(services) => {
+            LeaseResponse { refusal: String::new(), services: services.iter().map(ToString::to_string).collect() }
+        }
+        Err(refusal) => {
+            control.metrics.leases_refused.inc();
+            tracing::warn!(instance = %id, "registration refused: {refusal}");
+            LeaseResponse { refusal, services: Vec::new() }
+        }
+    }
+}
+
+/// Checks what a sidecar says about itself against what it may say.
+fn read(message: &wire::Registration, peer: IpAddr, grant: &Labels) -> Result<Registration, String> {
+    for (key, value) in &message.labels {
+        if grant.get(key) != Some(value) {
+            return Err(format!(
+                "the label {key}={value} was not granted; make the token with `--label {key}={value}`"
+            ));
+        }
+    }
+    let ip = match message.ip.as_str() {
+        "" => peer,
+        text => text.parse::<IpAddr>().map_err(|_| format!("{text:?} is not an IP address"))?.to_canonical(),
+    };
+    if ip.is_unspecified() || ip.is_multicast() {
+        return Err(format!("{ip} is no address at which peers can reach this workload; give --workload-address"));
+    }
+    if message.ports.len() > MAX_PORTS {
+        return Err(format!("{} ports; at most {MAX_PORTS} can be registered", message.ports.len()));
+    }
+    let mut ports: Vec<LeasedPort> = Vec::new();
+    for port in &message.ports {
+        let number = |value: u32| {
+            u16::try_from(value).ok().filter(|port| *port != 0).ok_or_else(|| format!("{value} is not a port"))
+        };
+        let protocol = protocol_from_wire(port.protocol).map_err(|error| error.to_string())?;
+        let port = LeasedPort { application: number(port.application_port)?, mesh: number(port.mesh_port)?, protocol };
+        if ports.iter().any(|other| other.application == port.application || other.mesh == port.mesh) {
+            return Err(format!("port {} (at {}) is registered twice", port.application, port.mesh));
+        }
+        ports.push(port);
+    }
+    let workload = if message.workload.is_empty() { &message.instance } else { &message.workload };
+    if workload.len() > MAX_NAME || workload.chars().any(|c| c.is_control() || c.is_whitespace()) {
+        return Err(format!("the workload's name must be at most {MAX_NAME} bytes without spaces"));
+    }
+    let labels = message.labels.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+    Ok(Registration { workload: workload.clone(), labels, ip, ports })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_sidecar_says_is_checked() {
+        let grant = Labels::from([("app".to_owned(), "cart".to_owned())]);
+        let port = |application_port, mesh_port| wire::RegisteredPort { application_port, mesh_port, protocol: 0 };
+        let base = wire::Registration { instance: "cart-1".into(), ..Default::default() };
+        let with = |change: fn(&mut wire::Registration)| {
+            let mut message = base.clone();
+            message.labels.insert("app".into(), "cart".into());
+            message.ports = vec![port(80, 9080)];
+            change(&mut message);
+            read(&message, [10, 0, 0, 1].into(), &grant)
+        };
+        let good = with(|_| {}).unwrap();
+        assert_eq!((good.ip, good.workload.as_str()), ([10, 0, 0, 1].into(), "cart-1"));
+        assert_eq!(with(|m| m.ip = "::ffff:10.0.0.2".into()).unwrap().ip, IpAddr::from([10, 0, 0, 2]));
+        assert_eq!(with(|m| m.workload = "cart".into()).unwrap().workload, "cart");
+        type Change = fn(&mut wire::Registration);
+        let bad: [(&str, Change); 9] = [
+            ("a label with another value", |m| drop(m.labels.insert("app".into(), "pay".into()))),
+            ("a label that was not granted", |m| drop(m.labels.insert("tier".into(), "x".into()))),
+            ("no address", |m| m.ip = "cart.test".into()),
+            ("every address", |m| m.ip = "0.0.0.0".into()),
+            ("a group's address", |m| m.ip = "224.0.0.1".into()),
+            ("port 0", |m| m.ports[0].mesh_port = 0),
+            ("port 65536", |m| m.ports[0].application_port = 65536),
+            ("an unknown protocol", |m| m.ports[0].protocol = 99),
+            ("a name with a line break", |m| m.workload = "a\nb".into()),
+        ];
+        for (name, change) in bad {
+            assert!(with(change).is_err(), "{name}");
+        }
+        let mut twice = base.clone();
+        twice.ports = vec![port(80, 9080), port(81, 9080)];
+        assert!(read(&twice, [10, 0, 0, 1].into(), &grant).is_err());
+    }
+}

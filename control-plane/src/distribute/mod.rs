@@ -1,0 +1,19 @@
+//! What sidecars talk to: certificates for proofs, what is known on demand, leases, and reports, over gRPC and TLS.
+//! `app` starts it, `admin` reads its status. Nothing here believes a name that a certificate or a token does not prove.
+
+mod discovery;
+mod identity;
+mod index;
+mod lease;
+mod metrics;
+mod publisher;
+mod reports;
+mod server;
+mod telemetry;
+mod tls;
+
+pub use index::{Catalog, leaf_lifetime_seconds};
+pub use metrics::Metrics;
+pub use publisher::{Publisher, Refusal, SidecarStatus};
+pub use reports::{EdgeKey, EdgeStats, Reports};
+pub use server::{Control, Server};

@@ -1,0 +1,333 @@
+//! One place that knows everything and everybody: the configuration, the registry, and which sidecar subscribed to
+//! what. A change marks what it may concern; [`Publisher::run`] then computes each of those subscriptions once,
+//! however many sidecars share it, and wakes only those for whom the answer really changed. Versions come from one
+//! counter that grows over restarts too, so within each key they only grow.
+
+mod scope;
+mod subscriber;
+
+pub use subscriber::{Refusal, SidecarStatus, Subscriber};
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as MapEntry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use outrigger_api::name::ServiceName;
+use outrigger_api::resource::{Labels, Resources};
+use outrigger_api::snapshot::Key;
+use outrigger_api::wire::{self, watch_response};
+use tokio::sync::Notify;
+
+use super::index::Catalog;
+use super::metrics::Metrics;
+use crate::registry::{Instance, InstanceId, RegisterError, Registration, Registry, SavedLease};
+use scope::Scope;
+
+/// Changes that come together are computed together: those of this time, and of more when computing takes longer, so
+/// that it never takes more than a fifth of the thread.
+const COALESCE: Duration = Duration::from_millis(10);
+const MAX_COALESCE: Duration = Duration::from_millis(500);
+
+/// What a subscription is about, the same value for all who share it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Topic {
+    Own(InstanceId),
+    Destination(Key),
+}
+
+pub struct Publisher {
+    inner: Mutex<Inner>,
+    /// There is something to compute.
+    changed: Notify,
+    /// The leases are not what is on disk.
+    pub leases_changed: Notify,
+    metrics: Arc<Metrics>,
+}
+
+struct Inner {
+    catalog: Catalog,
+    registry: Registry,
+    bundle: wire::TrustBundle,
+    entries: HashMap<Topic, Entry>,
+    scope: Scope,
+    version: u64,
+    subscribers: HashMap<u64, Arc<Subscriber>>,
+}
+
+/// One topic that somebody subscribed to.
+struct Entry {
+    message: Arc<wire::WatchResponse>,
+    subscribers: HashMap<u64, Arc<Subscriber>>,
+    /// For a workload's own topic: labels to go by until it has a lease.
+    granted: Labels,
+}
+
+impl Publisher {
+    /// `version`: every version that is given out is greater.
+    pub fn new(
+        catalog: Catalog,
+        mut registry: Registry,
+        bundle: wire::TrustBundle,
+        version: u64,
+        metrics: Arc<Metrics>,
+    ) -> Publisher {
+        registry.set_workloads(&catalog.resources);
+        let inner = Inner {
+            catalog,
+            registry,
+            bundle,
+            entries: HashMap::new(),
+            scope: Scope::default(),
+            version,
+            subscribers: HashMap::new(),
+        };
+        Publisher { inner: Mutex::new(inner), changed: Notify::new(), leases_changed: Notify::new(), metrics }
+    }
+
+    /// Publishes what changes and lets go of lost leases, until the task is dropped.
+    pub async fn run(&self) {
+        let mut wait = COALESCE;
+        loop {
+            let next = self.lock().registry.next_sweep().map(tokio::time::Instant::from_std);
+            let due = async {
+                match next {
+                    Some(next) => tokio::time::sleep_until(next).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = self.changed.notified() => tokio::time::sleep(wait).await,
+                () = due => {}
+            }
+            self.sweep(tokio::time::Instant::now().into_std());
+            let began = Instant::now();
+            self.publish();
+            wait = (began.elapsed() * 4).clamp(COALESCE, MAX_COALESCE);
+        }
+    }
+
+    /// Takes a configuration.
+    pub fn configure(&self, resources: Arc<Resources>) {
+        let mut inner = self.lock();
+        inner.registry.set_workloads(&resources);
+        inner.catalog = Catalog::new(resources, inner.catalog.trust_domain.clone());
+        inner.scope.everything();
+        self.changed.notify_one();
+    }
+
+    pub fn set_bundle(&self, bundle: wire::TrustBundle) {
+        let mut inner = self.lock();
+        inner.bundle = bundle;
+        inner.scope.everything();
+        self.changed.notify_one();
+    }
+
+    pub fn resources(&self) -> Arc<Resources> {
+        self.lock().catalog.resources.clone()
+    }
+
+    // --- leases ---------------------------------------------------------------------------------------------
+
+    /// Takes a registration; answers with the Services that select the instance now.
+    pub fn register(
+        &self,
+        id: &InstanceId,
+        stream: u64,
+        registration: &Registration,
+    ) -> Result<Vec<ServiceName>, RegisterError> {
+        let mut inner = self.lock();
+        for changed in inner.registry.register(id, stream, registration)? {
+            self.lease_changed(&mut inner, &changed);
+        }
+        let instance = inner.registry.get(id).cloned();
+        let services = instance.map(|instance| inner.catalog.services_of(&instance)).unwrap_or_default();
+        Ok(services.into_iter().map(|(name, _)| name).collect())
+    }
+
+    pub fn withdraw(&self, id: &InstanceId, stream: u64) {
+        let mut inner = self.lock();
+        if inner.registry.withdraw(id, stream) {
+            self.lease_changed(&mut inner, id);
+        }
+    }
+
+    pub fn lost(&self, id: &InstanceId, stream: u64) {
+        self.lock().registry.lost(id, stream, tokio::time::Instant::now().into_std());
+        // Wakes `run`, which then knows when to look again.
+        self.changed.notify_one();
+    }
+
+    /// Lets go of what was lost for too long.
+    pub fn sweep(&self, now: Instant) {
+        let mut inner = self.lock();
+        let Inner { catalog, registry, .. } = &mut *inner;
+        let services = |instance: &Instance| catalog.services_of(instance).into_iter().map(|(name, _)| name).collect();
+        for id in registry.sweep(now, &services) {
+            self.lease_changed(&mut inner, &id);
+        }
+    }
+
+    pub fn saved_leases(&self) -> Vec<SavedLease> {
+        self.lock().registry.save()
+    }
+
+    fn lease_changed(&self, inner: &mut Inner, id: &InstanceId) {
+        inner.scope.instance(id);
+        self.changed.notify_one();
+        self.leases_changed.notify_one();
+    }
+
+    // --- subscriptions --------------------------------------------------------------------------------------
+
+    pub fn connect(&self, subscriber: &Arc<Subscriber>) {
+        self.lock().subscribers.insert(subscriber.number, subscriber.clone());
+    }
+
+    pub fn disconnect(&self, subscriber: &Subscriber) {
+        let mut inner = self.lock();
+        inner.subscribers.remove(&subscriber.number);
+        for topic in subscriber.topics() {
+            inner.leave(&topic, subscriber.number);
+        }
+    }
+
+    /// Subscribes; the answer is there at once, for [`Publisher::message`].
+    pub fn subscribe(&self, subscriber: &Arc<Subscriber>, topic: &Topic, granted: &Labels) {
+        let mut inner = self.lock();
+        if !inner.entries.contains_key(topic) {
+            let resource = inner.compute(topic, granted);
+            let message = inner.next_message(topic, resource);
+            let entry = Entry { message, subscribers: HashMap::new(), granted: granted.clone() };
+            inner.entries.insert(topic.clone(), entry);
+        }
+        if let Some(entry) = inner.entries.get_mut(topic) {
+            entry.subscribers.insert(subscriber.number, subscriber.clone());
+        }
+        subscriber.joined(topic);
+    }
+
+    pub fn unsubscribe(&self, subscriber: &Subscriber, topic: &Topic) {
+        self.lock().leave(topic, subscriber.number);
+        subscriber.left(topic);
+    }
+
+    /// What a topic says now.
+    pub fn message(&self, topic: &Topic) -> Option<Arc<wire::WatchResponse>> {
+        self.lock().entries.get(topic).map(|entry| entry.message.clone())
+    }
+
+    /// Computes what may have changed and wakes those for whom it did.
+    pub fn publish(&self) {
+        let mut inner = self.lock();
+        let scope = std::mem::take(&mut inner.scope);
+        if scope.is_empty() {
+            return;
+        }
+        let concerned: Vec<(Topic, Labels)> = inner
+            .entries
+            .iter()
+            .filter(|(topic, _)| scope.concerns(topic))
+            .map(|(topic, entry)| (topic.clone(), entry.granted.clone()))
+            .collect();
+        for (topic, granted) in concerned {
+            let resource = Some(inner.compute(&topic, &granted));
+            if inner.entries.get(&topic).is_none_or(|entry| entry.message.resource == resource) {
+                continue;
+            }
+            let Some(resource) = resource else { continue };
+            let message = inner.next_message(&topic, resource);
+            if let MapEntry::Occupied(mut entry) = inner.entries.entry(topic) {
+                entry.get_mut().message = message;
+                let topic = entry.key();
+                for subscriber in entry.get().subscribers.values() {
+                    self.metrics.pushes.inc();
+                    subscriber.mark(topic);
+                }
+            }
+        }
+    }
+
+    // --- status ---------------------------------------------------------------------------------------------
+
+    /// Everybody who is connected, by name.
+    pub fn sidecars(&self) -> Vec<SidecarStatus> {
+        let mut sidecars: Vec<SidecarStatus> =
+            self.lock().subscribers.values().map(|subscriber| subscriber.status()).collect();
+        sidecars.sort_by(|one, other| (&one.id, one.number).cmp(&(&other.id, other.number)));
+        sidecars
+    }
+
+    pub fn connected(&self) -> usize {
+        self.lock().subscribers.len()
+    }
+
+    pub fn leases(&self) -> usize {
+        self.lock().registry.leases()
+    }
+
+    pub fn subscriptions(&self) -> usize {
+        self.lock().entries.len()
+    }
+
+    pub fn warnings(&self) -> Vec<String> {
+        let inner = self.lock();
+        inner.catalog.warnings(&inner.registry)
+    }
+
+    /// Services that list endpoints which were lost.
+    pub fn stale_services(&self) -> Vec<ServiceName> {
+        let inner = self.lock();
+        let mut services: Vec<ServiceName> = inner
+            .registry
+            .stale()
+            .flat_map(|instance| inner.catalog.services_of(instance))
+            .map(|(name, _)| name)
+            .collect();
+        services.sort();
+        services.dedup();
+        services
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing in here leaves a half-made change behind when it panics.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn compute(&self, topic: &Topic, granted: &Labels) -> watch_response::Resource {
+        match topic {
+            Topic::Own(id) => {
+                let own = self.catalog.own_workload(&self.registry, id, granted);
+                watch_response::Resource::Workload(wire::Workload::encode(&own, self.bundle.clone()))
+            }
+            Topic::Destination(key) => match self.catalog.destination(&self.registry, key) {
+                Some(destination) => watch_response::Resource::Destination((&destination).into()),
+                None => watch_response::Resource::Unregistered(wire::Unregistered {}),
+            },
+        }
+    }
+
+    fn next_message(&mut self, topic: &Topic, resource: watch_response::Resource) -> Arc<wire::WatchResponse> {
+        self.version += 1;
+        let key = match topic {
+            Topic::Own(_) => (&Key::Own).into(),
+            Topic::Destination(key) => key.into(),
+        };
+        Arc::new(wire::WatchResponse { key: Some(key), version: self.version, resource: Some(resource) })
+    }
+
+    fn leave(&mut self, topic: &Topic, number: u64) {
+        if let Some(entry) = self.entries.get_mut(topic) {
+            entry.subscribers.remove(&number);
+            if entry.subscribers.is_empty() {
+                self.entries.remove(topic);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "publisher/tests.rs"]
+mod tests;

@@ -1,0 +1,194 @@
+//! The listener's TLS: 1.3 only, our certificate, and client certificates that are optional (a first `Issue` has
+//! none) but never half believed: the chain, the trust domain and the one URI SAN must be right, or the handshake fails.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use arc_swap::ArcSwapOption;
+use outrigger_api::identity::{ROOT_NAMESPACE, SpiffeId, TrustDomain};
+use outrigger_api::wire::CONTROL_PLANE_ALPN;
+use rustls::client::danger::HandshakeSignatureValid;
+use rustls::crypto::CryptoProvider;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore, ServerConfig,
+    SignatureScheme,
+};
+use rustls_pki_types::{CertificateDer, UnixTime};
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::FromDer;
+
+use crate::ca::{Authority, Bundle, ServingCertificate};
+
+/// Who is at the other end of a connection. In the extensions of each request.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    pub address: SocketAddr,
+    /// None: it showed no certificate.
+    pub certificate: Option<PeerCertificate>,
+}
+
+/// A certificate that was verified in the handshake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerCertificate {
+    pub identity: SpiffeId,
+    /// The subject's common name: which instance.
+    pub workload: String,
+    pub not_after: SystemTime,
+}
+
+/// Why a certificate is not one of this mesh's workloads.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PeerError {
+    #[error("the client certificate cannot be read")]
+    Malformed,
+    #[error("the client certificate has {0} URI names; a workload's has exactly one")]
+    Uris(usize),
+    #[error("the client certificate's name {0:?} is not a SPIFFE id of this mesh")]
+    Identity(String),
+    #[error("the client certificate is of trust domain {0}, not of ours")]
+    TrustDomain(String),
+    #[error("no workload has an identity in {ROOT_NAMESPACE}")]
+    Reserved,
+}
+
+pub fn server_config(
+    authority: Arc<Authority>,
+    serving: Arc<ServingCertificate>,
+) -> Result<ServerConfig, rustls::Error> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let verifier =
+        Arc::new(WorkloadVerifier { authority, provider: provider.clone(), current: ArcSwapOption::empty() });
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(serving);
+    config.alpn_protocols = vec![CONTROL_PLANE_ALPN.to_vec()];
+    // No resumption: a connection here is rare and long, and each one's certificate is to be looked at anew.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(config)
+}
+
+/// Reads the identity from a certificate whose chain was verified.
+pub fn read_certificate(der: &CertificateDer<'_>, trust_domain: &TrustDomain) -> Result<PeerCertificate, PeerError> {
+    let (_, certificate) = X509Certificate::from_der(der).map_err(|_| PeerError::Malformed)?;
+    let names = certificate.subject_alternative_name().map_err(|_| PeerError::Malformed)?;
+    let names = names.map_or(&[][..], |extension| &extension.value.general_names);
+    let uris: Vec<&str> = names
+        .iter()
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        })
+        .collect();
+    let [uri] = uris[..] else { return Err(PeerError::Uris(uris.len())) };
+    let identity = SpiffeId::parse(uri).map_err(|_| PeerError::Identity(uri.chars().take(200).collect()))?;
+    if identity.trust_domain() != trust_domain.as_str() {
+        return Err(PeerError::TrustDomain(identity.trust_domain().to_owned()));
+    }
+    if identity.namespace() == ROOT_NAMESPACE {
+        return Err(PeerError::Reserved);
+    }
+    let workload = certificate
+        .subject()
+        .iter_common_name()
+        .next()
+        .and_then(|name| name.as_str().ok())
+        .unwrap_or_default()
+        .to_owned();
+    let not_after = u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or_default();
+    Ok(PeerCertificate { identity, workload, not_after: UNIX_EPOCH + Duration::from_secs(not_after) })
+}
+
+/// Verifies with the bundle that is in force at that moment.
+struct WorkloadVerifier {
+    authority: Arc<Authority>,
+    provider: Arc<CryptoProvider>,
+    current: ArcSwapOption<Roots>,
+}
+
+struct Roots {
+    bundle: Arc<Bundle>,
+    verifier: Arc<dyn ClientCertVerifier>,
+}
+
+impl std::fmt::Debug for WorkloadVerifier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("WorkloadVerifier")
+    }
+}
+
+impl WorkloadVerifier {
+    fn roots(&self) -> Result<Arc<Roots>, Error> {
+        let bundle = self.authority.bundle();
+        if let Some(current) = self.current.load_full()
+            && current.bundle.generation == bundle.generation
+        {
+            return Ok(current);
+        }
+        let mut roots = RootCertStore::empty();
+        for root in &bundle.roots {
+            roots.add(root.clone())?;
+        }
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), self.provider.clone())
+            .allow_unauthenticated()
+            .build()
+            .map_err(|error| Error::General(error.to_string()))?;
+        let current = Arc::new(Roots { bundle, verifier });
+        self.current.store(Some(current.clone()));
+        Ok(current)
+    }
+}
+
+impl ClientCertVerifier for WorkloadVerifier {
+    fn offer_client_auth(&self) -> bool {
+        true
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let verified = self.roots()?.verifier.verify_client_cert(end_entity, intermediates, now)?;
+        read_certificate(end_entity, self.authority.trust_domain())
+            .map_err(|error| CertificateError::Other(OtherError(Arc::new(error))))?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("TLS 1.2 is not spoken here".to_owned()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}

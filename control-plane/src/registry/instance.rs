@@ -1,0 +1,167 @@
+//! One instance, whoever told of it: a sidecar by its lease, or an operator by a Workload document.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use outrigger_api::name::Protocol;
+use outrigger_api::resource::{Labels, Metadata, Workload};
+use serde::{Deserialize, Serialize};
+
+/// Which instance: its identity's namespace and service account, and its name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct InstanceId {
+    pub namespace: String,
+    pub service_account: String,
+    pub name: String,
+}
+
+impl InstanceId {
+    /// Sorts before every instance of the namespace.
+    pub(super) fn first_of(namespace: &str) -> InstanceId {
+        InstanceId { namespace: namespace.to_owned(), service_account: String::new(), name: String::new() }
+    }
+}
+
+impl std::fmt::Display for InstanceId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{} (service account {})", self.name, self.namespace, self.service_account)
+    }
+}
+
+/// What a sidecar registers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registration {
+    /// The name that metrics use.
+    pub workload: String,
+    pub labels: Labels,
+    pub ip: IpAddr,
+    pub ports: Vec<LeasedPort>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeasedPort {
+    /// What a Service's targetPort names.
+    pub application: u16,
+    /// Where peers dial.
+    pub mesh: u16,
+    pub protocol: Option<Protocol>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instance {
+    pub id: InstanceId,
+    /// The name that metrics use.
+    pub workload: String,
+    pub labels: Labels,
+    pub ip: IpAddr,
+    pub ports: Ports,
+    /// At least 1.
+    pub weight: u32,
+    /// It has a sidecar.
+    pub mesh: bool,
+    /// Lost, and listed all the same.
+    pub stale: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ports {
+    /// Exactly these; they have no names.
+    Leased(Vec<LeasedPort>),
+    /// By name. A number that is not among them may exist as well.
+    Named(BTreeMap<String, u16>),
+}
+
+impl Instance {
+    pub(super) fn leased(id: &InstanceId, registration: &Registration, stale: bool) -> Instance {
+        Instance {
+            id: id.clone(),
+            workload: registration.workload.clone(),
+            labels: registration.labels.clone(),
+            ip: registration.ip,
+            ports: Ports::Leased(registration.ports.clone()),
+            weight: 1,
+            mesh: true,
+            stale,
+        }
+    }
+
+    pub(super) fn fixed(metadata: &Metadata, workload: &Workload) -> Instance {
+        Instance {
+            id: InstanceId {
+                namespace: metadata.namespace.clone(),
+                service_account: workload.service_account.clone(),
+                name: metadata.name.clone(),
+            },
+            workload: metadata.name.clone(),
+            labels: workload.labels.clone(),
+            ip: workload.address,
+            ports: Ports::Named(workload.ports.clone()),
+            weight: workload.weight.max(1),
+            mesh: workload.mesh,
+            stale: false,
+        }
+    }
+
+    /// Peers dial this instance at that port.
+    pub fn listens_on(&self, port: u16) -> bool {
+        match &self.ports {
+            Ports::Leased(ports) => ports.iter().any(|leased| leased.mesh == port),
+            Ports::Named(ports) => ports.values().any(|named| *named == port),
+        }
+    }
+}
+
+/// A lease on disk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SavedLease {
+    #[serde(flatten)]
+    id: InstanceId,
+    workload: String,
+    labels: Labels,
+    ip: IpAddr,
+    ports: Vec<SavedPort>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct SavedPort {
+    application: u16,
+    mesh: u16,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    protocol: Option<String>,
+}
+
+impl SavedLease {
+    /// None for a static instance.
+    pub(super) fn of(instance: &Instance) -> Option<SavedLease> {
+        let Ports::Leased(ports) = &instance.ports else { return None };
+        let ports = ports
+            .iter()
+            .map(|port| SavedPort {
+                application: port.application,
+                mesh: port.mesh,
+                protocol: port.protocol.map(|protocol| protocol.to_string()),
+            })
+            .collect();
+        Some(SavedLease {
+            id: instance.id.clone(),
+            workload: instance.workload.clone(),
+            labels: instance.labels.clone(),
+            ip: instance.ip,
+            ports,
+        })
+    }
+
+    pub(super) fn into_parts(self) -> (InstanceId, Registration) {
+        let ports = self
+            .ports
+            .into_iter()
+            .map(|port| LeasedPort {
+                application: port.application,
+                mesh: port.mesh,
+                protocol: port.protocol.and_then(|protocol| protocol.parse().ok()),
+            })
+            .collect();
+        let registration = Registration { workload: self.workload, labels: self.labels, ip: self.ip, ports };
+        (self.id, registration)
+    }
+}

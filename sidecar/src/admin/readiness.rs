@@ -1,0 +1,91 @@
+//! Whether this sidecar can serve: a valid certificate, an own snapshot, and what it offers registered. Says what is
+//! missing and what to do about it.
+
+use std::time::SystemTime;
+
+use serde::Serialize;
+
+use crate::discovery::{Directory, LeaseState};
+use crate::identity::IdentityStatus;
+use crate::tls::Tls;
+
+/// Why `/ready` is 503.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NotReady {
+    pub reason: String,
+    pub hint: String,
+}
+
+impl NotReady {
+    fn new(reason: &str, hint: impl Into<String>) -> NotReady {
+        NotReady { reason: reason.to_owned(), hint: hint.into() }
+    }
+}
+
+/// What readiness looks at. Every answer is made from what is true now.
+#[derive(Clone)]
+pub struct Readiness {
+    pub tls: Tls,
+    pub directory: Directory,
+    pub identity: tokio::sync::watch::Receiver<IdentityStatus>,
+    pub drain: outrigger_runtime::drain::DrainHandle,
+    /// It registers endpoints, which peers have to learn of before this sidecar is of use.
+    pub offers: bool,
+}
+
+impl Readiness {
+    pub fn check(&self) -> Result<(), NotReady> {
+        if self.drain.is_draining() {
+            return Err(NotReady::new("draining", "this sidecar is shutting down; nothing is to be done"));
+        }
+        let valid = self.tls.current().is_some_and(|material| {
+            let credential = material.credential();
+            SystemTime::now() < credential.not_after()
+        });
+        if !valid {
+            return Err(match &self.identity.borrow().trouble {
+                Some(trouble) => NotReady::new(&trouble.reason, trouble.hint.clone()),
+                None => NotReady::new("certificate_pending", "the control plane has been asked for a certificate"),
+            });
+        }
+        if self.directory.own().borrow().is_none() {
+            return Err(NotReady::new(
+                "snapshot_pending",
+                "the control plane has not told yet what this workload is; `outrigger status` shows who is connected",
+            ));
+        }
+        if self.offers && *self.directory.connected().borrow() {
+            match &*self.directory.lease().borrow() {
+                LeaseState::Accepted { .. } => {}
+                LeaseState::Pending => {
+                    return Err(NotReady::new(
+                        "lease_pending",
+                        "the control plane has been told what this sidecar offers",
+                    ));
+                }
+                LeaseState::Refused { reason } => {
+                    return Err(NotReady::new("lease_refused", reason.to_string()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns when [`Readiness::check`] has been good once.
+    pub async fn reached(&self) {
+        let mut material = self.tls.subscribe();
+        let mut own = self.directory.own();
+        let mut connected = self.directory.connected();
+        let mut lease = self.directory.lease();
+        while self.check().is_err() {
+            // A sender that is gone cannot change anything any more; the others still may.
+            tokio::select! {
+                Ok(()) = material.changed() => {}
+                Ok(()) = own.changed() => {}
+                Ok(()) = connected.changed() => {}
+                Ok(()) = lease.changed() => {}
+                else => std::future::pending().await,
+            }
+        }
+    }
+}

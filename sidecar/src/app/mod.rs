@@ -1,0 +1,404 @@
+//! Puts a sidecar together: binds every listener, starts the workers and the control thread, drains, ends. Used by
+//! `main` for a process and by the demo and the tests for a sidecar among others in one process.
+
+mod worker;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use outrigger_api::identity::SpiffeId;
+use outrigger_api::snapshot::Key;
+use outrigger_runtime::drain::{Budget, Drain, DrainHandle, State};
+use outrigger_runtime::heartbeat::Heartbeats;
+use outrigger_runtime::logging::Logs;
+use tokio::sync::{Notify, mpsc, watch};
+
+pub mod process;
+use worker::{Crew, Purpose, Start};
+
+use crate::admin::{self, Admin, Readiness};
+use crate::balance::Loads;
+use crate::config::{Config, Limits};
+use crate::connect::dial::OwnListeners;
+use crate::connect::worker::{Own, Shared};
+use crate::connection::{Places, Table};
+use crate::discovery::{self, Directory, DiscoverySettings, Lease};
+use crate::identity::{self, IdentitySettings, IdentityStatus};
+use crate::net::{self, SocketOptions};
+use crate::telemetry::{self, Telemetry};
+use crate::tls::{Clock, Tls};
+
+/// A running sidecar.
+pub struct Sidecar {
+    listening: Vec<(String, SocketAddr)>,
+    readiness: Readiness,
+    drain: Arc<Drain>,
+    budget: Budget,
+    quit: Arc<Notify>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What is bound before anything runs.
+struct Bound {
+    listening: Vec<(String, SocketAddr)>,
+    data: Vec<(SocketAddr, Vec<std::net::TcpListener>, Purpose)>,
+    admin: std::net::TcpListener,
+    metrics: std::net::TcpListener,
+    health: std::net::TcpListener,
+}
+
+impl Sidecar {
+    /// Binds and starts. The error names the address that cannot be bound.
+    pub fn start(config: Config, limits: Limits, logs: Logs) -> anyhow::Result<Sidecar> {
+        let socket = SocketOptions {
+            keepalive: limits.keepalive,
+            keepalive_probes: limits.keepalive_probes,
+            user_timeout: limits.user_timeout,
+        };
+        let bound = bind(&config, &socket)?;
+        let own_listeners = OwnListeners::default();
+        for (_, address) in &bound.listening {
+            own_listeners.add(*address);
+        }
+        let principal = SpiffeId::new(&config.trust_domain, &config.namespace, &config.service_account)
+            .context("--namespace and --service-account do not make an identity")?;
+        let telemetry = Telemetry::new(telemetry::Own {
+            instance: config.name.clone(),
+            workload: config.workload.clone(),
+            namespace: config.namespace.clone(),
+            principal: principal.to_string(),
+        });
+        outrigger_runtime::metrics::build_info(telemetry.registry(), "outrigger_build_info")?;
+        outrigger_runtime::process_metrics::register(telemetry.registry())?;
+        let drain = Arc::new(Drain::new());
+        let clock = Clock::system();
+        let tls = Tls::new(clock.clone());
+        let directory = Directory::new(clock);
+        let places = Places::new(limits.connections);
+        let tables: Arc<[Arc<Table>]> = (0..config.workers).map(|_| Table::new(places.clone())).collect();
+        let hearts = Arc::new(Heartbeats::new());
+        let (identity_status, identity) = watch::channel(IdentityStatus::default());
+        let readiness = Readiness {
+            tls: tls.clone(),
+            directory: directory.clone(),
+            identity,
+            drain: drain.handle(),
+            offers: !config.inbound.is_empty(),
+        };
+        let shared = Shared {
+            own: Arc::new(Own {
+                instance: config.name.clone(),
+                workload: config.workload.clone(),
+                namespace: config.namespace.clone(),
+                principal,
+            }),
+            telemetry: telemetry.clone(),
+            directory: directory.clone(),
+            tls: tls.clone(),
+            loads: Loads::default(),
+            epoch: Instant::now(),
+            limits: limits.clone(),
+            drain: drain.handle(),
+        };
+        let lease = lease(&config, &bound);
+        let mut threads = start_workers(&shared, &tables, bound.data, &own_listeners, socket, &hearts)?;
+        let renew = Arc::new(Notify::new());
+        let quit = Arc::new(Notify::new());
+        let admin = Admin {
+            tls: tls.clone(),
+            directory: directory.clone(),
+            telemetry: telemetry.clone(),
+            readiness: readiness.clone(),
+            tables: tables.clone(),
+            hearts,
+            logs,
+            renew: renew.clone(),
+            quit: quit.clone(),
+            config: Arc::new(admin::ConfigView::new(&config)),
+        };
+        let budget = Budget { delay: config.drain_delay, total: limits.drain_total };
+        let control = Control {
+            config,
+            tls,
+            directory,
+            telemetry: telemetry.clone(),
+            identity_status,
+            renew,
+            lease,
+            tables,
+            drain: drain.handle(),
+            admin,
+            listeners: [bound.admin, bound.metrics, bound.health],
+        };
+        threads.push(thread("control", move || control.run())?);
+        Ok(Sidecar { listening: bound.listening, readiness, drain, budget, quit, threads })
+    }
+
+    /// `name` and address of every listener, in the order of the documentation.
+    pub fn listening(&self) -> &[(String, SocketAddr)] {
+        &self.listening
+    }
+
+    /// The address of one listener, by the name that stdout shows.
+    pub fn address(&self, name: &str) -> Option<SocketAddr> {
+        self.listening.iter().find(|(listener, _)| listener == name).map(|(_, address)| *address)
+    }
+
+    pub fn readiness(&self) -> &Readiness {
+        &self.readiness
+    }
+
+    /// Resolves when `/quitquitquit` asks for the end.
+    pub async fn asked_to_quit(&self) {
+        self.quit.notified().await;
+    }
+
+    /// Drains within the budget. Says how many connections were cut.
+    pub async fn drain(&self) -> usize {
+        self.drain.run(self.budget).await
+    }
+
+    /// Ends what is left and waits for the threads.
+    pub fn stop(self) {
+        self.drain.advance(State::Done);
+        for thread in self.threads {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the sidecar panicked");
+            }
+        }
+    }
+}
+
+fn bind(config: &Config, socket: &SocketOptions) -> io::Result<Bound> {
+    let mut listening = Vec::new();
+    let mut open = |name: String, address: SocketAddr, count: usize| -> io::Result<(SocketAddr, Vec<_>)> {
+        if net::is_taken(address) {
+            let message =
+                format!("cannot listen on {address} ({name}): the port is in use; end what holds it or choose another");
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, message));
+        }
+        let first = net::listen(address, socket)?;
+        let bound = first.local_addr()?;
+        let mut all = vec![first];
+        for _ in 1..count {
+            all.push(net::listen(bound, socket)?);
+        }
+        listening.push((name, bound));
+        Ok((bound, all))
+    };
+    let single = |mut all: Vec<std::net::TcpListener>| all.pop().ok_or_else(|| io::Error::other("no listener"));
+    let admin = single(open("admin".to_owned(), config.admin_listen, 1)?.1)?;
+    let metrics = single(open("metrics".to_owned(), config.metrics_listen, 1)?.1)?;
+    let health = single(open("health".to_owned(), config.health_listen, 1)?.1)?;
+    let mut data = Vec::new();
+    for inbound in &config.inbound {
+        let (address, all) = open(format!("inbound:{}", inbound.app.port()), inbound.listen, config.workers)?;
+        data.push((address, all, Purpose::Inbound { application: inbound.app }));
+    }
+    for outbound in &config.outbound {
+        let (address, all) = open(format!("outbound:{}", outbound.destination), outbound.listen, config.workers)?;
+        data.push((address, all, Purpose::Outbound { destination: Key::Service(outbound.destination.clone()) }));
+    }
+    if let Some(proxy) = config.http_proxy {
+        let (address, all) = open("http-proxy".to_owned(), proxy, config.workers)?;
+        data.push((address, all, Purpose::Proxy { allow: config.http_proxy_allow.clone().into() }));
+    }
+    Ok(Bound { listening, data, admin, metrics, health })
+}
+
+/// What peers are told: the mesh ports as they were really bound.
+fn lease(config: &Config, bound: &Bound) -> Option<Lease> {
+    let declared =
+        |port: u16| config.ports.iter().find(|declared| declared.port == port).and_then(|port| port.protocol);
+    let ports: Vec<_> = bound
+        .data
+        .iter()
+        .filter_map(|(address, _, purpose)| match purpose {
+            Purpose::Inbound { application } => {
+                Some((application.port(), address.port(), declared(application.port())))
+            }
+            Purpose::Outbound { .. } | Purpose::Proxy { .. } => None,
+        })
+        .collect();
+    let lease = Lease {
+        instance: config.name.clone(),
+        workload: config.workload.clone(),
+        labels: config.labels.clone(),
+        ip: config.workload_address,
+        ports,
+    };
+    (!lease.ports.is_empty()).then_some(lease)
+}
+
+fn start_workers(
+    shared: &Shared,
+    tables: &Arc<[Arc<Table>]>,
+    data: Vec<(SocketAddr, Vec<std::net::TcpListener>, Purpose)>,
+    own_listeners: &OwnListeners,
+    socket: SocketOptions,
+    hearts: &Heartbeats,
+) -> anyhow::Result<Vec<JoinHandle<()>>> {
+    let (inboxes, receivers): (Vec<_>, Vec<_>) = tables.iter().map(|_| mpsc::unbounded_channel()).unzip();
+    let inboxes: Arc<[_]> = inboxes.into();
+    let mut listeners: Vec<Vec<_>> = tables.iter().map(|_| Vec::new()).collect();
+    for (_, sockets, purpose) in data {
+        for (own, socket) in listeners.iter_mut().zip(sockets) {
+            own.push((socket, purpose.clone()));
+        }
+    }
+    let mut threads = Vec::new();
+    for (own, (inbox, listeners)) in receivers.into_iter().zip(listeners).enumerate() {
+        let name = format!("worker-{own}");
+        let start = Start {
+            shared: shared.clone(),
+            crew: Crew { own, tables: tables.clone(), inboxes: inboxes.clone() },
+            inbox,
+            listeners,
+            own_listeners: own_listeners.clone(),
+            socket,
+            heart: hearts.register(name.clone()),
+        };
+        threads.push(thread(&name, move || worker::run(start))?);
+    }
+    Ok(threads)
+}
+
+fn thread(name: &str, body: impl FnOnce() -> io::Result<()> + Send + 'static) -> anyhow::Result<JoinHandle<()>> {
+    let owned = name.to_owned();
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            if let Err(error) = body() {
+                tracing::error!(%error, thread = owned, "a thread of the sidecar ended");
+            }
+        })
+        .with_context(|| format!("cannot start the thread {name}"))
+}
+
+/// What runs beside the workers, on one thread of its own: certificates, discovery, admin, reports.
+struct Control {
+    config: Config,
+    tls: Tls,
+    directory: Directory,
+    telemetry: Arc<Telemetry>,
+    identity_status: watch::Sender<IdentityStatus>,
+    renew: Arc<Notify>,
+    lease: Option<Lease>,
+    tables: Arc<[Arc<Table>]>,
+    drain: DrainHandle,
+    admin: Admin,
+    listeners: [std::net::TcpListener; 3],
+}
+
+impl Control {
+    fn run(self) -> io::Result<()> {
+        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(self.serve())
+    }
+
+    async fn serve(self) -> io::Result<()> {
+        let Control {
+            config,
+            tls,
+            directory,
+            telemetry,
+            identity_status,
+            renew,
+            lease,
+            tables,
+            drain,
+            admin,
+            listeners,
+        } = self;
+        let identity = IdentitySettings {
+            control_plane: config.control_plane.clone(),
+            trust_bundle: config.trust_bundle.clone(),
+            token_file: config.token_file.clone(),
+            name: config.workload.clone(),
+            namespace: config.namespace.clone(),
+            service_account: config.service_account.clone(),
+            trust_domain: config.trust_domain.clone(),
+            state: config.state.clone(),
+            key_algorithm: identity::KeyAlgorithm::default(),
+        };
+        let discovery = DiscoverySettings {
+            control_plane: config.control_plane.clone(),
+            trust_domain: config.trust_domain.clone(),
+            name: config.name.clone(),
+            namespace: config.namespace.clone(),
+            service_account: config.service_account.clone(),
+            state: config.state.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        if config.state.is_none() {
+            tracing::info!("without --state nothing survives a restart: a new join token will be needed then");
+        }
+        tokio::spawn(identity::run(identity, tls.clone(), renew, identity_status));
+        let reports = Reports { telemetry: telemetry.clone(), tables };
+        let withdraw = drain.when(State::Draining);
+        tokio::spawn(discovery::run(discovery, tls.clone(), lease, directory.clone(), reports.source(), withdraw));
+        tokio::spawn(follow(config.workload.clone(), directory, telemetry.clone()));
+        tokio::spawn(gauges(tls, admin.directory.clone(), telemetry.clone()));
+        admin::serve(admin, listeners, &drain).await?;
+        drain.reached(State::Done).await;
+        telemetry.flush().await;
+        Ok(())
+    }
+}
+
+/// Where the periodic summary for the control plane comes from.
+struct Reports {
+    telemetry: Arc<Telemetry>,
+    tables: Arc<[Arc<Table>]>,
+}
+
+impl Reports {
+    fn source(self) -> discovery::ReportSource {
+        Box::new(move || {
+            let mut report = self.telemetry.report_window();
+            report.connections = self.tables.iter().map(|table| table.len() as u64).sum();
+            report
+        })
+    }
+}
+
+/// Applies mesh-wide settings to telemetry as they come.
+async fn follow(workload: String, directory: Directory, telemetry: Arc<Telemetry>) {
+    let mut own = directory.own();
+    loop {
+        let current = own.borrow_and_update().clone();
+        if let Some(current) = current {
+            let service = current.ports.values().find_map(|port| port.service.as_ref());
+            let name = service.map_or(workload.as_str(), |service| &service.name);
+            telemetry.configure(&current.mesh, name);
+        }
+        if own.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Keeps the gauges that come from elsewhere.
+async fn gauges(tls: Tls, directory: Directory, telemetry: Arc<Telemetry>) {
+    let mut material = tls.subscribe();
+    let mut connected = directory.connected();
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        if let Some(material) = material.borrow_and_update().as_ref() {
+            let end = material.credential().not_after().duration_since(UNIX_EPOCH).unwrap_or_default();
+            telemetry.set_certificate_not_after(i64::try_from(end.as_secs()).unwrap_or(i64::MAX));
+        }
+        telemetry.set_control_plane_connected(*connected.borrow_and_update());
+        if let Some(age) = directory.snapshot_age() {
+            telemetry.confirm_snapshot(std::time::SystemTime::now() - age);
+        }
+        tokio::select! {
+            Ok(()) = material.changed() => {}
+            Ok(()) = connected.changed() => {}
+            _ = tick.tick() => {}
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! One data thread: its runtime, its accept loops, its watchdog. Every listener is open on every worker
+//! (SO_REUSEPORT); a connection that lands on a worker clearly busier than another is handed over before it is read.
+
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use outrigger_api::snapshot::Key;
+use outrigger_runtime::drain::State as DrainState;
+use outrigger_runtime::heartbeat::Heart;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+
+use crate::connect::dial::{Dialer, OwnListeners};
+use crate::connect::worker::{Shared, Worker};
+use crate::connection::{Command, Direction, Registered, Table};
+use crate::net::SocketOptions;
+use crate::{inbound, outbound};
+
+/// What a listener is for. Direction is data: one accept loop serves all.
+#[derive(Clone, Debug)]
+pub enum Purpose {
+    Inbound { application: SocketAddr },
+    Outbound { destination: Key },
+    Proxy { allow: Arc<[ipnet::IpNet]> },
+}
+
+impl Purpose {
+    fn direction(&self) -> Direction {
+        match self {
+            Purpose::Inbound { .. } => Direction::Inbound,
+            Purpose::Outbound { .. } | Purpose::Proxy { .. } => Direction::Outbound,
+        }
+    }
+}
+
+/// A connection on its way to another worker.
+pub struct HandedOver {
+    stream: std::net::TcpStream,
+    client: SocketAddr,
+    purpose: Purpose,
+}
+
+/// The other workers, as an accept loop sees them.
+#[derive(Clone)]
+pub struct Crew {
+    pub own: usize,
+    pub tables: Arc<[Arc<Table>]>,
+    pub inboxes: Arc<[mpsc::UnboundedSender<HandedOver>]>,
+}
+
+/// What a worker thread is started with.
+pub struct Start {
+    pub shared: Shared,
+    pub crew: Crew,
+    pub inbox: mpsc::UnboundedReceiver<HandedOver>,
+    pub listeners: Vec<(std::net::TcpListener, Purpose)>,
+    pub own_listeners: OwnListeners,
+    pub socket: SocketOptions,
+    pub heart: Heart,
+}
+
+/// Runs until the drain is done.
+pub fn run(start: Start) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build_local(tokio::runtime::LocalOptions::default())?;
+    runtime.block_on(serve(start))
+}
+
+async fn serve(start: Start) -> io::Result<()> {
+    let Start { shared, crew, mut inbox, listeners, own_listeners, socket, heart } = start;
+    let dialer = Dialer::new(shared.tls.clone(), socket, &shared.limits, own_listeners);
+    let worker = Worker::new(&shared, crew.tables[crew.own].clone(), dialer);
+    for (listener, purpose) in listeners {
+        let listener = TcpListener::from_std(listener)?;
+        tokio::task::spawn_local(accept(worker.clone(), crew.clone(), listener, purpose));
+    }
+    tokio::task::spawn_local(heart.keep_beating());
+    let receiving = worker.clone();
+    tokio::task::spawn_local(async move {
+        while let Some(handed) = inbox.recv().await {
+            if let Ok(stream) = TcpStream::from_std(handed.stream) {
+                begin(&receiving, stream, handed.client, &handed.purpose);
+            }
+        }
+    });
+    let watching = worker.clone();
+    tokio::task::spawn_local(async move {
+        let mut tick = tokio::time::interval(watching.tick());
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            watching.sweep();
+        }
+    });
+    let drain = worker.drain.clone();
+    drain.reached(DrainState::Draining).await;
+    worker.table.ask_http2(Command::Finish);
+    drain.reached(DrainState::Closing).await;
+    worker.table.ask_all(Command::Finish, None);
+    drain.reached(DrainState::Done).await;
+    Ok(())
+}
+
+async fn accept(worker: Rc<Worker>, crew: Crew, listener: TcpListener, purpose: Purpose) {
+    // Inbound closes when peers have learnt that it goes; the application may call others to the end.
+    let until = match purpose.direction() {
+        Direction::Inbound => DrainState::Closing,
+        Direction::Outbound => DrainState::Done,
+    };
+    let mut closing = std::pin::pin!(worker.drain.when(until));
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = &mut closing => return,
+        };
+        match accepted {
+            Ok((stream, client)) => match crew.less_busy() {
+                Some(other) => hand_over(&crew, other, stream, client, &purpose),
+                None => begin(&worker, stream, client, &purpose),
+            },
+            Err(error) => {
+                worker.telemetry.accept_failed();
+                tracing::warn!(%error, "cannot accept a connection; trying again in {:?}", worker.limits.accept_pause);
+                tokio::time::sleep(worker.limits.accept_pause).await;
+            }
+        }
+    }
+}
+
+/// So many connections more than the least busy worker, and a quarter more, is clearly busier.
+const CLEARLY: usize = 4;
+
+impl Crew {
+    fn less_busy(&self) -> Option<usize> {
+        if self.tables.len() < 2 {
+            return None;
+        }
+        let own = self.tables[self.own].len();
+        let (least, count) = self.tables.iter().map(|table| table.len()).enumerate().min_by_key(|(_, count)| *count)?;
+        (own >= count + count / 4 + CLEARLY).then_some(least)
+    }
+}
+
+fn hand_over(crew: &Crew, other: usize, stream: TcpStream, client: SocketAddr, purpose: &Purpose) {
+    let Ok(stream) = stream.into_std() else { return };
+    // A worker that is gone takes no more connections, nor does this process.
+    let _ = crew.inboxes[other].send(HandedOver { stream, client, purpose: purpose.clone() });
+}
+
+fn begin(worker: &Rc<Worker>, stream: TcpStream, client: SocketAddr, purpose: &Purpose) {
+    if let Purpose::Proxy { allow } = purpose
+        && !may_use_proxy(client, allow)
+    {
+        tracing::warn!(%client, "refused at the forward proxy; --http-proxy-allow names who may use it");
+        return;
+    }
+    let Some(registered) = worker.table.enter(purpose.direction(), client) else {
+        worker.telemetry.connection_refused();
+        return;
+    };
+    let registered: Rc<Registered> = Rc::new(registered);
+    let (worker, stream) = (worker.clone(), stream.into());
+    match purpose.clone() {
+        Purpose::Inbound { application } => {
+            tokio::task::spawn_local(inbound::serve(worker, application, stream, registered))
+        }
+        Purpose::Outbound { destination } => {
+            tokio::task::spawn_local(outbound::serve(worker, destination, stream, registered))
+        }
+        Purpose::Proxy { .. } => tokio::task::spawn_local(outbound::serve_proxy(worker, stream, registered)),
+    };
+}
+
+fn may_use_proxy(client: SocketAddr, allow: &[ipnet::IpNet]) -> bool {
+    let ip = client.ip().to_canonical();
+    ip.is_loopback() || allow.iter().any(|net| net.contains(&ip))
+}

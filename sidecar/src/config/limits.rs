@@ -1,0 +1,222 @@
+//! Every number that bounds what a peer can make a sidecar do, in one place; all listeners and connectors take theirs
+//! from here. Nobody sets them on a command line: tests alone build other values, to make waiting short.
+
+use std::time::Duration;
+
+/// The limits in force. `Limits::default()` is what runs; sizes are bytes unless a field says otherwise.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Limits {
+    // --- HTTP heads and framing -------------------------------------------------------------------------------
+    /// One HTTP/1 request or response head. As large as the largest head that common servers send, and no larger: it
+    /// is held whole in memory (431 beyond).
+    pub head_bytes: usize,
+    /// Fields in one head or in one trailer section (431 beyond).
+    pub header_count: usize,
+    /// The request target (414 beyond).
+    pub target_bytes: usize,
+    /// Trailer fields of one message, summed over its sections, so that endless trailers end.
+    pub trailer_bytes: usize,
+    /// Chunk extensions of one message, summed: they carry nothing and could go on for ever.
+    pub chunk_extension_bytes: usize,
+    /// From the first byte of a head to its end (408 beyond): what ends a slowloris.
+    pub head_timeout: Duration,
+    /// How long a body or an answer may stand still, in either direction, before its stream is ended.
+    pub stream_idle: Duration,
+
+    // --- HTTP/2 -----------------------------------------------------------------------------------------------
+    /// Decoded header list, advertised as SETTINGS_MAX_HEADER_LIST_SIZE; h2 alone would take 16 MiB.
+    pub h2_header_list: u32,
+    /// Concurrent streams that an application's connection may open; h2 alone has no limit.
+    pub h2_streams_application: u32,
+    /// Concurrent streams on a connection between two sidecars, which serves all clients of one worker.
+    pub h2_streams_mesh: u32,
+    /// A new connection is opened to an endpoint when the streams of the open ones reach this share (percent) of the
+    /// peer's limit: waiting for a free stream costs more than a handshake.
+    pub h2_streams_used_percent: u32,
+    /// Flow-control window of one stream; with the next one the bound on what a slow reader makes us hold.
+    pub h2_stream_window: u32,
+    /// Flow-control window of one connection.
+    pub h2_connection_window: u32,
+    /// What is buffered for sending on one stream: one window.
+    pub h2_send_buffer: usize,
+    /// Streams that the peer reset and that we have not yet forgotten; beyond is GOAWAY (rapid reset, CVE-2023-44487).
+    pub h2_pending_resets: usize,
+    /// Streams that the peer made us reset; beyond is GOAWAY (MadeYouReset, CVE-2025-8671).
+    pub h2_local_resets: usize,
+    /// Answers to PING and SETTINGS that wait to be written; beyond, the connection is closed.
+    pub h2_control_frames: usize,
+
+    // --- Accepting --------------------------------------------------------------------------------------------
+    /// Accept to the end of the TLS handshake, and dialling likewise.
+    pub handshake_timeout: Duration,
+    /// Downstream connections open at once in the process; more are refused. See [`Limits::with_open_files`].
+    pub connections: usize,
+    /// File descriptors left for everything but downstream connections.
+    pub spare_files: u64,
+    /// Pause after an accept that failed for want of descriptors or memory, so that the failure is not spun on.
+    pub accept_pause: Duration,
+
+    // --- Detection --------------------------------------------------------------------------------------------
+    /// How long a client of an undeclared port may be silent before the upstream is opened all the same, because it
+    /// may be one where the server speaks first.
+    pub detect_wait: Duration,
+    /// Connections in detection, per worker.
+    pub detections_in_flight: usize,
+    /// Upstream connections opened on suspicion, per worker (and one per destination).
+    pub speculative_connects: usize,
+    /// How long it is remembered who speaks first on a service's port.
+    pub detect_memory: Duration,
+
+    // --- Connecting -------------------------------------------------------------------------------------------
+    /// One TCP connect.
+    pub connect_timeout: Duration,
+    /// Connects for one request or connection, other endpoints included.
+    pub connect_tries: u32,
+    /// All tries together.
+    pub connect_budget: Duration,
+    /// Handshakes with upstreams in flight, per worker: a burst after a restart must not starve what runs.
+    pub handshakes_in_flight: usize,
+
+    // --- Idle connections -------------------------------------------------------------------------------------
+    /// Keep-alive connection of an application that asks nothing.
+    pub client_idle: Duration,
+    /// Pooled connection to another sidecar.
+    pub mesh_pool_idle: Duration,
+    /// Pooled connection to the application at first, and the margin later: it is given up this long before the
+    /// application was seen to close idle ones.
+    pub application_pool_idle: Duration,
+    /// Idle connections kept per endpoint and worker, last in, first out.
+    pub pool_idle_per_endpoint: usize,
+    /// Opaque connection on which neither side sends.
+    pub tunnel_idle: Duration,
+
+    // --- Sockets ----------------------------------------------------------------------------------------------
+    /// TCP keep-alive: idle time before the first probe, and the pause between probes.
+    pub keepalive: Duration,
+    /// Probes without an answer that end a connection: a pulled cable is noticed within keepalive x probes.
+    pub keepalive_probes: u32,
+    /// TCP_USER_TIMEOUT: unacknowledged data this old ends a connection.
+    pub user_timeout: Duration,
+    /// Read-ahead of an opaque connection, each direction.
+    pub copy_buffer: usize,
+
+    // --- Process ----------------------------------------------------------------------------------------------
+    /// Share of the memory limit (percent) at which reading stops.
+    pub memory_stop_reading_percent: u32,
+    /// Share of the memory limit (percent) at which new connections are refused.
+    pub memory_refuse_percent: u32,
+    /// SIGTERM to exit, drain delay included.
+    pub drain_total: Duration,
+
+    // --- Control plane ----------------------------------------------------------------------------------------
+    /// One message from the control plane.
+    pub control_plane_message: usize,
+    /// Renewal starts at this share (percent) of a leaf's life ...
+    pub renew_at_percent: u32,
+    /// ... earlier or later by up to this share, so that workloads started together do not renew together.
+    pub renew_jitter_percent: u32,
+    /// First pause after a renewal that failed; doubles up to the next field.
+    pub renew_retry_first: Duration,
+    pub renew_retry_longest: Duration,
+    /// Bounds of the pause before the control plane is dialled again (full jitter).
+    pub reconnect_shortest: Duration,
+    pub reconnect_longest: Duration,
+}
+
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            head_bytes: 64 * KIB,
+            header_count: 100,
+            target_bytes: 16 * KIB,
+            trailer_bytes: 16 * KIB,
+            chunk_extension_bytes: 16 * KIB,
+            head_timeout: Duration::from_secs(10),
+            stream_idle: Duration::from_secs(5 * 60),
+
+            h2_header_list: 64 * KIB as u32,
+            h2_streams_application: 100,
+            h2_streams_mesh: 1_000,
+            h2_streams_used_percent: 80,
+            h2_stream_window: 64 * KIB as u32,
+            h2_connection_window: MIB as u32,
+            h2_send_buffer: 64 * KIB,
+            h2_pending_resets: 20,
+            h2_local_resets: 100,
+            h2_control_frames: 1_000,
+
+            handshake_timeout: Duration::from_secs(10),
+            connections: 10_000,
+            spare_files: 500,
+            accept_pause: Duration::from_millis(100),
+
+            detect_wait: Duration::from_millis(50),
+            detections_in_flight: 1_024,
+            speculative_connects: 16,
+            detect_memory: Duration::from_secs(10 * 60),
+
+            connect_timeout: Duration::from_secs(1),
+            connect_tries: 3,
+            connect_budget: Duration::from_secs(3),
+            handshakes_in_flight: 32,
+
+            client_idle: Duration::from_secs(60 * 60),
+            mesh_pool_idle: Duration::from_secs(60),
+            application_pool_idle: Duration::from_secs(3),
+            pool_idle_per_endpoint: 64,
+            tunnel_idle: Duration::from_secs(60 * 60),
+
+            keepalive: Duration::from_secs(60),
+            keepalive_probes: 3,
+            user_timeout: Duration::from_secs(30),
+            copy_buffer: 64 * KIB,
+
+            memory_stop_reading_percent: 80,
+            memory_refuse_percent: 90,
+            drain_total: Duration::from_secs(30),
+
+            control_plane_message: 16 * MIB,
+            renew_at_percent: 50,
+            renew_jitter_percent: 10,
+            renew_retry_first: Duration::from_secs(1),
+            renew_retry_longest: Duration::from_secs(150),
+            reconnect_shortest: Duration::from_millis(200),
+            reconnect_longest: Duration::from_secs(5),
+        }
+    }
+}
+
+impl Limits {
+    /// The same limits for a process that may open `open_files` descriptors (`outrigger_runtime::open_files::raise`):
+    /// connections are at most what the spare ones leave. At least one connection is always let in.
+    pub fn with_open_files(self, open_files: u64) -> Limits {
+        let left = usize::try_from(open_files.saturating_sub(self.spare_files)).unwrap_or(usize::MAX);
+        Limits { connections: self.connections.min(left).max(1), ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_follow_the_descriptors() {
+        for (open_files, connections) in [(0, 1), (500, 1), (1_024, 524), (10_500, 10_000), (u64::MAX, 10_000)] {
+            assert_eq!(Limits::default().with_open_files(open_files).connections, connections, "{open_files}");
+        }
+    }
+
+    #[test]
+    fn limits_agree_with_each_other() {
+        let limits = Limits::default();
+        assert!(limits.target_bytes < limits.head_bytes);
+        assert!(limits.connect_timeout * limits.connect_tries <= limits.connect_budget);
+        assert!(limits.h2_stream_window <= limits.h2_connection_window);
+        assert!(limits.memory_stop_reading_percent < limits.memory_refuse_percent);
+        assert!(limits.renew_retry_first < limits.renew_retry_longest);
+        assert!(limits.reconnect_shortest < limits.reconnect_longest);
+    }
+}

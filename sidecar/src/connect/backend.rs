@@ -1,0 +1,271 @@
+//! One destination as one worker sees it: its endpoints with their lanes, built anew when a snapshot arrives. A
+//! request keeps the view that it began with.
+
+use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use outrigger_api::name::{Protocol, ServiceName, ServicePort};
+use outrigger_api::snapshot::{Destination, Endpoint, EndpointTls, Key, LoadBalancer};
+use tokio::sync::watch;
+
+use super::dial::{MutualTls, Target};
+use super::lane::{Framing, Lane};
+use super::worker::Worker;
+use crate::balance::{Balancer, Endpoints, Kind};
+use crate::discovery::Known;
+use crate::outcome::{Error, Reason, Stage};
+use crate::telemetry::{Direction, Edge, EdgeLabels, UNKNOWN, WireProtocol};
+
+/// A destination that the application uses. Lives as long as the worker remembers it.
+pub struct Backend {
+    key: Key,
+    known: RefCell<watch::Receiver<Known>>,
+    view: RefCell<Option<Rc<View>>>,
+    used: Cell<Instant>,
+}
+
+/// One version of it.
+pub struct View {
+    /// Empty for an address that nobody registered.
+    pub service: Option<ServicePort>,
+    pub protocol: Option<Protocol>,
+    pub endpoints: Arc<Endpoints>,
+    slots: Vec<Rc<Slot>>,
+    balancer: RefCell<Balancer>,
+    /// For what ends before an endpoint is picked.
+    unpicked: Edges,
+}
+
+/// One endpoint: how to reach it, and its metrics.
+pub struct Slot {
+    pub endpoint: Endpoint,
+    pub target: Target,
+    http1: Rc<Lane>,
+    http2: Rc<Lane>,
+    edges: Edges,
+}
+
+type Edges = RefCell<[Option<Arc<Edge>>; 5]>;
+
+impl Backend {
+    pub fn new(worker: &Worker, key: Key) -> Backend {
+        let known = RefCell::new(worker.directory.destination(&key));
+        Backend { key, known, view: RefCell::default(), used: Cell::new(Instant::now()) }
+    }
+
+    /// What is known now. Waits, bounded, for the control plane's first answer.
+    pub async fn view(&self, worker: &Worker) -> Result<Rc<View>, Error> {
+        self.used.set(Instant::now());
+        let current = self.view.borrow().clone();
+        let changed = self.known.borrow().has_changed().unwrap_or(false);
+        if let Some(view) = current
+            && !changed
+        {
+            return Ok(view);
+        }
+        let known = self.first_answer(worker).await?;
+        let previous = self.view.borrow().clone();
+        let view = match &known {
+            Known::Registered(destination) => View::registered(worker, destination, previous.as_deref()),
+            Known::Unregistered => View::passthrough(worker, &self.key, previous.as_deref())?,
+            Known::Pending => {
+                let detail = format!("the control plane has not said yet who {} is", self.key);
+                return Err(Error::own(Stage::Lookup, Reason::NotReady, detail));
+            }
+        };
+        let view = Rc::new(view);
+        *self.view.borrow_mut() = Some(view.clone());
+        Ok(view)
+    }
+
+    async fn first_answer(&self, worker: &Worker) -> Result<Known, Error> {
+        let mut known = self.known.borrow().clone();
+        let budget = worker.limits.connect_budget;
+        // An elapsed wait leaves `Pending`, which the caller turns into an answer.
+        let _ = tokio::time::timeout(budget, known.wait_for(|known| !matches!(known, Known::Pending))).await;
+        Ok(self.known.borrow_mut().borrow_and_update().clone())
+    }
+
+    pub fn last_used(&self) -> Instant {
+        self.used.get()
+    }
+
+    /// The watchdog's tick. True when nothing is pooled.
+    pub fn sweep(&self, now: Instant) -> bool {
+        let wall = std::time::SystemTime::now();
+        let Some(view) = self.view.borrow().clone() else { return true };
+        let mut idle = true;
+        for slot in &view.slots {
+            slot.http1.sweep(now, wall);
+            slot.http2.sweep(now, wall);
+            idle &= slot.http1.is_idle() && slot.http2.is_idle();
+        }
+        idle
+    }
+}
+
+impl View {
+    fn registered(worker: &Worker, destination: &Destination, previous: Option<&View>) -> View {
+        let service = ServicePort { service: destination.service.clone(), port: destination.port };
+        View::new(worker, Some(service), destination, previous)
+    }
+
+    /// A destination that nobody registered: its own address, plaintext, if the mesh allows that.
+    fn passthrough(worker: &Worker, key: &Key, previous: Option<&View>) -> Result<View, Error> {
+        let address = match key {
+            Key::Address(address) if !worker.registry_only() => *address,
+            Key::Address(_) => {
+                let detail = format!("{key} is not registered and outbound.mode is RegistryOnly");
+                return Err(Error::own(Stage::Lookup, Reason::NotRegistered, detail));
+            }
+            Key::Service(_) | Key::Own => {
+                let detail = format!("no Service {key} exists; apply one, or check its name, namespace and port");
+                return Err(Error::own(Stage::Lookup, Reason::NotRegistered, detail));
+            }
+        };
+        let destination = Destination {
+            service: ServiceName { name: "".into(), namespace: "".into() },
+            port: address.port(),
+            protocol: None,
+            load_balancer: LoadBalancer::LeastRequest,
+            endpoints: vec![unregistered_endpoint(address)],
+            stale: false,
+        };
+        Ok(View::new(worker, None, &destination, previous))
+    }
+
+    fn new(worker: &Worker, service: Option<ServicePort>, destination: &Destination, previous: Option<&View>) -> View {
+        let set = Endpoints::new(destination, previous.map(|view| &*view.endpoints), &worker.loads);
+        let slots = destination
+            .endpoints
+            .iter()
+            .map(|endpoint| {
+                let kept = previous.and_then(|view| view.slots.iter().find(|slot| slot.endpoint == *endpoint));
+                kept.cloned().unwrap_or_else(|| Rc::new(Slot::new(worker, service.as_ref(), endpoint)))
+            })
+            .collect();
+        View {
+            service,
+            protocol: destination.protocol,
+            endpoints: Arc::new(set),
+            slots,
+            balancer: RefCell::default(),
+            unpicked: Edges::default(),
+        }
+    }
+
+    /// The endpoint to use, none of those in `tried`.
+    pub fn pick(&self, worker: &Worker, kind: Kind, tried: &[usize]) -> Option<(usize, Rc<Slot>)> {
+        let index = self.balancer.borrow_mut().pick(
+            &self.endpoints,
+            kind,
+            worker.now(),
+            &mut worker.rng.borrow_mut(),
+            tried,
+        )?;
+        Some((index, self.slots.get(index)?.clone()))
+    }
+
+    /// The edge of what ends before an endpoint is picked.
+    pub fn unpicked_edge(&self, worker: &Worker, protocol: WireProtocol) -> Arc<Edge> {
+        edge(&self.unpicked, worker, protocol, || outbound_labels(worker, self.service.as_ref(), None, protocol))
+    }
+
+    pub fn edge(&self, worker: &Worker, slot: &Slot, protocol: WireProtocol) -> Arc<Edge> {
+        edge(&slot.edges, worker, protocol, || {
+            outbound_labels(worker, self.service.as_ref(), Some(&slot.endpoint), protocol)
+        })
+    }
+
+    /// What stands in for a missing Host or :authority.
+    pub fn authority(&self) -> String {
+        match (&self.service, self.slots.first()) {
+            (Some(service), _) => service.to_string(),
+            (None, Some(slot)) => slot.endpoint.address.to_string(),
+            (None, None) => "localhost".to_owned(),
+        }
+    }
+}
+
+impl Slot {
+    fn new(worker: &Worker, service: Option<&ServicePort>, endpoint: &Endpoint) -> Slot {
+        let tls = match (&endpoint.tls, service) {
+            (EndpointTls::Mutual(expected), Some(service)) => {
+                Some(MutualTls { expected: expected.clone(), sni: crate::tls::sni(service) })
+            }
+            (EndpointTls::Mutual(_), None) | (EndpointTls::Plaintext, _) => None,
+        };
+        let idle = match tls {
+            Some(_) => worker.limits.mesh_pool_idle,
+            None => worker.limits.application_pool_idle,
+        };
+        let target = Target { address: endpoint.address, tls };
+        let lane = |framing| Lane::new(target.clone(), framing, worker.dialer.clone(), worker.limits.clone(), idle);
+        Slot {
+            endpoint: endpoint.clone(),
+            http1: lane(Framing::Http1),
+            http2: lane(Framing::Http2),
+            target,
+            edges: Edges::default(),
+        }
+    }
+
+    pub fn lane(&self, framing: Framing) -> &Rc<Lane> {
+        match framing {
+            Framing::Http1 => &self.http1,
+            Framing::Http2 => &self.http2,
+        }
+    }
+}
+
+/// The edge of what ends before anything is known of its destination.
+pub fn lost_edge(worker: &Worker, protocol: WireProtocol) -> Arc<Edge> {
+    let mut labels = outbound_labels(worker, None, None, protocol);
+    labels.destination_workload = UNKNOWN.to_owned();
+    worker.telemetry.edge(&labels)
+}
+
+fn unregistered_endpoint(address: SocketAddr) -> Endpoint {
+    Endpoint {
+        address,
+        tls: EndpointTls::Plaintext,
+        workload: UNKNOWN.to_owned(),
+        namespace: UNKNOWN.to_owned(),
+        instance: String::new(),
+        weight: 1,
+        application_port: address.port(),
+    }
+}
+
+fn edge(edges: &Edges, worker: &Worker, protocol: WireProtocol, labels: impl FnOnce() -> EdgeLabels) -> Arc<Edge> {
+    let mut edges = edges.borrow_mut();
+    let place = &mut edges[protocol as usize];
+    place.get_or_insert_with(|| worker.telemetry.edge(&labels())).clone()
+}
+
+fn outbound_labels(
+    worker: &Worker,
+    service: Option<&ServicePort>,
+    endpoint: Option<&Endpoint>,
+    protocol: WireProtocol,
+) -> EdgeLabels {
+    let identity = endpoint.and_then(|endpoint| match &endpoint.tls {
+        EndpointTls::Mutual(identity) => Some(identity.to_string()),
+        EndpointTls::Plaintext => None,
+    });
+    EdgeLabels {
+        direction: Direction::Outbound,
+        source_workload: worker.own.workload.clone(),
+        source_namespace: worker.own.namespace.clone(),
+        source_principal: worker.own.principal.to_string(),
+        destination_service: service.map(|port| port.service.to_string()).unwrap_or_default(),
+        destination_workload: endpoint.map(|endpoint| endpoint.workload.clone()).unwrap_or_default(),
+        destination_namespace: endpoint.map(|endpoint| endpoint.namespace.clone()).unwrap_or_default(),
+        protocol,
+        mtls: identity.is_some(),
+        destination_principal: identity.unwrap_or_default(),
+    }
+}

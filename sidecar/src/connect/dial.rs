@@ -1,0 +1,141 @@
+//! Opens one connection to one endpoint: TCP, then mutual TLS where the endpoint was registered with an identity.
+//! There is no way from here to plaintext when TLS fails.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::{Duration, SystemTime};
+
+use outrigger_api::identity::SpiffeId;
+use rustls_pki_types::ServerName;
+use tokio::sync::Semaphore;
+
+use crate::config::limits::Limits;
+use crate::net::{self, SocketOptions, Stream};
+use crate::outcome::{Error, Reason, Retry, Stage};
+use crate::tls::{MeshAlpn, Peer, Tls};
+
+/// Where and how to connect.
+#[derive(Clone, Debug)]
+pub struct Target {
+    pub address: SocketAddr,
+    pub tls: Option<MutualTls>,
+}
+
+/// What the peer must prove, and the hint that it is given.
+#[derive(Clone, Debug)]
+pub struct MutualTls {
+    pub expected: SpiffeId,
+    pub sni: ServerName<'static>,
+}
+
+/// A fresh connection and, on mutual TLS, who is at the other end.
+#[derive(Debug)]
+pub struct Dialled {
+    pub stream: Stream,
+    pub peer: Option<Peer>,
+}
+
+/// One worker's way out. Bounds the handshakes that run at once.
+pub struct Dialer {
+    tls: Tls,
+    socket: SocketOptions,
+    connect_timeout: Duration,
+    handshake_timeout: Duration,
+    handshakes: Semaphore,
+    own_listeners: OwnListeners,
+}
+
+/// The addresses on which this sidecar itself listens; known once all are open.
+#[derive(Clone, Debug, Default)]
+pub struct OwnListeners(std::sync::Arc<std::sync::RwLock<Vec<SocketAddr>>>);
+
+impl OwnListeners {
+    pub fn add(&self, address: SocketAddr) {
+        self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner).push(address);
+    }
+
+    /// True when a connection to `target` would end at this sidecar: a loop, or a way to its admin port.
+    fn contain(&self, target: SocketAddr) -> bool {
+        let listeners = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        listeners.iter().any(|own| {
+            own.port() == target.port()
+                && (own.ip() == target.ip()
+                    || target.ip().is_unspecified()
+                    || (own.ip().is_unspecified() && net::is_local(target.ip())))
+        })
+    }
+}
+
+impl Dialer {
+    pub fn new(tls: Tls, socket: SocketOptions, limits: &Limits, own_listeners: OwnListeners) -> Rc<Dialer> {
+        Rc::new(Dialer {
+            tls,
+            socket,
+            connect_timeout: limits.connect_timeout,
+            handshake_timeout: limits.handshake_timeout.min(limits.connect_budget),
+            handshakes: Semaphore::new(limits.handshakes_in_flight),
+            own_listeners,
+        })
+    }
+
+    /// The generation of the trust bundle in force; pooled connections of an older one are not used again.
+    pub fn generation(&self) -> u64 {
+        self.tls.current().map_or(0, |material| material.credential().bundle().generation())
+    }
+
+    /// Every failure is safe to retry: no byte of a request has been sent.
+    pub async fn dial(&self, target: &Target, alpn: MeshAlpn) -> Result<Dialled, Error> {
+        let address = target.address;
+        if target.tls.is_none() && self.own_listeners.contain(address) {
+            return Err(Error::own(Stage::Connect, Reason::OwnPort, format!("{address} is this sidecar's own")));
+        }
+        let connecting = tokio::time::timeout(self.connect_timeout, net::connect(address, &self.socket));
+        let tcp = match connecting.await {
+            Ok(Ok(tcp)) => tcp,
+            Ok(Err(error)) => return Err(refused(address, &error)),
+            Err(_) => {
+                let detail = format!("{address} did not answer within {:?}", self.connect_timeout);
+                return Err(failure(Reason::ConnectTimeout, detail));
+            }
+        };
+        let Some(mutual) = &target.tls else {
+            return Ok(Dialled { stream: tcp.into(), peer: None });
+        };
+        let material = self.tls.current().ok_or_else(|| Error {
+            retry: Retry::Never,
+            ..Error::own(Stage::Connect, Reason::NotReady, "no certificate yet")
+        })?;
+        // The semaphore is never closed; a closed one would only mean no bound.
+        let _place = self.handshakes.acquire().await.ok();
+        let handshake = crate::tls::connect(&material, tcp, alpn, mutual.sni.clone(), &mutual.expected, address);
+        match tokio::time::timeout(self.handshake_timeout, handshake).await {
+            Ok(Ok((stream, peer))) => Ok(Dialled { stream: stream.into(), peer: Some(peer) }),
+            Ok(Err(error)) => Err(failure(error.reason(), format!("{address}: {error}"))),
+            Err(_) => {
+                let detail = format!("{address}: the TLS handshake took longer than {:?}", self.handshake_timeout);
+                Err(failure(Reason::ConnectTimeout, detail))
+            }
+        }
+    }
+}
+
+impl Dialled {
+    /// When a pooled connection must no longer be used: the end of the peer's certificate.
+    pub fn retire_at(&self) -> Option<SystemTime> {
+        self.peer.as_ref().map(|peer| peer.not_after)
+    }
+}
+
+fn failure(reason: Reason, detail: String) -> Error {
+    Error::upstream(Stage::Connect, reason, Retry::Safe, detail)
+}
+
+fn refused(address: SocketAddr, error: &std::io::Error) -> Error {
+    use std::io::ErrorKind;
+    let reason = match error.kind() {
+        ErrorKind::ConnectionRefused => Reason::ConnectionRefused,
+        ErrorKind::TimedOut => Reason::ConnectTimeout,
+        _ => Reason::ConnectFailed,
+    };
+    failure(reason, format!("{address}: {error}"))
+}

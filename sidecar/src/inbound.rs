@@ -1,0 +1,403 @@
+//! The inbound walk: what others send to the application. The mTLS accept, detect, policy, connect, forward. The
+//! upstream is always the application's own address, never loopback in its place.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use http::{HeaderValue, Request, Response};
+use hyper::body::Incoming;
+use outrigger_api::identity::SpiffeId;
+use outrigger_api::name::Protocol;
+use outrigger_api::snapshot::{MtlsMode, Workload};
+use rustls::server::Accepted;
+use tokio::io::AsyncWriteExt;
+
+use crate::connect::dial::Target;
+use crate::connect::lane::{Framing, Lane, Unsent};
+use crate::connect::worker::Worker;
+use crate::connection::{Registered, State};
+use crate::net::Stream;
+use crate::outcome::{Error, Reason, Stage};
+use crate::policy::{self, Arrival, Permit};
+use crate::protocol::detect::Detected;
+use crate::protocol::http::body::ResponseBody;
+use crate::protocol::http::exchange::{Exchange, Session};
+use crate::protocol::http::headers::{CLIENT_CERTIFICATE, IDENTITY, Strip};
+use crate::protocol::http::serve;
+use crate::protocol::opaque::{self, CopyError};
+use crate::protocol::peek::{self, First, Peeked};
+use crate::telemetry::{Direction, Edge, EdgeLabels, TcpRecord, UNKNOWN, WireProtocol};
+use crate::tls::{self, Hello, MeshAlpn, Peer};
+
+/// Serves one connection of a peer to the application at `application`.
+pub async fn serve(worker: Rc<Worker>, application: SocketAddr, stream: Stream, registered: Rc<Registered>) {
+    registered.describe(|about| about.destination = application.to_string());
+    let Some(own) = worker.own_workload() else {
+        // Nobody has said yet who may come in: nobody may.
+        return stream.reset_on_close();
+    };
+    let mut walk = Walk::new(&worker, &own, application, &registered);
+    if let Err((error, stream)) = walk.arrive(stream).await {
+        walk.refuse(stream, &error).await;
+    }
+}
+
+/// What is known of one inbound connection on its way.
+struct Walk {
+    worker: Rc<Worker>,
+    registered: Rc<Registered>,
+    application: SocketAddr,
+    mode: MtlsMode,
+    declared: Option<Protocol>,
+    caller: Caller,
+}
+
+/// Who calls.
+struct Caller {
+    peer: Option<Peer>,
+    destination_service: String,
+}
+
+type Refused = (Error, Option<Stream>);
+
+impl Walk {
+    fn new(worker: &Rc<Worker>, own: &Workload, application: SocketAddr, registered: &Rc<Registered>) -> Walk {
+        let port = own.ports.get(&application.port());
+        let service = port.and_then(|port| port.service.as_ref()).map(ToString::to_string).unwrap_or_default();
+        Walk {
+            worker: worker.clone(),
+            registered: registered.clone(),
+            application,
+            mode: own.mtls_mode(application.port()),
+            declared: port.and_then(|port| port.protocol),
+            caller: Caller { peer: None, destination_service: service },
+        }
+    }
+
+    /// Who is there, and how do they come?
+    async fn arrive(&mut self, mut stream: Stream) -> Result<(), Refused> {
+        if self.mode == MtlsMode::Disable {
+            return self.plaintext(stream).await;
+        }
+        match self.hello(&mut stream).await {
+            Ok(Arrived::Mesh(hello)) => self.mutual(stream, *hello).await,
+            Ok(Arrived::ForeignTls) => {
+                let permit = match policy::admit(self.mode, Arrival::ForeignTls) {
+                    Ok(permit) => permit,
+                    Err(error) => {
+                        // The close is what counts; the alert tells a person what was missing.
+                        let _ = stream.write_all(tls::no_application_protocol_alert()).await;
+                        return Err((error, Some(stream)));
+                    }
+                };
+                self.opaque(stream, WireProtocol::Tls, permit).await
+            }
+            Ok(Arrived::Plaintext) => self.plaintext(stream).await,
+            Ok(Arrived::Left) => Ok(()),
+            Err(error) => Err((error, Some(stream))),
+        }
+    }
+
+    /// Reads until it is known whether this is a sidecar's ClientHello. On a port that takes plaintext too, a silent
+    /// client is one that waits for the server.
+    async fn hello(&self, stream: &mut Stream) -> Result<Arrived, Error> {
+        let limits = &self.worker.limits;
+        let first = if self.mode == MtlsMode::Strict { limits.handshake_timeout } else { limits.detect_wait };
+        match tokio::time::timeout(first, stream.read_ahead()).await {
+            Ok(Ok(0)) => return Ok(Arrived::Left),
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return Err(peek::left(&error)),
+            Err(_) if self.mode == MtlsMode::Strict => {
+                return Err(Error::downstream(Stage::Detect, Reason::MtlsRequired, "no ClientHello in time"));
+            }
+            Err(_) => return Ok(Arrived::Plaintext),
+        }
+        let whole = async {
+            loop {
+                match tls::read_hello(stream.ahead()) {
+                    Hello::Mesh(hello) => return Ok(Arrived::Mesh(hello)),
+                    Hello::Foreign { .. } => return Ok(Arrived::ForeignTls),
+                    Hello::Invalid => return Ok(Arrived::Plaintext),
+                    Hello::Incomplete => match stream.read_ahead().await {
+                        Ok(0) => return Ok(Arrived::Plaintext),
+                        Ok(_) => {}
+                        Err(error) => return Err(peek::left(&error)),
+                    },
+                }
+            }
+        };
+        tokio::time::timeout(limits.handshake_timeout, whole).await.unwrap_or_else(|_| {
+            Err(Error::downstream(Stage::Detect, Reason::TlsHandshake, "the ClientHello did not end in time"))
+        })
+    }
+
+    /// A sidecar: prove who it is, then serve what its ALPN id says, as far as the port allows.
+    async fn mutual(&mut self, mut stream: Stream, hello: Accepted) -> Result<(), Refused> {
+        let permit = policy::admit(self.mode, Arrival::Mutual).map_err(|error| (error, None))?;
+        let Some(material) = self.worker.tls.current() else {
+            return Err((Error::own(Stage::Accept, Reason::NotReady, "no certificate yet"), Some(stream)));
+        };
+        drop(stream.take_ahead());
+        let (stream, peer) = tls::accept_hello(&material, hello, stream)
+            .await
+            .map_err(|error| (Error::downstream(Stage::Accept, error.reason(), error.to_string()), None))?;
+        let mut stream = Stream::from(stream);
+        self.registered.describe(|about| {
+            about.principal = Some(peer.identity.to_string());
+            about.mtls = true;
+        });
+        let alpn = peer.alpn;
+        self.caller.peer = Some(peer);
+        match (alpn, self.declared) {
+            (MeshAlpn::H1, _) => self.http1(stream, permit).await,
+            (MeshAlpn::H2, _) => self.http2(stream, permit).await,
+            (MeshAlpn::Tcp, Some(Protocol::Tcp)) => self.opaque(stream, WireProtocol::Tcp, permit).await,
+            (MeshAlpn::Tcp, Some(Protocol::Tls)) => self.opaque(stream, WireProtocol::Tls, permit).await,
+            (MeshAlpn::Tcp, Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc)) => {
+                Err((mismatch("opaque bytes for a port declared as HTTP"), Some(stream)))
+            }
+            (MeshAlpn::Tcp, None) => {
+                let limits = &self.worker.limits;
+                let peeked = peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await;
+                match peeked {
+                    Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) => {
+                        Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
+                    }
+                    Ok(Peeked::Speaks(Detected::Tls)) => self.opaque(stream, WireProtocol::Tls, permit).await,
+                    Ok(Peeked::Speaks(Detected::Opaque)) => self.opaque(stream, WireProtocol::Tcp, permit).await,
+                    Ok(Peeked::Silent) => self.silent(stream, permit).await,
+                    Ok(Peeked::Left) => Ok(()),
+                    Err(error) => Err((error, Some(stream))),
+                }
+            }
+        }
+    }
+
+    async fn plaintext(&self, mut stream: Stream) -> Result<(), Refused> {
+        let permit = match policy::admit(self.mode, Arrival::Plaintext) {
+            Ok(permit) => permit,
+            Err(error) => return Err((error, Some(stream))),
+        };
+        let limits = &self.worker.limits;
+        let peeked = match self.declared {
+            Some(Protocol::Tcp) => return self.opaque(stream, WireProtocol::Tcp, permit).await,
+            Some(Protocol::Tls) => return self.opaque(stream, WireProtocol::Tls, permit).await,
+            Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
+                peek::speaks_or_waits(&mut stream, limits.client_idle, limits.head_timeout).await
+            }
+            None => peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await,
+        };
+        match peeked {
+            Ok(Peeked::Speaks(Detected::Http1)) => self.http1(stream, permit).await,
+            Ok(Peeked::Speaks(Detected::Http2)) => self.http2(stream, permit).await,
+            Ok(Peeked::Speaks(Detected::Opaque | Detected::Tls)) if self.declared.is_some() => {
+                self.http1(stream, permit).await
+            }
+            Ok(Peeked::Speaks(Detected::Tls)) => self.opaque(stream, WireProtocol::Tls, permit).await,
+            Ok(Peeked::Speaks(Detected::Opaque)) => self.opaque(stream, WireProtocol::Tcp, permit).await,
+            Ok(Peeked::Silent) if self.declared.is_none() => self.silent(stream, permit).await,
+            Ok(Peeked::Silent | Peeked::Left) => Ok(()),
+            Err(error) => Err((error, Some(stream))),
+        }
+    }
+
+    // --- HTTP -----------------------------------------------------------------------------------------------
+
+    async fn http1(&self, stream: Stream, permit: Permit) -> Result<(), Refused> {
+        self.registered.describe(|about| about.protocol = "http1");
+        let session = Session::new(&self.worker, &self.registered, false, Strip::Identity);
+        let service = self.service(Framing::Http1, permit);
+        let edge = service.edge(WireProtocol::Http1);
+        let telemetry = self.worker.telemetry.clone();
+        let on_refusal = Box::new(move |reason| serve::count_refused_head(&telemetry, &edge, reason));
+        serve::http1(&session, stream, on_refusal, |request| respond(session.clone(), service.clone(), request)).await;
+        Ok(())
+    }
+
+    async fn http2(&self, stream: Stream, permit: Permit) -> Result<(), Refused> {
+        self.registered.describe(|about| about.protocol = "http2");
+        let session = Session::new(&self.worker, &self.registered, true, Strip::Identity);
+        let service = self.service(Framing::Http2, permit);
+        let limits = &self.worker.limits;
+        let mesh = self.caller.peer.is_some();
+        let streams = if mesh { limits.h2_streams_mesh } else { limits.h2_streams_application };
+        let inner = session.clone();
+        serve::http2(&session, stream, streams, move |request| respond(inner.clone(), service.clone(), request)).await;
+        Ok(())
+    }
+
+    fn service(&self, framing: Framing, permit: Permit) -> Rc<Service> {
+        let identity = self.caller.peer.as_ref().map(|peer| &peer.identity);
+        Rc::new(Service {
+            lane: self.worker.application_lane(self.application, framing, identity),
+            claims: identity.and_then(|identity| Claims::new(&self.worker.own.principal, identity)),
+            edges: [WireProtocol::Http1, WireProtocol::Http2, WireProtocol::Grpc]
+                .map(|protocol| self.caller.edge(&self.worker, protocol)),
+            application: self.application,
+            _permit: permit,
+        })
+    }
+
+    // --- bytes that are not parsed ----------------------------------------------------------------------------
+
+    async fn opaque(&self, stream: Stream, protocol: WireProtocol, permit: Permit) -> Result<(), Refused> {
+        match self.dial(permit).await {
+            Ok(upstream) => {
+                self.copy(stream, upstream, protocol).await;
+                Ok(())
+            }
+            Err(error) => Err((error, Some(stream))),
+        }
+    }
+
+    async fn dial(&self, _permit: Permit) -> Result<Stream, Error> {
+        let target = Target { address: self.application, tls: None };
+        self.worker.dialer.dial(&target, MeshAlpn::Tcp).await.map(|dialled| dialled.stream)
+    }
+
+    async fn copy(&self, stream: Stream, upstream: Stream, protocol: WireProtocol) {
+        self.registered.describe(|about| about.protocol = protocol.as_str());
+        let edge = self.caller.edge(&self.worker, protocol);
+        let record = TcpRecord::begin(&self.worker.telemetry, &edge, Instant::now());
+        record.upstream(self.application);
+        self.registered.enter(State::Tunnel);
+        let forth = |count| record.add_received(count);
+        let back = |count| record.add_sent(count);
+        match opaque::copy(stream, upstream, &self.registered, forth, back).await {
+            Ok(()) => {}
+            Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
+            Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
+        }
+    }
+
+    /// The client waits: open the application and let either side speak. Whatever a client then says inside a
+    /// connection that was announced as opaque is opaque or refused, as it would have been at first.
+    async fn silent(&self, mut stream: Stream, permit: Permit) -> Result<(), Refused> {
+        let mut upstream = match self.dial(permit).await {
+            Ok(upstream) => upstream,
+            Err(error) => return Err((error, Some(stream))),
+        };
+        match peek::who_speaks(&mut stream, &mut upstream).await {
+            Ok(First::Server) => {
+                self.copy(stream, upstream, WireProtocol::Tcp).await;
+                Ok(())
+            }
+            Ok(First::Client) => match peek::speaks(&mut stream, self.worker.limits.head_timeout).await {
+                Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) if self.caller.peer.is_some() => {
+                    Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
+                }
+                Ok(Peeked::Speaks(Detected::Http1)) => self.http1(stream, permit).await,
+                Ok(Peeked::Speaks(Detected::Http2)) => self.http2(stream, permit).await,
+                Ok(_) => {
+                    self.copy(stream, upstream, WireProtocol::Tcp).await;
+                    Ok(())
+                }
+                Err(error) => Err((error, Some(stream))),
+            },
+            Ok(First::Nobody) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Counts a connection that ends before a byte reached the application, and closes it.
+    async fn refuse(&self, stream: Option<Stream>, error: &Error) {
+        let edge = self.caller.edge(&self.worker, WireProtocol::Tcp);
+        let record = TcpRecord::begin(&self.worker.telemetry, &edge, Instant::now());
+        record.failed(error.reason, || error.to_string());
+        let Some(mut stream) = stream else { return };
+        if error.reason == Reason::RequestHeadTimeout {
+            serve::refuse_head(&mut stream, error.reason, &self.worker.own.instance).await;
+        } else if error.reason != Reason::MtlsRequired {
+            stream.reset_on_close();
+        }
+    }
+}
+
+enum Arrived {
+    Mesh(Box<Accepted>),
+    ForeignTls,
+    Plaintext,
+    Left,
+}
+
+fn mismatch(detail: &'static str) -> Error {
+    Error::downstream(Stage::Detect, Reason::ProtocolMismatch, detail)
+}
+
+// --- one request ------------------------------------------------------------------------------------------------
+
+/// The application, as one caller's HTTP connection reaches it.
+struct Service {
+    lane: Rc<Lane>,
+    claims: Option<Claims>,
+    edges: [Arc<Edge>; 3],
+    application: SocketAddr,
+    _permit: Permit,
+}
+
+impl Service {
+    fn edge(&self, protocol: WireProtocol) -> Arc<Edge> {
+        let index = match protocol {
+            WireProtocol::Http2 => 1,
+            WireProtocol::Grpc => 2,
+            WireProtocol::Http1 | WireProtocol::Tcp | WireProtocol::Tls => 0,
+        };
+        self.edges[index].clone()
+    }
+}
+
+/// What the application is told about the caller; made once per connection.
+struct Claims {
+    client_certificate: HeaderValue,
+    identity: HeaderValue,
+}
+
+impl Claims {
+    fn new(own: &SpiffeId, caller: &SpiffeId) -> Option<Claims> {
+        Some(Claims {
+            client_certificate: HeaderValue::from_str(&format!("By={own};URI={caller}")).ok()?,
+            identity: HeaderValue::from_str(caller.as_str()).ok()?,
+        })
+    }
+}
+
+async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<Incoming>) -> Response<ResponseBody> {
+    let (mut exchange, mut outgoing) = Exchange::begin(&session, request);
+    exchange.set_edge(&service.edge(exchange.protocol));
+    if let Err(error) = exchange.clean(&mut outgoing, || service.application.to_string()) {
+        return exchange.refuse(&error);
+    }
+    if let Some(claims) = &service.claims {
+        outgoing.parts.headers.insert(CLIENT_CERTIFICATE, claims.client_certificate.clone());
+        outgoing.parts.headers.insert(IDENTITY, claims.identity.clone());
+    }
+    exchange.record.set_upstream(service.application);
+    exchange.record.trace_server(&mut outgoing.parts.headers);
+    let request = exchange.request(outgoing);
+    match exchange.patiently(service.lane.send(request)).await {
+        Ok(Ok(answered)) => exchange.answer(answered, None),
+        Ok(Err(Unsent { error, .. })) | Err(error) => exchange.refuse(&error),
+    }
+}
+
+impl Caller {
+    fn edge(&self, worker: &Worker, protocol: WireProtocol) -> Arc<Edge> {
+        let (workload, namespace, principal) = match &self.peer {
+            Some(peer) => (peer.workload.to_string(), peer.identity.namespace().to_owned(), peer.identity.to_string()),
+            None => (UNKNOWN.to_owned(), UNKNOWN.to_owned(), String::new()),
+        };
+        worker.telemetry.edge(&EdgeLabels {
+            direction: Direction::Inbound,
+            source_workload: workload,
+            source_namespace: namespace,
+            source_principal: principal,
+            destination_service: self.destination_service.clone(),
+            destination_workload: worker.own.workload.clone(),
+            destination_namespace: worker.own.namespace.clone(),
+            protocol,
+            mtls: self.peer.is_some(),
+            destination_principal: worker.own.principal.to_string(),
+        })
+    }
+}

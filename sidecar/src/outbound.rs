@@ -1,0 +1,429 @@
+//! The outbound walk: what the application sends to others. Lookup, detect, policy, route, balance, connect, forward.
+
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+use std::time::Instant;
+
+use http::{Method, Request, Response};
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+use outrigger_api::name::{Protocol, ServicePort};
+use outrigger_api::snapshot::Key;
+
+use crate::balance::{Kind, Outcome};
+use crate::connect::backend::{Backend, View, lost_edge};
+use crate::connect::dial::Dialled;
+use crate::connect::lane::{Answered, Framing, Unsent};
+use crate::connect::worker::Worker;
+use crate::connection::{Registered, State};
+use crate::net::Stream;
+use crate::outcome::{Error, Reason, Retry, Stage};
+use crate::policy::{self, Permit};
+use crate::protocol::detect::Detected;
+use crate::protocol::http::body::{Measured, ResponseBody};
+use crate::protocol::http::exchange::{Exchange, Outgoing, Session};
+use crate::protocol::http::headers::Strip;
+use crate::protocol::http::{serve, tunnel};
+use crate::protocol::opaque::{self, CopyError};
+use crate::protocol::peek::{self, First, Peeked};
+use crate::telemetry::{TcpRecord, WireProtocol};
+use crate::tls::MeshAlpn;
+
+/// Serves one connection of the application to one destination.
+pub async fn serve(worker: Rc<Worker>, key: Key, stream: Stream, registered: Rc<Registered>) {
+    registered.describe(|about| about.destination = key.to_string());
+    let backend = worker.backend(&key);
+    walk(&worker, &backend, stream, &registered).await;
+}
+
+async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, registered: &Rc<Registered>) {
+    // A lookup that failed is told to an HTTP client in its own protocol, so detection goes on without it.
+    let view = backend.view(worker).await;
+    let declared = view.as_ref().ok().and_then(|view| view.protocol);
+    let permit = policy::admit_outbound();
+    let limits = &worker.limits;
+    let peeked = match declared {
+        Some(Protocol::Tcp) => return opaque(worker, view, stream, registered, WireProtocol::Tcp, permit).await,
+        Some(Protocol::Tls) => return opaque(worker, view, stream, registered, WireProtocol::Tls, permit).await,
+        // The client speaks first: it may take as long as it likes to begin.
+        Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
+            peek::speaks_or_waits(&mut stream, limits.client_idle, limits.head_timeout).await
+        }
+        None => peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await,
+    };
+    match peeked {
+        Ok(Peeked::Speaks(Detected::Http1)) => http1(worker, backend, stream, registered, permit).await,
+        Ok(Peeked::Speaks(Detected::Http2)) => http2(worker, backend, stream, registered, permit).await,
+        Ok(Peeked::Speaks(Detected::Tls)) if declared.is_none() => {
+            opaque(worker, view, stream, registered, WireProtocol::Tls, permit).await;
+        }
+        Ok(Peeked::Speaks(Detected::Opaque)) if declared.is_none() => {
+            opaque(worker, view, stream, registered, WireProtocol::Tcp, permit).await;
+        }
+        // Not HTTP on a port that declares it: the parser says what is wrong with it.
+        Ok(Peeked::Speaks(Detected::Opaque)) => http1(worker, backend, stream, registered, permit).await,
+        Ok(Peeked::Speaks(Detected::Tls)) => {
+            let error = Error::downstream(Stage::Detect, Reason::ProtocolMismatch, "TLS on a port declared as HTTP");
+            refuse_connection(worker, view.ok().as_deref(), &stream, &error);
+        }
+        Ok(Peeked::Silent) if declared.is_none() => {
+            silent(worker, backend, view, stream, registered, permit).await;
+        }
+        Ok(Peeked::Silent | Peeked::Left) => {}
+        Err(error) => refuse_head(worker, view.ok().as_deref(), stream, &error).await,
+    }
+}
+
+// --- HTTP ---------------------------------------------------------------------------------------------------
+
+async fn http1(
+    worker: &Rc<Worker>,
+    backend: &Rc<Backend>,
+    stream: Stream,
+    registered: &Rc<Registered>,
+    permit: Permit,
+) {
+    registered.describe(|about| about.protocol = "http1");
+    let session = Session::new(worker, registered, false, Strip::HopByHop);
+    let on_refusal = head_refusals(worker);
+    let respond = |request| respond(session.clone(), backend.clone(), request, permit);
+    serve::http1(&session, stream, on_refusal, respond).await;
+}
+
+async fn http2(
+    worker: &Rc<Worker>,
+    backend: &Rc<Backend>,
+    stream: Stream,
+    registered: &Rc<Registered>,
+    permit: Permit,
+) {
+    registered.describe(|about| about.protocol = "http2");
+    let session = Session::new(worker, registered, true, Strip::HopByHop);
+    let streams = worker.limits.h2_streams_application;
+    let (backend, inner) = (backend.clone(), session.clone());
+    let respond = move |request| respond(inner.clone(), backend.clone(), request, permit);
+    serve::http2(&session, stream, streams, respond).await;
+}
+
+/// One request, from its head to the answer's head.
+async fn respond(
+    session: Rc<Session>,
+    backend: Rc<Backend>,
+    request: Request<Incoming>,
+    permit: Permit,
+) -> Response<ResponseBody> {
+    let (exchange, outgoing) = Exchange::begin(&session, request);
+    respond_to(exchange, outgoing, &backend, permit).await
+}
+
+async fn respond_to(
+    mut exchange: Exchange,
+    mut outgoing: Outgoing,
+    backend: &Backend,
+    permit: Permit,
+) -> Response<ResponseBody> {
+    let session = exchange.session.clone();
+    let worker = &session.worker;
+    let view = match backend.view(worker).await {
+        Ok(view) => view,
+        Err(error) => {
+            exchange.set_edge(&lost_edge(worker, exchange.protocol));
+            return exchange.refuse(&error);
+        }
+    };
+    if let Err(error) = exchange.clean(&mut outgoing, || view.authority()) {
+        exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
+        return exchange.refuse(&error);
+    }
+    match forward(&exchange, &view, outgoing, permit).await {
+        Ok((answered, load)) => exchange.answer(answered, Some(load)),
+        Err(error) => exchange.refuse(&error),
+    }
+}
+
+/// Balance, connect, send; to another endpoint when the first provably did nothing with the request.
+async fn forward(
+    exchange: &Exchange,
+    view: &View,
+    outgoing: Outgoing,
+    _permit: Permit,
+) -> Result<(Answered, Measured), Error> {
+    let worker = &exchange.session.worker;
+    let framing = if exchange.session.http2 { Framing::Http2 } else { Framing::Http1 };
+    let mut request = exchange.request(outgoing);
+    let mut tried = Tried::new(worker);
+    loop {
+        let Some((index, slot)) = view.pick(worker, Kind::Http, tried.indices()) else {
+            if tried.indices().is_empty() {
+                exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
+            }
+            return Err(tried.last.take().unwrap_or_else(|| unavailable(view)));
+        };
+        let edge = view.edge(worker, &slot, exchange.protocol);
+        exchange.set_edge(&edge);
+        let Some(load) = view.endpoints.start(index) else { return Err(unavailable(view)) };
+        exchange.record.attempt(request.headers_mut(), slot.target.address, Instant::now());
+        match exchange.patiently(slot.lane(framing).send(request)).await? {
+            Ok(answered) => {
+                let failed = answered.response.status().is_server_error();
+                let outcome = if failed { Outcome::Failure5xx } else { Outcome::Success };
+                let measured = Measured { guard: load, at: worker.now(), latency: answered.latency, outcome };
+                return Ok((answered, measured));
+            }
+            Err(Unsent { error, request: unsent }) => {
+                load.finish(worker.now(), exchange.elapsed(), Outcome::ConnectError);
+                exchange.record.attempt_failed(error.reason, Instant::now());
+                request = tried.again(index, error, unsent)?;
+            }
+        }
+    }
+}
+
+/// The endpoints that one request or connection has tried.
+struct Tried {
+    indices: [usize; Tried::MOST],
+    count: usize,
+    tries: usize,
+    until: Instant,
+    last: Option<Error>,
+}
+
+impl Tried {
+    const MOST: usize = 8;
+
+    fn new(worker: &Worker) -> Tried {
+        let tries = (worker.limits.connect_tries as usize).clamp(1, Tried::MOST);
+        let until = Instant::now() + worker.limits.connect_budget;
+        Tried { indices: [0; Tried::MOST], count: 0, tries, until, last: None }
+    }
+
+    fn indices(&self) -> &[usize] {
+        &self.indices[..self.count]
+    }
+
+    /// Notes a failure; gives back what may be tried elsewhere.
+    fn again<T>(&mut self, index: usize, error: Error, what: Option<T>) -> Result<T, Error> {
+        match what {
+            Some(what) if error.retry == Retry::Safe && self.count + 1 < self.tries && Instant::now() < self.until => {
+                self.indices[self.count] = index;
+                self.count += 1;
+                self.last = Some(error);
+                Ok(what)
+            }
+            _ => Err(error),
+        }
+    }
+}
+
+fn unavailable(view: &View) -> Error {
+    let detail = match &view.service {
+        Some(service) => format!("{service} has {} endpoints, none can be used", view.endpoints.len()),
+        None => "no endpoint".to_owned(),
+    };
+    Error::upstream(Stage::Balance, Reason::DestinationUnavailable, Retry::Never, detail)
+}
+
+// --- bytes that are not parsed --------------------------------------------------------------------------------
+
+async fn opaque(
+    worker: &Rc<Worker>,
+    view: Result<Rc<View>, Error>,
+    stream: Stream,
+    registered: &Rc<Registered>,
+    protocol: WireProtocol,
+    permit: Permit,
+) {
+    let view = match view {
+        Ok(view) => view,
+        Err(error) => return refuse_connection(worker, None, &stream, &error),
+    };
+    match dial(worker, &view, protocol, permit).await {
+        Ok(opened) => copy(stream, opened, registered, protocol).await,
+        Err(error) => refuse_connection(worker, Some(&view), &stream, &error),
+    }
+}
+
+/// An open upstream and what is counted as long as it is.
+struct Opened {
+    dialled: Dialled,
+    record: TcpRecord,
+    _load: crate::balance::Open,
+}
+
+async fn dial(worker: &Rc<Worker>, view: &View, protocol: WireProtocol, _permit: Permit) -> Result<Opened, Error> {
+    let mut tried = Tried::new(worker);
+    loop {
+        let Some((index, slot)) = view.pick(worker, Kind::Tcp, tried.indices()) else {
+            return Err(tried.last.take().unwrap_or_else(|| unavailable(view)));
+        };
+        let Some(load) = view.endpoints.open(index) else { return Err(unavailable(view)) };
+        match worker.dialer.dial(&slot.target, MeshAlpn::Tcp).await {
+            Ok(dialled) => {
+                load.connected(worker.now(), Outcome::Success);
+                let edge = view.edge(worker, &slot, protocol);
+                let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
+                record.upstream(slot.target.address);
+                return Ok(Opened { dialled, record, _load: load });
+            }
+            Err(error) => {
+                load.connected(worker.now(), Outcome::ConnectError);
+                tried.again(index, error, Some(()))?;
+            }
+        }
+    }
+}
+
+async fn copy(stream: Stream, opened: Opened, registered: &Registered, protocol: WireProtocol) {
+    registered.describe(|about| {
+        about.protocol = protocol.as_str();
+        about.mtls = opened.dialled.peer.is_some();
+    });
+    registered.enter(State::Tunnel);
+    let record = &opened.record;
+    let forth = |count| record.add_received(count);
+    let back = |count| record.add_sent(count);
+    match opaque::copy(stream, opened.dialled.stream, registered, forth, back).await {
+        Ok(()) => {}
+        Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
+        Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
+    }
+}
+
+/// The client waits: open the upstream and let either side speak.
+async fn silent(
+    worker: &Rc<Worker>,
+    backend: &Rc<Backend>,
+    view: Result<Rc<View>, Error>,
+    mut stream: Stream,
+    registered: &Rc<Registered>,
+    permit: Permit,
+) {
+    let view = match view {
+        Ok(view) => view,
+        Err(error) => return refuse_connection(worker, None, &stream, &error),
+    };
+    let mut opened = match dial(worker, &view, WireProtocol::Tcp, permit).await {
+        Ok(opened) => opened,
+        Err(error) => return refuse_connection(worker, Some(&view), &stream, &error),
+    };
+    match peek::who_speaks(&mut stream, &mut opened.dialled.stream).await {
+        Ok(First::Server) => copy(stream, opened, registered, WireProtocol::Tcp).await,
+        Ok(First::Client) => match peek::speaks(&mut stream, worker.limits.head_timeout).await {
+            Ok(Peeked::Speaks(Detected::Http1)) => {
+                drop(opened);
+                http1(worker, backend, stream, registered, permit).await;
+            }
+            Ok(Peeked::Speaks(Detected::Http2)) => {
+                drop(opened);
+                http2(worker, backend, stream, registered, permit).await;
+            }
+            Ok(_) => copy(stream, opened, registered, WireProtocol::Tcp).await,
+            Err(error) => refuse_head(worker, Some(&view), stream, &error).await,
+        },
+        Ok(First::Nobody) | Err(_) => {}
+    }
+}
+
+// --- refusals that are no HTTP exchange -------------------------------------------------------------------------
+
+/// Counts a connection that ends before anything was forwarded, and closes it so that it looks like an error.
+fn refuse_connection(worker: &Worker, view: Option<&View>, stream: &Stream, error: &Error) {
+    let protocol = WireProtocol::Tcp;
+    let edge = view.map_or_else(|| lost_edge(worker, protocol), |view| view.unpicked_edge(worker, protocol));
+    let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
+    record.failed(error.reason, || error.to_string());
+    stream.reset_on_close();
+}
+
+/// A first line that never ended: 408 in the protocol that it was the beginning of.
+async fn refuse_head(worker: &Worker, view: Option<&View>, mut stream: Stream, error: &Error) {
+    if error.reason == Reason::RequestHeadTimeout {
+        serve::refuse_head(&mut stream, error.reason, &worker.own.instance).await;
+    }
+    let protocol = WireProtocol::Http1;
+    let edge = view.map_or_else(|| lost_edge(worker, protocol), |view| view.unpicked_edge(worker, protocol));
+    serve::count_refused_head(&worker.telemetry, &edge, error.reason);
+}
+
+/// Counts heads that the parser refused.
+fn head_refusals(worker: &Rc<Worker>) -> Box<dyn Fn(Reason) + Send> {
+    let edge = lost_edge(worker, WireProtocol::Http1);
+    let telemetry = worker.telemetry.clone();
+    Box::new(move |reason| serve::count_refused_head(&telemetry, &edge, reason))
+}
+
+// --- the forward proxy --------------------------------------------------------------------------------------------
+
+/// Serves one connection to the forward proxy: each request says where it wants to go.
+pub async fn serve_proxy(worker: Rc<Worker>, stream: Stream, registered: Rc<Registered>) {
+    registered.describe(|about| about.protocol = "http-proxy");
+    let session = Session::new(&worker, &registered, false, Strip::HopByHop);
+    let permit = policy::admit_outbound();
+    let respond = |request| proxy(session.clone(), request, permit);
+    serve::http1(&session, stream, head_refusals(&worker), respond).await;
+}
+
+async fn proxy(session: Rc<Session>, request: Request<Incoming>, permit: Permit) -> Response<ResponseBody> {
+    let (exchange, mut outgoing) = Exchange::begin(&session, request);
+    let worker = &session.worker;
+    outgoing.parts.headers.remove(http::header::PROXY_AUTHORIZATION);
+    let backend = match destination(worker, &outgoing.parts).await {
+        Ok(backend) => backend,
+        Err(error) => {
+            exchange.set_edge(&lost_edge(worker, exchange.protocol));
+            return exchange.refuse(&error);
+        }
+    };
+    if outgoing.parts.method != Method::CONNECT {
+        return respond_to(exchange, outgoing, &backend, permit).await;
+    }
+    let Some(upgrade) = outgoing.parts.extensions.remove::<OnUpgrade>() else {
+        let error = Error::own(Stage::Forward, Reason::Internal, "CONNECT on a connection that cannot be upgraded");
+        return exchange.refuse(&error);
+    };
+    let (worker, registered) = (session.worker.clone(), session.registered.clone());
+    tokio::task::spawn_local(async move {
+        let Ok(upgraded) = upgrade.await else { return };
+        let Some(stream) = tunnel::downstream_stream(upgraded) else { return };
+        registered.enter(State::Opening);
+        walk(&worker, &backend, stream, &registered).await;
+    });
+    exchange.connected()
+}
+
+/// Who is meant by the authority of a request to the proxy.
+async fn destination(worker: &Worker, parts: &http::request::Parts) -> Result<Rc<Backend>, Error> {
+    let wrong = |detail| Error::downstream(Stage::Lookup, Reason::BadRequest, detail);
+    let Some(authority) = parts.uri.authority() else {
+        return Err(wrong("a forward proxy takes absolute-form targets and CONNECT"));
+    };
+    if parts.uri.scheme().is_some_and(|scheme| *scheme != http::uri::Scheme::HTTP) {
+        return Err(wrong("the forward proxy takes http:// targets; use CONNECT for others"));
+    }
+    let port = match (authority.port_u16(), &parts.method) {
+        (Some(0), _) => return Err(wrong("port 0")),
+        (Some(port), _) => port,
+        (None, &Method::CONNECT) => return Err(wrong("CONNECT needs a port")),
+        (None, _) => 80,
+    };
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    if let Ok(ip) = host.parse::<IpAddr>() {
+        return Ok(worker.backend(&Key::Address(SocketAddr::new(ip, port))));
+    }
+    if let Ok(service) = outrigger_api::name::ServiceName::parse(host, &worker.own.namespace) {
+        let backend = worker.backend(&Key::Service(ServicePort { service, port }));
+        match backend.view(worker).await {
+            Ok(_) => return Ok(backend),
+            Err(error) if error.reason != Reason::NotRegistered || worker.registry_only() => return Err(error),
+            Err(_) => {}
+        }
+    } else if worker.registry_only() {
+        let detail = format!("{host} is not registered and outbound.mode is RegistryOnly");
+        return Err(Error::own(Stage::Lookup, Reason::NotRegistered, detail));
+    }
+    let unknown = |detail: String| Error::own(Stage::Lookup, Reason::UnknownDestination, detail);
+    let mut addresses =
+        tokio::net::lookup_host((host, port)).await.map_err(|error| unknown(format!("{host}: {error}")))?;
+    let address = addresses.next().ok_or_else(|| unknown(format!("{host} has no address")))?;
+    Ok(worker.backend(&Key::Address(address)))
+}

@@ -1,0 +1,89 @@
+//! The answers that the sidecar makes itself: problem+json (RFC 9457) with the reason and a Proxy-Status field
+//! (RFC 9209), for gRPC trailers-only. A client can always tell the proxy's 503 from the application's.
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Response, StatusCode, header};
+
+use super::body::ResponseBody;
+use crate::outcome::Reason;
+
+const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
+
+/// The answer to a request that ended here.
+pub fn refuse(reason: Reason, grpc: bool, proxy: &str) -> Response<ResponseBody> {
+    let row = reason.row();
+    let mut response;
+    if grpc {
+        response = Response::new(ResponseBody::empty());
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        headers.insert(GRPC_STATUS, HeaderValue::from(u16::from(row.grpc)));
+        if let Ok(message) = HeaderValue::from_str(&format!("{}: {}", row.word, row.title)) {
+            headers.insert(GRPC_MESSAGE, message);
+        }
+    } else {
+        response = Response::new(ResponseBody::local(problem(reason)));
+        *response.status_mut() = StatusCode::from_u16(row.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    }
+    if let Ok(status) = HeaderValue::from_str(&proxy_status(reason, proxy)) {
+        response.headers_mut().insert(PROXY_STATUS, status);
+    }
+    response
+}
+
+/// The same answer as bytes of HTTP/1.1, for a head that the parser itself refused.
+pub fn refuse_raw(reason: Reason, status: u16, proxy: &str) -> Vec<u8> {
+    let body = problem(reason);
+    let phrase = StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason()).unwrap_or("Refused");
+    let mut raw = format!(
+        "HTTP/1.1 {status} {phrase}\r\ncontent-type: application/problem+json\r\nproxy-status: {}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        proxy_status(reason, proxy),
+        body.len(),
+    )
+    .into_bytes();
+    raw.extend_from_slice(&body);
+    raw
+}
+
+fn problem(reason: Reason) -> Bytes {
+    let row = reason.row();
+    // No text of a peer's goes in: words and titles are our own constants.
+    Bytes::from(format!(
+        "{{\"type\":\"about:blank\",\"title\":\"{}\",\"status\":{},\"reason\":\"{}\"}}\n",
+        row.title, row.status, row.word
+    ))
+}
+
+/// `name; error=type`. The name is a token when it can be one, else a string (RFC 8941).
+fn proxy_status(reason: Reason, proxy: &str) -> String {
+    let error = reason.row().proxy_status;
+    if proxy.starts_with(|first: char| first.is_ascii_alphabetic()) {
+        format!("{proxy}; error={error}")
+    } else {
+        format!("\"{proxy}\"; error={error}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_a_well_formed_answer() {
+        for reason in Reason::ALL {
+            let body: serde_json::Value = serde_json::from_slice(&problem(reason)).unwrap();
+            assert_eq!(body["reason"], reason.word());
+            assert_eq!(body["status"], reason.row().status);
+            let plain = refuse(reason, false, "cart-1");
+            assert_eq!(plain.status().as_u16(), reason.row().status);
+            assert!(plain.headers()["proxy-status"].to_str().unwrap().starts_with("cart-1; error="));
+            let grpc = refuse(reason, true, "1cart");
+            assert_eq!(grpc.status(), 200);
+            assert_eq!(grpc.headers()["grpc-status"], reason.row().grpc.to_string().as_str());
+            assert!(grpc.headers()["proxy-status"].to_str().unwrap().starts_with("\"1cart\"; error="));
+        }
+    }
+}

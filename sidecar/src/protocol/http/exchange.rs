@@ -1,0 +1,262 @@
+//! One request and its answer, the part of the walk that both directions share: the head is checked and cleaned, the
+//! record opened; the answer is cleaned and gets the body that ends the record. Between the two stands what the
+//! direction does: policy, route, balance, connect.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::request::Parts;
+use http::{Method, Request, Response, StatusCode, Version, header};
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+
+use super::body::{Ending, Measured, ResponseBody, Upstream, note_grpc_status};
+use super::headers::{self, Strip};
+use super::{answer, head, tunnel};
+use crate::connect::lane::{Answered, Held};
+use crate::connect::request_body::RequestBody;
+use crate::connect::streams::{Busy, Stream};
+use crate::connect::worker::Worker;
+use crate::connection::{Entry, Registered};
+use crate::outcome::{Error, Reason, Stage};
+use crate::telemetry::{Edge, GrpcFrames, HttpRecord, WireProtocol};
+
+/// What stays the same for all requests of one downstream connection.
+pub struct Session {
+    pub worker: Rc<Worker>,
+    pub entry: Arc<Entry>,
+    /// Keeps the place in the table, also after the connection has left HTTP.
+    pub registered: Rc<Registered>,
+    /// HTTP/2 below.
+    pub http2: bool,
+    pub strip: Strip,
+    running: Rc<Cell<usize>>,
+}
+
+impl Session {
+    pub fn new(worker: &Rc<Worker>, registered: &Rc<Registered>, http2: bool, strip: Strip) -> Rc<Session> {
+        Rc::new(Session {
+            worker: worker.clone(),
+            entry: Arc::clone(registered),
+            registered: registered.clone(),
+            http2,
+            strip,
+            running: Rc::default(),
+        })
+    }
+}
+
+/// One request under way.
+pub struct Exchange {
+    pub session: Rc<Session>,
+    pub record: Rc<HttpRecord>,
+    pub protocol: WireProtocol,
+    begun: Instant,
+    version: Version,
+    stream: Stream,
+    busy: Busy,
+    upgrade: Option<OnUpgrade>,
+}
+
+/// The head on its way, and the body that follows it.
+pub struct Outgoing {
+    pub parts: Parts,
+    body: Option<Incoming>,
+}
+
+impl Exchange {
+    /// Opens the record. Nothing of the request has been believed yet.
+    pub fn begin(session: &Rc<Session>, request: Request<Incoming>) -> (Exchange, Outgoing) {
+        let begun = Instant::now();
+        let worker = &session.worker;
+        let protocol = protocol(session.http2, request.headers());
+        let record = Rc::new(HttpRecord::begin(&worker.telemetry, None, request.method(), begun));
+        record.describe(request.method(), request.uri(), request.headers(), Some(session.entry.client));
+        let (parts, body) = request.into_parts();
+        let exchange = Exchange {
+            session: session.clone(),
+            record,
+            protocol,
+            begun,
+            version: parts.version,
+            stream: worker.streams.begin(&session.entry),
+            busy: Busy::begin(&session.entry, &session.running),
+            upgrade: None,
+        };
+        (exchange, Outgoing { parts, body: Some(body) })
+    }
+
+    /// Checks the head, takes out what stays on this hop, and fixes the form in which it goes on.
+    pub fn clean(&mut self, outgoing: &mut Outgoing, authority: impl FnOnce() -> String) -> Result<(), Error> {
+        let parts = &mut outgoing.parts;
+        let refuse = |(reason, detail): head::Refusal| Error::downstream(Stage::Detect, reason, detail);
+        if parts.method == Method::CONNECT {
+            return Err(refuse((Reason::MethodNotAllowed, "CONNECT is for the forward proxy")));
+        }
+        let longest = self.session.worker.limits.target_bytes;
+        if self.session.http2 {
+            head::check_http2(parts, longest, authority).map_err(refuse)?;
+        } else {
+            head::check_http1(parts, longest, authority).map_err(refuse)?;
+        }
+        if parts.headers.len() > self.session.worker.limits.header_count {
+            return Err(refuse((Reason::RequestHeadTooLarge, "too many fields")));
+        }
+        let upgrade = !self.session.http2 && self.version == Version::HTTP_11 && headers::asks_upgrade(&parts.headers);
+        if upgrade {
+            self.upgrade = parts.extensions.remove::<OnUpgrade>();
+        }
+        headers::clean(&mut parts.headers, self.session.strip, upgrade);
+        parts.version = if self.session.http2 { Version::HTTP_2 } else { Version::HTTP_11 };
+        Ok(())
+    }
+
+    /// The request as it goes to an upstream. To be called once; a second try uses what the lane gave back.
+    pub fn request(&self, outgoing: Outgoing) -> Request<RequestBody> {
+        let body = match outgoing.body {
+            Some(body) => {
+                let grpc = self.protocol == WireProtocol::Grpc;
+                RequestBody::new(body, &self.record, grpc, headers::clean_trailers)
+            }
+            None => RequestBody::Empty,
+        };
+        let mut request = Request::from_parts(outgoing.parts, body);
+        if !self.session.http2 {
+            self.pass_interim(&mut request);
+        }
+        request
+    }
+
+    /// 1xx answers of the upstream go out as they come (RFC 9110 section 15.2). 100 is made by our own server, when the
+    /// body is asked for; 101 is no interim answer.
+    fn pass_interim(&self, request: &mut Request<RequestBody>) {
+        let entry = self.session.entry.clone();
+        hyper::ext::on_informational(request, move |interim| {
+            if matches!(interim.status(), StatusCode::CONTINUE | StatusCode::SWITCHING_PROTOCOLS) {
+                return;
+            }
+            let phrase = interim.status().canonical_reason().unwrap_or("Interim");
+            let mut raw = format!("HTTP/1.1 {} {phrase}\r\n", interim.status().as_u16()).into_bytes();
+            for (name, value) in interim.headers() {
+                raw.extend_from_slice(name.as_str().as_bytes());
+                raw.extend_from_slice(b": ");
+                raw.extend_from_slice(value.as_bytes());
+                raw.extend_from_slice(b"\r\n");
+            }
+            raw.extend_from_slice(b"\r\n");
+            entry.push_interim(&raw);
+        });
+    }
+
+    /// Waits for an upstream, but no longer than a stream may stand still.
+    pub async fn patiently<T>(&self, waiting: impl Future<Output = T>) -> Result<T, Error> {
+        let mut waiting = std::pin::pin!(waiting);
+        std::future::poll_fn(|cx| match waiting.as_mut().poll(cx) {
+            std::task::Poll::Ready(done) => std::task::Poll::Ready(Ok(done)),
+            std::task::Poll::Pending if self.stream.is_expired(cx) => std::task::Poll::Ready(Err(Error::upstream(
+                Stage::Forward,
+                Reason::StreamIdleTimeout,
+                crate::outcome::Retry::Never,
+                "no answer",
+            ))),
+            std::task::Poll::Pending => std::task::Poll::Pending,
+        })
+        .await
+    }
+
+    /// Since the request began.
+    pub fn elapsed(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    pub fn set_edge(&self, edge: &Arc<Edge>) {
+        self.record.set_edge(edge);
+    }
+
+    /// Passes an upstream's answer on.
+    pub fn answer(mut self, answered: Answered, load: Option<Measured>) -> Response<ResponseBody> {
+        let Answered { mut response, held, .. } = answered;
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return match self.upgrade.take() {
+                Some(downstream) => self.switch(downstream, response, held),
+                // Raw bytes flow only after a 101 that was asked for.
+                None => self.refuse(&unasked_switch()),
+            };
+        }
+        headers::clean(response.headers_mut(), Strip::HopByHop, false);
+        self.record.answered(response.status().as_u16());
+        let grpc = (self.protocol == WireProtocol::Grpc).then(|| {
+            note_grpc_status(&self.record, response.headers());
+            GrpcFrames::default()
+        });
+        self.close_when_draining(response.headers_mut());
+        self.stream.moved();
+        let (mut parts, incoming) = response.into_parts();
+        parts.version = self.version;
+        let body = ResponseBody::upstream(Box::new(Upstream {
+            incoming,
+            record: self.record,
+            grpc,
+            held: Some(held),
+            load,
+            stream: self.stream,
+            busy: Some(self.busy),
+        }));
+        Response::from_parts(parts, body)
+    }
+
+    /// Answers by itself.
+    pub fn refuse(self, error: &Error) -> Response<ResponseBody> {
+        let grpc = self.protocol == WireProtocol::Grpc;
+        self.record.failed(error.reason, || error.to_string());
+        let mut response = answer::refuse(error.reason, grpc, &self.session.worker.own.instance);
+        self.record.answered(response.status().as_u16());
+        if grpc {
+            self.record.grpc_status(error.reason.row().grpc);
+        }
+        self.close_when_draining(response.headers_mut());
+        // The rest of a request that was not read must not be taken for the next one: hyper closes after a body that
+        // was left unread.
+        response.map(|body| body.recorded(Ending { record: self.record, busy: Some(self.busy) }))
+    }
+
+    /// Agrees to a CONNECT: what follows is bytes. Its own record ends here; what runs inside has records of its own.
+    pub fn connected(self) -> Response<ResponseBody> {
+        self.record.answered(StatusCode::OK.as_u16());
+        self.record.response_ended();
+        Response::new(ResponseBody::empty())
+    }
+
+    fn close_when_draining(&self, headers: &mut http::HeaderMap) {
+        if !self.session.http2 && self.session.worker.drain.is_draining() {
+            headers.insert(header::CONNECTION, http::HeaderValue::from_static("close"));
+        }
+    }
+
+    fn switch(self, downstream: OnUpgrade, mut response: Response<Incoming>, held: Held) -> Response<ResponseBody> {
+        let upstream = hyper::upgrade::on(&mut response);
+        headers::clean(response.headers_mut(), Strip::HopByHop, true);
+        self.record.answered(StatusCode::SWITCHING_PROTOCOLS.as_u16());
+        tunnel::spawn_switched(&self.session, self.record, downstream, upstream, held);
+        response.map(|_| ResponseBody::empty())
+    }
+}
+
+fn unasked_switch() -> Error {
+    Error::upstream(
+        Stage::Forward,
+        Reason::UpstreamProtocol,
+        crate::outcome::Retry::Never,
+        "101 without a request to switch protocols",
+    )
+}
+
+fn protocol(http2: bool, headers: &http::HeaderMap) -> WireProtocol {
+    if !http2 {
+        return WireProtocol::Http1;
+    }
+    let grpc = headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+    if grpc { WireProtocol::Grpc } else { WireProtocol::Http2 }
+}

@@ -1,0 +1,10 @@
+//! HTTP/1 and HTTP/2: heads are checked and cleaned, bodies stream through, trailers and interim answers pass.
+
+mod answer;
+pub mod body;
+mod downstream_io;
+pub mod exchange;
+pub mod head;
+pub mod headers;
+pub mod serve;
+pub mod tunnel;

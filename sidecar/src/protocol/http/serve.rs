@@ -1,0 +1,162 @@
+//! Serves one downstream connection with hyper: one builder for HTTP/1, one for HTTP/2, and in them every limit that
+//! the library would not set by itself. The connection's task obeys the watchdog and the drain.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use http::{Method, Request, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::AsyncWriteExt;
+
+use super::answer;
+use super::body::ResponseBody;
+use super::downstream_io::{DownstreamIo, OnRefusal};
+use super::exchange::Session;
+use crate::connect::Local;
+use crate::connection::{Command, Entry};
+use crate::net::Stream;
+use crate::outcome::Reason;
+use crate::telemetry::{Edge, HttpRecord, Telemetry};
+
+/// Serves HTTP/1 until the connection ends. `respond` is the direction's walk for one request.
+pub async fn http1<F>(
+    session: &Rc<Session>,
+    stream: Stream,
+    on_refusal: OnRefusal,
+    respond: impl Fn(Request<Incoming>) -> F,
+) where
+    F: Future<Output = Response<ResponseBody>>,
+{
+    let limits = &session.worker.limits;
+    let proxy: Arc<str> = session.worker.own.instance.as_str().into();
+    let io = DownstreamIo::http1(stream, session.entry.clone(), proxy, on_refusal);
+    let service = service_fn(|request| {
+        let response = respond(request);
+        async { Ok::<_, Infallible>(response.await) }
+    });
+    let connection = http1::Builder::new()
+        .preserve_header_case(true)
+        .auto_date_header(false)
+        .max_header_size(limits.head_bytes)
+        .max_buf_size(limits.head_bytes.max(8192))
+        .serve_connection(TokioIo::new(io), service)
+        .with_upgrades();
+    Driven { connection, entry: &session.entry, finishing: false }.await;
+}
+
+/// Serves HTTP/2 until the connection ends.
+pub async fn http2<F>(
+    session: &Rc<Session>,
+    stream: Stream,
+    streams: u32,
+    respond: impl Fn(Request<Incoming>) -> F + 'static,
+) where
+    F: Future<Output = Response<ResponseBody>> + 'static,
+{
+    let limits = &session.worker.limits;
+    let io = DownstreamIo::http2(stream, session.entry.clone());
+    let respond = Rc::new(respond);
+    let service = service_fn(move |request| {
+        let response = respond(request);
+        async { Ok::<_, Infallible>(response.await) }
+    });
+    let connection = http2::Builder::new(Local)
+        .timer(TokioTimer::new())
+        .auto_date_header(false)
+        .max_concurrent_streams(streams)
+        .initial_stream_window_size(limits.h2_stream_window)
+        .initial_connection_window_size(limits.h2_connection_window)
+        .max_header_list_size(limits.h2_header_list)
+        .max_send_buf_size(limits.h2_send_buffer)
+        .max_pending_accept_reset_streams(limits.h2_pending_resets)
+        .max_local_error_reset_streams(limits.h2_local_resets)
+        .keep_alive_interval(limits.keepalive)
+        .keep_alive_timeout(limits.user_timeout)
+        .serve_connection(TokioIo::new(io), service);
+    Driven { connection, entry: &session.entry, finishing: false }.await;
+}
+
+/// A head that was refused before it became a request has a record all the same, with the method `other`.
+pub fn count_refused_head(telemetry: &Arc<Telemetry>, edge: &Arc<Edge>, reason: Reason) {
+    let unknown = Method::from_bytes(b"REFUSED").unwrap_or_default();
+    let record = HttpRecord::begin(telemetry, Some(edge), &unknown, Instant::now());
+    record.failed(reason, || "the head was refused".to_owned());
+    record.answered(reason.row().status);
+    record.response_ended();
+}
+
+/// Answers a connection whose first line never ended, before anything parsed it.
+pub async fn refuse_head(stream: &mut Stream, reason: Reason, proxy: &str) {
+    // The client may be gone; there is nobody else to tell.
+    let _ = stream.write_all(&answer::refuse_raw(reason, reason.row().status, proxy)).await;
+    let _ = stream.shutdown().await;
+}
+
+/// What both kinds of hyper connection can do.
+trait Connection: Future {
+    fn finish(self: Pin<&mut Self>);
+}
+
+impl<I, B, S> Connection for http1::UpgradeableConnection<I, S>
+where
+    S: hyper::service::HttpService<Incoming, ResBody = B>,
+    S::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+    B: http_body::Body + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    fn finish(self: Pin<&mut Self>) {
+        self.graceful_shutdown();
+    }
+}
+
+impl<I, B, S> Connection for http2::Connection<I, S, Local>
+where
+    S: hyper::service::HttpService<Incoming, ResBody = B>,
+    S::Future: 'static,
+    S::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    I: hyper::rt::Read + hyper::rt::Write + Unpin,
+    B: http_body::Body + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    fn finish(self: Pin<&mut Self>) {
+        self.graceful_shutdown();
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// A connection that listens to its entry's commands.
+    struct Driven<'a, C> {
+        #[pin]
+        connection: C,
+        entry: &'a Entry,
+        finishing: bool,
+    }
+}
+
+impl<C: Connection> Future for Driven<'_, C> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut this = self.project();
+        this.entry.listen(cx.waker());
+        match this.entry.command() {
+            Command::Close => return Poll::Ready(()),
+            Command::Finish if !*this.finishing => {
+                *this.finishing = true;
+                this.connection.as_mut().finish();
+            }
+            Command::Run | Command::Finish | Command::HeadTimeout => {}
+        }
+        // How it ended is in the records of its requests.
+        this.connection.poll(cx).map(|_| ())
+    }
+}

@@ -1,0 +1,6 @@
+//! What connections speak: detection, HTTP, and bytes that are not parsed.
+
+pub mod detect;
+pub mod http;
+pub mod opaque;
+pub mod peek;

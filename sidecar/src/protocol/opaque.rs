@@ -1,0 +1,168 @@
+//! Bytes that are not parsed: copied both ways until both sides have ended. Half-close is passed on in each
+//! direction, an error of one side ends both. The scratch buffer belongs to the worker, so that an idle connection
+//! holds none; a connection keeps bytes of its own only while its peer does not take them.
+
+use std::cell::RefCell;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::connection::Entry;
+use crate::net::Stream;
+
+/// What one read takes at most, and so what one direction may hold back.
+const CHUNK: usize = 64 * 1024;
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; CHUNK]);
+}
+
+/// One direction of a copy.
+#[derive(Default)]
+struct Half {
+    /// Read, not yet written.
+    held: Vec<u8>,
+    written: usize,
+    state: HalfState,
+    /// Whether something was written since the last flush.
+    unflushed: bool,
+}
+
+#[derive(Default, PartialEq, Eq)]
+enum HalfState {
+    #[default]
+    Open,
+    /// The reader is at its end; the writer is told when everything is written.
+    Ended,
+    Closed,
+}
+
+/// Which side an error of the copy came from.
+#[derive(Debug)]
+pub enum CopyError {
+    Downstream(io::Error),
+    Upstream(io::Error),
+}
+
+/// Copies until both directions have ended. `forth` counts bytes from downstream to upstream, `back` the others.
+pub async fn copy(
+    mut downstream: Stream,
+    mut upstream: Stream,
+    entry: &Entry,
+    forth_bytes: impl Fn(u64),
+    back_bytes: impl Fn(u64),
+) -> Result<(), CopyError> {
+    let mut forth = Half::default();
+    let mut back = Half::default();
+    let result = std::future::poll_fn(|cx| {
+        entry.listen(cx.waker());
+        if entry.command() == crate::connection::Command::Close {
+            return Poll::Ready(Ok(()));
+        }
+        let forth_done = forth.poll(cx, &mut downstream, &mut upstream, |count| {
+            entry.touch();
+            forth_bytes(count);
+        });
+        let forth_done = match forth_done {
+            Poll::Ready(Err(End::Read(error))) => return Poll::Ready(Err(CopyError::Downstream(error))),
+            Poll::Ready(Err(End::Write(error))) => return Poll::Ready(Err(CopyError::Upstream(error))),
+            Poll::Ready(Ok(())) => true,
+            Poll::Pending => false,
+        };
+        let back_done = back.poll(cx, &mut upstream, &mut downstream, |count| {
+            entry.touch();
+            back_bytes(count);
+        });
+        match back_done {
+            Poll::Ready(Err(End::Read(error))) => Poll::Ready(Err(CopyError::Upstream(error))),
+            Poll::Ready(Err(End::Write(error))) => Poll::Ready(Err(CopyError::Downstream(error))),
+            Poll::Ready(Ok(())) if forth_done => Poll::Ready(Ok(())),
+            Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
+        }
+    })
+    .await;
+    if result.is_err() {
+        // A truncation must not look like an end.
+        downstream.reset_on_close();
+        upstream.reset_on_close();
+    }
+    result
+}
+
+enum End {
+    Read(io::Error),
+    Write(io::Error),
+}
+
+impl Half {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        reader: &mut Stream,
+        writer: &mut Stream,
+        count: impl Fn(u64),
+    ) -> Poll<Result<(), End>> {
+        loop {
+            ready!(self.poll_write_held(cx, writer)).map_err(End::Write)?;
+            match self.state {
+                HalfState::Open => {}
+                HalfState::Ended => {
+                    ready!(Pin::new(&mut *writer).poll_shutdown(cx)).map_err(End::Write)?;
+                    self.state = HalfState::Closed;
+                    return Poll::Ready(Ok(()));
+                }
+                HalfState::Closed => return Poll::Ready(Ok(())),
+            }
+            let read = SCRATCH.with_borrow_mut(|scratch| {
+                let mut buffer = ReadBuf::new(scratch);
+                ready!(Pin::new(&mut *reader).poll_read(cx, &mut buffer)).map_err(End::Read)?;
+                let bytes = buffer.filled();
+                if bytes.is_empty() {
+                    self.state = HalfState::Ended;
+                    return Poll::Ready(Ok(()));
+                }
+                count(bytes.len() as u64);
+                self.unflushed = true;
+                let mut written = 0;
+                while written < bytes.len() {
+                    match Pin::new(&mut *writer).poll_write(cx, &bytes[written..]) {
+                        Poll::Ready(Ok(0)) => return Poll::Ready(Err(End::Write(io::ErrorKind::WriteZero.into()))),
+                        Poll::Ready(Ok(n)) => written += n,
+                        Poll::Ready(Err(error)) => return Poll::Ready(Err(End::Write(error))),
+                        Poll::Pending => break,
+                    }
+                }
+                self.held.extend_from_slice(&bytes[written..]);
+                Poll::Ready(Ok(()))
+            });
+            match read {
+                Poll::Ready(result) => result?,
+                Poll::Pending => {
+                    if self.unflushed {
+                        ready!(Pin::new(&mut *writer).poll_flush(cx)).map_err(End::Write)?;
+                        self.unflushed = false;
+                    }
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    fn poll_write_held(&mut self, cx: &mut Context<'_>, writer: &mut Stream) -> Poll<io::Result<()>> {
+        while self.written < self.held.len() {
+            let n = ready!(Pin::new(&mut *writer).poll_write(cx, &self.held[self.written..]))?;
+            if n == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.written += n;
+        }
+        if !self.held.is_empty() {
+            // Given back whole: most connections never hold anything again.
+            self.held = Vec::new();
+            self.written = 0;
+        }
+        Poll::Ready(Ok(()))
+    }
+}

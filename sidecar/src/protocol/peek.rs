@@ -1,0 +1,86 @@
+//! Reads ahead until it is known what a connection speaks. The bytes stay in the stream and are read again by whoever
+//! serves it. A client may be silent because the server speaks first: then it is waited for only a moment, and the
+//! caller opens the upstream.
+
+use std::io;
+use std::task::Poll;
+use std::time::Duration;
+
+use super::detect::{Detected, detect};
+use crate::net::Stream;
+use crate::outcome::{Error, Reason, Stage};
+
+/// What reading ahead found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Peeked {
+    Speaks(Detected),
+    /// Not a byte within the wait: perhaps the server speaks first.
+    Silent,
+    /// The client left without a byte.
+    Left,
+}
+
+/// More than any decision needs; a line that is longer is decided without its end.
+const ENOUGH: usize = 20 * 1024;
+
+/// Peeks at a client that must speak first. A beginning that stays undecided for `patience` is an unfinished HTTP head.
+pub async fn speaks(stream: &mut Stream, patience: Duration) -> Result<Peeked, Error> {
+    match tokio::time::timeout(patience, decide(stream)).await {
+        Ok(decided) => decided.map_err(|error| left(&error)),
+        Err(_) => Err(Error::downstream(Stage::Detect, Reason::RequestHeadTimeout, "the first line did not end")),
+    }
+}
+
+/// Peeks at a client that may wait for the server: [`Peeked::Silent`] after `wait` without a byte. Once a byte has
+/// come, time no longer decides.
+pub async fn speaks_or_waits(stream: &mut Stream, wait: Duration, patience: Duration) -> Result<Peeked, Error> {
+    if stream.ahead().is_empty() {
+        match tokio::time::timeout(wait, stream.read_ahead()).await {
+            Err(_) => return Ok(Peeked::Silent),
+            Ok(Ok(0)) => return Ok(Peeked::Left),
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return Err(left(&error)),
+        }
+    }
+    speaks(stream, patience).await
+}
+
+async fn decide(stream: &mut Stream) -> io::Result<Peeked> {
+    loop {
+        if let Some(detected) = detect(stream.ahead()) {
+            return Ok(Peeked::Speaks(detected));
+        }
+        if stream.ahead().len() > ENOUGH {
+            return Ok(Peeked::Speaks(Detected::Opaque));
+        }
+        if stream.read_ahead().await? == 0 {
+            // What came is all there is: it cannot become a request any more.
+            return Ok(if stream.ahead().is_empty() { Peeked::Left } else { Peeked::Speaks(Detected::Opaque) });
+        }
+    }
+}
+
+pub fn left(error: &io::Error) -> Error {
+    Error::downstream(Stage::Detect, Reason::ClientClosed, error.to_string())
+}
+
+/// Who spoke first on a connection whose upstream was opened while the client was silent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum First {
+    Client,
+    Server,
+    /// Somebody left without a byte.
+    Nobody,
+}
+
+/// Waits for the first byte of either side.
+pub async fn who_speaks(downstream: &mut Stream, upstream: &mut Stream) -> io::Result<First> {
+    std::future::poll_fn(|cx| {
+        // The client first: when both have spoken, its bytes decide.
+        if let Poll::Ready(read) = downstream.poll_read_ahead(cx) {
+            return Poll::Ready(read.map(|count| if count == 0 { First::Nobody } else { First::Client }));
+        }
+        upstream.poll_read_ahead(cx).map_ok(|count| if count == 0 { First::Nobody } else { First::Server })
+    })
+    .await
+}
