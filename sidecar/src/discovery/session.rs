@@ -82,13 +82,8 @@ impl Session {
             None => SessionError::Refused(Box::new(status)),
         });
         let updates = answer?.into_inner();
-        Ok(Session {
-            updates,
-            requests,
-            queue: VecDeque::new(),
-            leasing: Leasing::new(dialled.channel.clone(), lease, withdraw),
-            channel: dialled.channel,
-        })
+        let leasing = Leasing::new(dialled.channel.clone(), lease, withdraw);
+        Ok(Session { updates, requests, queue: VecDeque::new(), leasing, channel: dialled.channel })
     }
 
     pub(super) fn subscribe(&mut self, key: &Key) {
