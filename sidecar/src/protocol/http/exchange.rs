@@ -82,7 +82,7 @@ impl Exchange {
             begun,
             version: parts.version,
             stream: worker.streams.begin(&session.entry),
-            busy: Busy::begin(&session.entry, &session.running),
+            busy: Busy::begin(&session.entry, &session.running, &worker.drain),
             upgrade: None,
         };
         (exchange, Outgoing { parts, body: Some(body) })
