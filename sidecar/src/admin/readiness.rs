@@ -29,8 +29,8 @@ pub struct Readiness {
     pub directory: Directory,
     pub identity: tokio::sync::watch::Receiver<IdentityStatus>,
     pub drain: outrigger_runtime::drain::DrainHandle,
-    /// It registers endpoints, which peers have to learn of before this sidecar is of use.
-    pub offers: bool,
+    /// The application's ports that it registers, of which peers have to learn before this sidecar is of use.
+    pub offers: std::sync::Arc<[u16]>,
 }
 
 impl Readiness {
@@ -48,15 +48,23 @@ impl Readiness {
                 None => NotReady::new("certificate_pending", "the control plane has been asked for a certificate"),
             });
         }
-        if self.directory.own().borrow().is_none() {
+        let own = self.directory.own().borrow().clone();
+        let Some(own) = own else {
             return Err(NotReady::new(
                 "snapshot_pending",
                 "the control plane has not told yet what this workload is; `outrigger status` shows who is connected",
             ));
-        }
-        if self.offers && *self.directory.connected().borrow() {
+        };
+        if !self.offers.is_empty() && *self.directory.connected().borrow() {
             match &*self.directory.lease().borrow() {
-                LeaseState::Accepted { .. } => {}
+                // What the ports are declared as comes with the own snapshot, a moment after the lease.
+                LeaseState::Accepted { .. } if self.offers.iter().all(|port| own.ports.contains_key(port)) => {}
+                LeaseState::Accepted { .. } => {
+                    return Err(NotReady::new(
+                        "snapshot_pending",
+                        "the control plane has not told yet what it knows of this sidecar's ports",
+                    ));
+                }
                 LeaseState::Pending => {
                     return Err(NotReady::new(
                         "lease_pending",

@@ -87,7 +87,7 @@ impl Sidecar {
             directory: directory.clone(),
             identity,
             drain: drain.handle(),
-            offers: !config.inbound.is_empty(),
+            offers: config.inbound.iter().map(|inbound| inbound.app.port()).collect(),
         };
         let shared = Shared {
             own: Arc::new(Own {
