@@ -194,7 +194,8 @@ impl Exchange {
         self.close_when_draining(response.headers_mut());
         self.stream.moved();
         let (mut parts, incoming) = response.into_parts();
-        parts.version = self.version;
+        // To a client of HTTP/1.0 the library lowers it, and grants the keep-alive that was asked for.
+        parts.version = Version::HTTP_11;
         let body = ResponseBody::upstream(Box::new(Upstream {
             incoming,
             record: self.record,
