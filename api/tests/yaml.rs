@@ -1,6 +1,8 @@
 //! Golden files: each `bad/X.yaml` gives exactly the problems in `bad/X.out`, everything in `good/` none.
 //! `UPDATE_GOLDEN=1 cargo test -p outrigger-api --test yaml` writes the `.out` files anew, for reading in the diff.
 
+#![expect(clippy::unwrap_used, reason = "what is missing here fails the test")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -46,6 +48,7 @@ fn good_files_mean_what_they_say() {
     let files: Vec<SourceFile> = testdata("good").iter().map(|path| source(path)).collect();
     let parsed = parse(&files);
     assert_eq!(printed(&parsed), "");
+    assert_eq!(parsed.objects, 7);
     let all = parsed.resources;
 
     let mesh = all.mesh;
@@ -105,4 +108,100 @@ fn nothing_is_fine() {
         assert_eq!(parsed, Parsed::default(), "{text:?}");
     }
     assert_eq!(parse(&[]), Parsed::default());
+}
+
+#[test]
+fn files_of_other_systems() {
+    let lines =
+        ["apiVersion: outrigger.dev/v1alpha1", "kind: Workload", "metadata: {name: a}", "spec: {adress: 10.0.0.1}"];
+    for (what, text) in [("CRLF", lines.join("\r\n")), ("BOM", format!("\u{feff}{}\n", lines.join("\n")))] {
+        let errors = problems(text);
+        assert!(
+            errors.iter().any(|error| error.starts_with("hostile.yaml:4:8: spec: unknown field")),
+            "{what}: {errors:?}"
+        );
+    }
+}
+
+fn problems(text: String) -> Vec<String> {
+    let parsed = parse(&[SourceFile { name: "hostile.yaml".into(), text }]);
+    parsed.errors.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn hostile_files_end_in_an_error() {
+    let bomb = |name: &str| {
+        let mut text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+        for level in 1..12 {
+            let below = format!("*a{}, ", level - 1).repeat(10);
+            text.push_str(&format!("a{level}: &a{level} [{below}]\n"));
+        }
+        text + name
+    };
+    let wide = format!("a: &a [{}]\nb: [{}]\n", "x, ".repeat(50_000), "*a, ".repeat(50_000));
+    let fat = format!("a: &a \"\\n{}\"\nb: [{}]\n", "x".repeat(500_000), "*a, ".repeat(50_000));
+    let cases = [
+        ("more bytes than allowed", "#".repeat((1 << 20) + 1), "1:1: the file is larger than 1048576 bytes"),
+        ("a bomb of aliases", bomb("\n"), "repetition limit exceeded"),
+        ("a wide bomb", wide, "the file expands to too much"),
+        ("a fat bomb", fat, "the file expands to too much"),
+        ("an alias to itself", "a: &a [*a]\n".to_owned(), "nest deeper than 100 levels"),
+        ("deep lists", "[".repeat(1 << 20), "1:101: lists and maps nest deeper than 100 levels"),
+        ("deep lists, closed", format!("{}{}", "[".repeat(5_000), "]".repeat(5_000)), "nest deeper than 100 levels"),
+        ("deep maps", "{a: ".repeat(1 << 18), "nest deeper than 100 levels"),
+        ("deep maps at the end", format!("{}{}", "- [a]\n".repeat(10_000), "- {a: ".repeat(50_000)), ""),
+        ("deep blocks", (0..2_000).map(|depth| format!("{}a:\n", " ".repeat(depth % 600))).collect(), ""),
+        ("deep sequences", "- ".repeat(50_000), "nest deeper than 100 levels"),
+        ("directives", (0..1_000).map(|nth| format!("%TAG !a{nth}! b\n")).collect(), "too many directives"),
+        ("no UTF-8", "a: b\nc: d\u{fffd}\n".to_owned(), "2:5: these bytes are not UTF-8 text"),
+        ("control characters", "a: \u{1}\n".to_owned(), "control characters are not allowed"),
+        ("NUL", "a: b\0c\n".to_owned(), "control characters are not allowed"),
+        ("an end without a start", "}\n".to_owned(), "1:1: "),
+        ("keys that are lists", "? [a]\n: b\n".to_owned(), "expected a key"),
+    ];
+    for (what, text, expected) in cases {
+        let errors = problems(text);
+        assert!(errors.iter().any(|error| error.contains(expected)), "{what}: {errors:?}");
+    }
+}
+
+#[test]
+fn many_problems_are_cut_short() {
+    let mut text = "apiVersion: outrigger.dev/v1alpha1\nkind: Workload\nmetadata: {name: a}\nspec:\n".to_owned();
+    text.extend((0..5_000).map(|nth| format!("  unknown{nth}: 1\n")));
+    let errors = problems(text);
+    assert_eq!(errors.len(), 21);
+    assert!(errors[20].ends_with("and 4981 more errors in this file"), "{}", errors[20]);
+}
+
+/// Every golden file with bytes replaced, removed, repeated: whatever comes out, it is an answer and no panic.
+#[test]
+fn mutated_files_never_panic() {
+    let mut state: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mut random = move |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as usize
+    };
+    let alphabet = b"\x00\t\n\r -:,[]{}&*!|>'\"%@`#?~<=.a0\xc3\xbf\xef\xbb";
+    for path in testdata("good").into_iter().chain(testdata("bad")) {
+        let original = fs::read(&path).unwrap();
+        for _ in 0..300 {
+            let mut bytes = original.clone();
+            for _ in 0..=random(4) {
+                let at = random(bytes.len().max(1));
+                match random(4) {
+                    0 if at < bytes.len() => bytes[at] = alphabet[random(alphabet.len())],
+                    0 | 1 => bytes.insert(at, alphabet[random(alphabet.len())]),
+                    2 => drop(bytes.drain(at..(at + random(8)).min(bytes.len()))),
+                    _ => bytes.truncate(at.max(1)),
+                }
+            }
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            for problem in parse(&[SourceFile { name: "x".into(), text: text.clone() }]).errors {
+                assert!(problem.line >= 1 && problem.line <= text.lines().count() + 2, "{problem}\n{text}");
+            }
+        }
+    }
 }

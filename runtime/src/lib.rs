@@ -2,6 +2,7 @@
 //! Nothing here knows what a sidecar or a control plane is for.
 
 pub mod admin;
+pub mod config_dir;
 pub mod drain;
 pub mod heartbeat;
 pub mod logging;

@@ -1,7 +1,11 @@
 //! Durations as Go writes them: `80s`, `1h30m`, `1.5h`, `250ms`. Every duration in YAML and on command lines is read
 //! here.
 
+use std::fmt;
 use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::{self, Deserializer, Visitor};
 
 /// Why a text is no duration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -55,6 +59,41 @@ pub fn parse(text: &str) -> Result<Duration, DurationError> {
         rest = after;
     }
     Ok(Duration::from_nanos(nanoseconds as u64))
+}
+
+/// A duration in YAML. A bare number is refused with the unit that it lacks, not for being no text.
+pub(super) struct WrittenDuration(pub(super) Duration);
+
+impl<'de> Deserialize<'de> for WrittenDuration {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<WrittenDuration, D::Error> {
+        deserializer.deserialize_any(WrittenDurationVisitor)
+    }
+}
+
+struct WrittenDurationVisitor;
+
+impl Visitor<'_> for WrittenDurationVisitor {
+    type Value = WrittenDuration;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a duration such as 80s or 1h30m")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<WrittenDuration, E> {
+        parse(text).map(WrittenDuration).map_err(E::custom)
+    }
+
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<WrittenDuration, E> {
+        self.visit_str(&number.to_string())
+    }
+
+    fn visit_i64<E: de::Error>(self, number: i64) -> Result<WrittenDuration, E> {
+        self.visit_str(&number.to_string())
+    }
+
+    fn visit_f64<E: de::Error>(self, number: f64) -> Result<WrittenDuration, E> {
+        self.visit_str(&number.to_string())
+    }
 }
 
 fn digits(text: &str) -> (&str, &str) {

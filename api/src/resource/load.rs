@@ -14,24 +14,26 @@ use super::nearest::nearest;
 use super::path::{Path, Shortened};
 use super::peer_authentication::RawPeerAuthentication;
 use super::position::{At, locate};
+use super::report::{Found, Place, located, position_of, without_position};
 use super::service::{self, RawService};
-use super::tree::{Budget, Node, TreeSeed};
+use super::tree::{Budget, Node, TreeSeed, safe_prefix};
 use super::workload::RawWorkload;
 use super::{
-    Labels, MeshConfig, Metadata, Parsed, PeerAuthentication, Problem, Resource, Resources, Service, ServiceAccount,
-    SourceFile, Workload,
+    Labels, MeshConfig, Metadata, Parsed, PeerAuthentication, Resource, Resources, Service, ServiceAccount, SourceFile,
+    Workload,
 };
 use crate::policy::mtls_modes;
 
 /// Longer files are refused unread.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
-/// What one file may report of each severity; the rest is counted.
-const MAX_REPORTED: usize = 20;
+/// The parser's work grows with the square of their number.
+const MAX_DIRECTIVES: usize = 16;
 
 /// Reads a set of files as one configuration. Never fails as a whole and never panics: what is wrong is in `errors`,
 /// in the order of the files and their lines.
 pub fn parse(files: &[SourceFile]) -> Parsed {
-    let mut loader = Loader { files, origins: BTreeMap::new(), resources: Resources::default(), found: Vec::new() };
+    let mut loader =
+        Loader { files, origins: BTreeMap::new(), resources: Resources::default(), objects: 0, found: Vec::new() };
     for file in 0..files.len() {
         loader.read_file(file);
     }
@@ -44,6 +46,7 @@ struct Loader<'f> {
     /// Every object with a name, also those with errors: kind, namespace, name.
     origins: BTreeMap<(Kind, String, String), Origin>,
     resources: Resources,
+    objects: usize,
     found: Vec<Found>,
 }
 
@@ -55,23 +58,15 @@ struct Origin {
     path: Path,
 }
 
-struct Found {
-    file: usize,
-    place: Place,
-    severity: Severity,
-    message: String,
-}
-
-enum Place {
-    Exact(usize, usize),
-    In { document: usize, path: Path, at: At },
-}
-
 impl<'f> Loader<'f> {
     fn read_file(&mut self, file: usize) {
-        let text = &self.files[file].text;
+        let text = self.files[file].body();
         if text.len() > MAX_FILE_BYTES {
             self.refuse_file(file, (1, 1), format!("the file is larger than {MAX_FILE_BYTES} bytes: split it"));
+            return;
+        }
+        if text.lines().filter(|line| line.starts_with('%')).count() > MAX_DIRECTIVES {
+            self.refuse_file(file, (1, 1), "too many directives (lines that start with `%`): remove them".to_owned());
             return;
         }
         if let Some(offset) = text.find('\u{fffd}') {
@@ -80,8 +75,8 @@ impl<'f> Loader<'f> {
             return;
         }
         let budget = Budget::new();
-        for (document, deserializer) in serde_yaml::Deserializer::from_str(text).enumerate() {
-            match TreeSeed(&budget).deserialize(deserializer) {
+        for (document, deserializer) in serde_yaml::Deserializer::from_str(safe_prefix(text)).enumerate() {
+            match TreeSeed::new(&budget).deserialize(deserializer) {
                 Ok(tree) => self.read_document(file, document, &tree),
                 Err(error) => {
                     // Behind an error of the parser it has lost its way: nothing more can be read from this file.
@@ -182,6 +177,7 @@ impl<'f> Loader<'f> {
     fn insert(&mut self, metadata: Metadata, spec: Spec) {
         let key = (metadata.namespace.clone(), metadata.name.clone());
         let all = &mut self.resources;
+        self.objects += 1;
         match spec {
             Spec::MeshConfig(spec) => all.mesh = spec,
             Spec::Workload(spec) => drop(all.workloads.insert(key, Resource { metadata, spec })),
@@ -249,7 +245,7 @@ impl<'f> Loader<'f> {
     /// `FILE:LINE` of an object's name.
     fn name_of_place(&self, origin: &Origin) -> String {
         let file = &self.files[origin.file];
-        let (line, _) = locate(&file.text, origin.document, &origin.path.key("metadata").key("name"), At::Value);
+        let (line, _) = locate(file.body(), origin.document, &origin.path.key("metadata").key("name"), At::Value);
         format!("{}:{line}", file.name)
     }
 
@@ -265,7 +261,7 @@ impl<'f> Loader<'f> {
 
     /// Finds the lines, sorts, and cuts what would be too long to read.
     fn report(self) -> Parsed {
-        let mut parsed = Parsed { resources: self.resources, ..Parsed::default() };
+        let mut parsed = Parsed { resources: self.resources, objects: self.objects, ..Parsed::default() };
         let mut by_file: Vec<[Vec<Found>; 2]> = self.files.iter().map(|_| Default::default()).collect();
         for found in self.found {
             by_file[found.file][found.severity as usize].push(found);
@@ -393,37 +389,4 @@ fn type_field<'o>(name: &str, object: &'o Node<'_>, path: &Path, findings: &mut 
             None
         }
     }
-}
-
-fn located(file: &SourceFile, found: Vec<Found>, what: &str) -> Vec<Problem> {
-    let more = found.len().saturating_sub(MAX_REPORTED);
-    let mut problems: Vec<Problem> = found
-        .into_iter()
-        .take(MAX_REPORTED)
-        .map(|found| {
-            let (line, column) = match found.place {
-                Place::Exact(line, column) => (line, column),
-                Place::In { document, path, at } => locate(&file.text, document, &path, at),
-            };
-            Problem { file: file.name.clone(), line, column, message: found.message }
-        })
-        .collect();
-    problems.sort_by_key(|problem| (problem.line, problem.column));
-    if let (true, Some(last)) = (more > 0, problems.last()) {
-        let message = format!("and {more} more {what} in this file");
-        problems.push(Problem { message, ..last.clone() });
-    }
-    problems
-}
-
-/// Line and column of a byte offset.
-fn position_of(text: &str, offset: usize) -> (usize, usize) {
-    let before = &text[..offset];
-    let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-    (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
-}
-
-/// The parser's message without the position, which stands in front of it already.
-fn without_position(message: &str, (line, column): (usize, usize)) -> String {
-    message.replacen(&format!(" at line {line} column {column}"), "", 1)
 }

@@ -17,17 +17,18 @@ mod path;
 mod peer_authentication;
 mod position;
 mod problem;
+mod report;
 mod service;
 mod service_account;
 mod syntax;
 mod tree;
 mod workload;
 
-pub use load::parse;
+pub use load::{MAX_FILE_BYTES, parse};
 pub use mesh_config::{AccessLogMode, Defaults, KeyAlgorithm, LoadBalancerType, MeshConfig, OutboundTraffic, Tracing};
 pub use peer_authentication::{PeerAuthentication, Selector};
 pub use problem::{Parsed, Problem, SourceFile};
-pub use service::{Service, ServicePort, TargetPort};
+pub use service::{LOAD_BALANCER, SERVICE_ACCOUNTS, Service, ServicePort, TargetPort};
 pub use service_account::ServiceAccount;
 pub use workload::Workload;
 
@@ -53,7 +54,7 @@ pub struct Resource<S> {
     pub spec: S,
 }
 
-/// Everything that a directory holds, valid as a whole, by (namespace, name).
+/// Everything that a directory holds, by (namespace, name).
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Resources {
     /// The MeshConfig named `default` in `outrigger-system`; its default when there is none.

@@ -70,7 +70,8 @@ impl fmt::Display for Path {
             match segment {
                 Segment::Key(key) => {
                     let dot = if nth == 0 { "" } else { "." };
-                    let plain = key.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
+                    let plain =
+                        !key.is_empty() && key.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
                     if plain { write!(f, "{dot}{key}")? } else { write!(f, "[{:?}]", Shortened(key))? }
                 }
                 Segment::Index(index) => write!(f, "[{index}]")?,

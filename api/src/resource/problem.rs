@@ -12,12 +12,21 @@ pub struct SourceFile {
     pub text: String,
 }
 
+impl SourceFile {
+    /// The text without the mark that some editors put in front; the parser would take it for a character.
+    pub(super) fn body(&self) -> &str {
+        self.text.strip_prefix('\u{feff}').unwrap_or(&self.text)
+    }
+}
+
 /// Everything that a set of files says, and everything that is wrong with it. The resources are those of the
 /// documents that have no error; a caller that must not act on half a configuration looks at `errors` first, and
 /// finds in each the file whose last good text it may put in its place.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Parsed {
     pub resources: Resources,
+    /// How many objects `resources` was made from.
+    pub objects: usize,
     pub errors: Vec<Problem>,
     pub warnings: Vec<Problem>,
 }

@@ -151,7 +151,7 @@ fn check_ports(raw: Vec<RawPort>, path: &Path, findings: &mut Findings) -> Vec<S
             }
         }
         if !numbers.insert(port) {
-            findings.error(&path.key("port"), format!("{port} is another port of this service"));
+            findings.error(&path.key("port"), format!("{port} is the number of another port of this service"));
         }
         if let Some(text) = raw.app_protocol.as_deref().filter(|text| Protocol::from_app_protocol(text).is_none()) {
             let shown = Shortened(text);

@@ -14,6 +14,8 @@ use super::path::{Path, Segment, Shortened};
 const MAX_NODES: usize = 600_000;
 /// Bytes of text that cannot be borrowed from the file (escapes, folded lines) and that one file may expand to.
 const MAX_COPIED: usize = 4 << 20;
+/// Levels of lists and maps. Schemas of Kubernetes, the deepest texts that people keep beside our kinds, have 40.
+const MAX_DEPTH: usize = 100;
 
 #[derive(Clone, PartialEq, Debug)]
 pub(super) enum Node<'t> {
@@ -89,6 +91,30 @@ impl<'t> Node<'t> {
     }
 }
 
+/// The part of a text that is safe to give to the parser whole, whose work grows with the square of how deep brackets
+/// nest: all of it, or a part that has the text's first error in it. A text with many brackets is tried in growing
+/// parts, so that each try meets only a little that the tries before have not been through.
+pub(super) fn safe_prefix(text: &str) -> &str {
+    const STEP: usize = 16 << 10;
+    /// An error this near to the end of a part may come from the cut.
+    const MARGIN: usize = 1 << 10;
+    let brackets = text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count();
+    if brackets <= MARGIN {
+        return text;
+    }
+    for end in (STEP..text.len()).step_by(STEP) {
+        let part = &text[..text.floor_char_boundary(end)];
+        let budget = Budget::new();
+        let mut documents = serde_yaml::Deserializer::from_str(part);
+        let error = documents.find_map(|document| TreeSeed::new(&budget).deserialize(document).err());
+        let location = error.and_then(|error| error.location());
+        if location.is_some_and(|location| location.index() + MARGIN < part.len()) {
+            return part;
+        }
+    }
+    text
+}
+
 /// What is left of the bounds of one file.
 pub(super) struct Budget {
     nodes: Cell<usize>,
@@ -120,13 +146,29 @@ fn spend<E: de::Error>(left: &Cell<usize>, amount: usize) -> Result<(), E> {
 
 /// Reads one node and all below it.
 #[derive(Clone, Copy)]
-pub(super) struct TreeSeed<'b>(pub(super) &'b Budget);
+pub(super) struct TreeSeed<'b> {
+    budget: &'b Budget,
+    depth: usize,
+}
+
+impl<'b> TreeSeed<'b> {
+    pub(super) fn new(budget: &'b Budget) -> TreeSeed<'b> {
+        TreeSeed { budget, depth: 0 }
+    }
+
+    fn below<E: de::Error>(self) -> Result<TreeSeed<'b>, E> {
+        if self.depth < MAX_DEPTH {
+            return Ok(TreeSeed { depth: self.depth + 1, ..self });
+        }
+        Err(E::custom(format_args!("lists and maps nest deeper than {MAX_DEPTH} levels")))
+    }
+}
 
 impl<'t> DeserializeSeed<'t> for TreeSeed<'_> {
     type Value = Node<'t>;
 
     fn deserialize<D: Deserializer<'t>>(self, deserializer: D) -> Result<Node<'t>, D::Error> {
-        self.0.spend_node()?;
+        self.budget.spend_node()?;
         deserializer.deserialize_any(self)
     }
 }
@@ -176,21 +218,23 @@ impl<'t> Visitor<'t> for TreeSeed<'_> {
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<Node<'t>, E> {
-        Ok(Node::Text(Cow::Owned(self.0.copy(text)?)))
+        Ok(Node::Text(Cow::Owned(self.budget.copy(text)?)))
     }
 
     fn visit_seq<A: SeqAccess<'t>>(self, mut items: A) -> Result<Node<'t>, A::Error> {
+        let below = self.below()?;
         let mut list = Vec::new();
-        while let Some(item) = items.next_element_seed(self)? {
+        while let Some(item) = items.next_element_seed(below)? {
             list.push(item);
         }
         Ok(Node::List(list))
     }
 
     fn visit_map<A: MapAccess<'t>>(self, mut entries: A) -> Result<Node<'t>, A::Error> {
+        let below = self.below()?;
         let mut map = Vec::new();
-        while let Some(key) = entries.next_key_seed(KeySeed(self.0))? {
-            map.push((key, entries.next_value_seed(self)?));
+        while let Some(key) = entries.next_key_seed(KeySeed(self.budget))? {
+            map.push((key, entries.next_value_seed(below)?));
         }
         Ok(Node::Map(map))
     }

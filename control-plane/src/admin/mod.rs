@@ -74,6 +74,9 @@ fn status(sources: &Sources) -> view::Status {
              another one only at start, with a --state of its own"
         ));
     }
+    if standing.early {
+        warnings.push("the clock stands before the beginning of the issuing certificate; set it right".to_owned());
+    }
     let sidecar = |sidecar: SidecarStatus| {
         let SidecarStatus { id, version, connected, not_after, subscriptions, unacknowledged, refusals, .. } = sidecar;
         let reported = reports.last(&id);

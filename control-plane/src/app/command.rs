@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use outrigger_runtime::logging::{self, Logs};
 use outrigger_runtime::signals::{Signal, Signals};
-use outrigger_runtime::{settings, stdout};
+use outrigger_runtime::{open_files, settings, stdout};
 
 use super::{ControlPlane, StartError};
 use crate::config::Args;
@@ -35,6 +35,9 @@ pub fn command(
         Ok(logs) => logs,
         Err(error) => return complain(name, &error, 1),
     };
+    if let Err(error) = open_files::raise() {
+        tracing::warn!("cannot raise the limit of open files: {error}");
+    }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return complain(name, &error, 1),

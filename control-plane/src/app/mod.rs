@@ -8,8 +8,8 @@ pub use command::command;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use outrigger_api::identity::{DEFAULT_TRUST_DOMAIN, IdentityError, TrustDomain};
@@ -115,7 +115,7 @@ impl ControlPlane {
         let authority = Arc::new(Authority::open(&state, &trust_domain, now)?);
         let serving = Arc::new(ServingCertificate::new(&authority, now)?);
         let tokens = TokenKey::open(&state)?;
-        let redemptions = Arc::new(Mutex::new(Redemptions::open(&state)?));
+        let redemptions = Redemptions::open(&state)?;
         let metrics = Arc::new(metrics()?);
         let publisher = Arc::new(Publisher::new(
             Catalog::new(resources, trust_domain),
@@ -267,7 +267,11 @@ async fn maintain(control: Arc<Control>, serving: Arc<ServingCertificate>, refre
             Ok(Ok(false)) | Err(_) => {}
             Ok(Err(error)) => tracing::error!("certificate authority: {error}"),
         }
-        if control.authority.standing(SystemTime::now()).overdue {
+        let standing = control.authority.standing(SystemTime::now());
+        if standing.early {
+            tracing::warn!("the clock stands before the beginning of the issuing certificate; set it right");
+        }
+        if standing.overdue {
             tracing::warn!(
                 "more than half of the intermediate certificate's life is over, and ca/root.key is not here to \
                  renew it; replace ca/intermediate.pem and ca/intermediate.key"

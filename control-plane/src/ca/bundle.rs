@@ -53,7 +53,7 @@ impl Bundle {
                 generation
             }
         };
-        state.write(PEM, pem(&roots).as_bytes())?;
+        state.write_public(PEM, pem(&roots).as_bytes())?;
         Ok(Bundle { trust_domain: trust_domain.clone(), roots, generation })
     }
 

@@ -64,6 +64,8 @@ pub struct Standing {
     pub not_after: SystemTime,
     /// Half of the intermediate's life is over, and the root's key is not here to sign another.
     pub overdue: bool,
+    /// The clock stands before the beginning of the issuing chain: nobody will verify what is issued.
+    pub early: bool,
 }
 
 pub struct Authority {
@@ -172,7 +174,7 @@ impl Authority {
 
     pub fn standing(&self, now: SystemTime) -> Standing {
         let validity = self.issuing.load().validity;
-        Standing { not_after: validity.not_after, overdue: now >= validity.half() }
+        Standing { not_after: validity.not_after, overdue: now >= validity.half(), early: now < validity.not_before }
     }
 }
 

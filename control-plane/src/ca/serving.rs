@@ -22,7 +22,7 @@ pub struct ServingCertificate {
 struct Current {
     key: Arc<CertifiedKey>,
     validity: Validity,
-    /// The issuing certificate that signed it: a new one is a reason to renew.
+    /// Of the trust bundle when it was issued: another one may mean another issuer.
     generation: u64,
 }
 

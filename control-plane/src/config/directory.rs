@@ -31,6 +31,17 @@ pub struct Configuration {
     pub warnings: Vec<Problem>,
 }
 
+impl Configuration {
+    fn log(&self) {
+        for error in &self.errors {
+            tracing::error!("{error}");
+        }
+        for warning in &self.warnings {
+            tracing::warn!("{warning}");
+        }
+    }
+}
+
 /// A watched directory. Dropping it ends the watch.
 pub struct Directory {
     current: watch::Receiver<Arc<Configuration>>,
@@ -45,6 +56,7 @@ impl Directory {
         std::fs::read_dir(path)?;
         let mut reader = Reader { path: path.to_owned(), parse, good: BTreeMap::new(), seen: None };
         let first = reader.read().unwrap_or_default();
+        first.log();
         let (sender, current) = watch::channel(Arc::new(first));
         let reload = Arc::new(Notify::new());
         let task = tokio::spawn(follow(reader, sender, reload.clone()));
@@ -95,12 +107,7 @@ async fn follow(mut reader: Reader, sender: watch::Sender<Arc<Configuration>>, r
         let Ok((returned, configuration)) = read.await else { return };
         reader = returned;
         if let Some(configuration) = configuration {
-            for error in &configuration.errors {
-                tracing::error!("{error}");
-            }
-            for warning in &configuration.warnings {
-                tracing::warn!("{warning}");
-            }
+            configuration.log();
             let _ = sender.send(Arc::new(configuration));
         }
     }

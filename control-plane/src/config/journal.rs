@@ -118,6 +118,13 @@ impl<T: Serialize + DeserializeOwned> Journal<T> {
         Ok(self.file.insert(file))
     }
 
+    /// A journal whose every write fails for want of space.
+    #[cfg(test)]
+    pub(crate) fn on_a_full_disk(state: &State, name: &'static str) -> Journal<T> {
+        let full = OpenOptions::new().write(true).open("/dev/full").expect("Linux has /dev/full");
+        Journal { state: state.clone(), name, file: Some(full), length: 0, records: PhantomData }
+    }
+
     fn io_error(&self, action: &'static str, source: io::Error) -> JournalError {
         JournalError::Io { action, path: self.state.path(self.name), source }
     }

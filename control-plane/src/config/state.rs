@@ -92,8 +92,17 @@ impl State {
 
     /// Replaces a file, whole or not at all. Mode 0600.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), StateError> {
+        self.replace(name, bytes, 0o600)
+    }
+
+    /// The same for what anybody may read.
+    pub fn write_public(&self, name: &str, bytes: &[u8]) -> Result<(), StateError> {
+        self.replace(name, bytes, 0o644)
+    }
+
+    fn replace(&self, name: &str, bytes: &[u8], mode: u32) -> Result<(), StateError> {
         let path = self.path(name);
-        let temporary = self.write_temporary(&path, bytes)?;
+        let temporary = write_temporary(&path, bytes, mode)?;
         fs::rename(&temporary, &path).map_err(|source| {
             let _ = fs::remove_file(&temporary);
             failed("write", &path)(source)
@@ -104,7 +113,7 @@ impl State {
     /// Makes a file that must not exist yet; false when it does (its content stays as it was).
     pub fn create(&self, name: &str, bytes: &[u8]) -> Result<bool, StateError> {
         let path = self.path(name);
-        let temporary = self.write_temporary(&path, bytes)?;
+        let temporary = write_temporary(&path, bytes, 0o600)?;
         // A hard link, unlike a rename, never replaces what another process made meanwhile.
         let linked = fs::hard_link(&temporary, &path);
         let _ = fs::remove_file(&temporary);
@@ -138,30 +147,30 @@ impl State {
         names.sort();
         Ok(names)
     }
+}
 
-    fn write_temporary(&self, path: &Path, bytes: &[u8]) -> Result<PathBuf, StateError> {
-        static SEQUENCE: AtomicU64 = AtomicU64::new(0);
-        if let Some(parent) = path.parent() {
-            make_directory(parent)?;
-        }
-        let sequence = SEQUENCE.fetch_add(1, Ordering::Relaxed);
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{}-{sequence}.tmp", std::process::id()));
-        let temporary = path.with_file_name(name);
-        // A file of that name can only be left from a process with our id that died.
-        let _ = fs::remove_file(&temporary);
-        let written = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&temporary)
-            .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
-        if let Err(source) = written {
-            let _ = fs::remove_file(&temporary);
-            return Err(failed("write", path)(source));
-        }
-        Ok(temporary)
+fn write_temporary(path: &Path, bytes: &[u8], mode: u32) -> Result<PathBuf, StateError> {
+    static SEQUENCE: AtomicU64 = AtomicU64::new(0);
+    if let Some(parent) = path.parent() {
+        make_directory(parent)?;
     }
+    let sequence = SEQUENCE.fetch_add(1, Ordering::Relaxed);
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}-{sequence}.tmp", std::process::id()));
+    let temporary = path.with_file_name(name);
+    // A file of that name can only be left from a process with our id that died.
+    let _ = fs::remove_file(&temporary);
+    let written = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(&temporary)
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
+    if let Err(source) = written {
+        let _ = fs::remove_file(&temporary);
+        return Err(failed("write", path)(source));
+    }
+    Ok(temporary)
 }
 
 fn make_directory(path: &Path) -> Result<(), StateError> {

@@ -1,7 +1,7 @@
 //! `Discovery.Watch`: one stream per sidecar. Reads subscriptions and acknowledgements, writes what changed; the
 //! sidecar's own pace decides how much is sent, and only the newest version of each key ever is.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use outrigger_api::resource::Labels;
@@ -178,6 +178,5 @@ fn topic(key: &ResourceKey, id: &InstanceId) -> Result<(Topic, String), Status> 
 
 /// The labels that an instance may register; None when it never redeemed a token here.
 pub(super) fn granted(control: &Control, id: &InstanceId) -> Option<Labels> {
-    let redemptions = control.redemptions.lock().unwrap_or_else(PoisonError::into_inner);
-    redemptions.grant(&id.namespace, &id.service_account, &id.name).cloned()
+    control.redemptions.grant(&id.namespace, &id.service_account, &id.name)
 }

@@ -1,7 +1,7 @@
 //! `Identity.Issue`: a certificate for whoever proves who it is, by a join token the first time and by its current
 //! certificate afterwards. Every refusal begins with a word from identity.proto.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use outrigger_api::identity::SpiffeId;
@@ -141,8 +141,7 @@ fn redeem_and_sign(
     now: SystemTime,
 ) -> Result<Issued, Refusal> {
     if let Some(claims) = claims {
-        let mut redemptions = control.redemptions.lock().unwrap_or_else(PoisonError::into_inner);
-        redemptions.redeem(&claims, workload, requested, now)?;
+        control.redemptions.redeem(&claims, workload, requested, now)?;
     }
     control
         .authority

@@ -52,27 +52,26 @@ impl Catalog {
         let instance = registry.get(id);
         let labels = instance.map_or(granted, |instance| &instance.labels);
         let modes = policy::mtls_modes(&self.resources, &id.namespace, labels);
-        let mut ports: BTreeMap<u16, (Option<Protocol>, Option<(ServiceName, &ServicePort)>)> = BTreeMap::new();
+        let mut ports: BTreeMap<u16, OwnPort<'_>> = BTreeMap::new();
         match instance.map(|instance| &instance.ports) {
-            Some(Ports::Leased(leased)) => {
-                ports.extend(leased.iter().map(|port| (port.application, (port.protocol, None))));
-            }
-            Some(Ports::Named(named)) => ports.extend(named.values().map(|port| (*port, (None, None)))),
+            Some(Ports::Leased(leased)) => ports.extend(
+                leased.iter().map(|port| (port.application, OwnPort { declared: port.protocol, service: None })),
+            ),
+            Some(Ports::Named(named)) => ports.extend(named.values().map(|port| (*port, OwnPort::default()))),
             None => {}
         }
         for port in modes.ports.keys() {
             ports.entry(*port).or_default();
         }
-        if let Some(instance) = instance {
-            for (name, service) in self.services_of(instance) {
-                for port in &service.spec.ports {
-                    let Some((target, _)) = application_port(instance, &port.target_port) else { continue };
-                    let entry = ports.entry(target).or_default();
-                    entry.1.get_or_insert((name.clone(), port));
+        for (name, service) in instance.map(|instance| self.services_of(instance)).unwrap_or_default() {
+            for port in &service.spec.ports {
+                let target = instance.and_then(|instance| application_port(instance, &port.target_port));
+                if let Some((target, _)) = target {
+                    ports.entry(target).or_default().service.get_or_insert((name.clone(), port));
                 }
             }
         }
-        let inbound = |(port, (declared, service)): (u16, (Option<Protocol>, Option<(ServiceName, &ServicePort)>))| {
+        let inbound = |(port, OwnPort { declared, service }): (u16, OwnPort<'_>)| {
             let of_service = service.as_ref().map(|(_, port)| *port);
             let protocol = policy::protocol(&self.resources, declared, of_service, Some(port));
             let mtls_mode = policy::mode_of(&modes, port);
@@ -244,6 +243,14 @@ impl Catalog {
             application_port: target.application,
         })
     }
+}
+
+/// What is known of a port of the workload itself.
+#[derive(Default)]
+struct OwnPort<'a> {
+    declared: Option<Protocol>,
+    /// The first Service, by name, that selects it.
+    service: Option<(ServiceName, &'a ServicePort)>,
 }
 
 /// Where an instance serves a port.

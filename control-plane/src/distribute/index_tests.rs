@@ -1,1 +1,276 @@
+use std::net::IpAddr;
 
+use outrigger_api::resource::{PeerAuthentication, Selector, Workload as WorkloadSpec};
+
+use super::*;
+use crate::registry::Registration;
+
+fn labels(text: &str) -> Labels {
+    text.split(',')
+        .filter_map(|pair| pair.split_once('='))
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect()
+}
+
+fn metadata(name: &str, annotations: &[(&str, &str)]) -> Metadata {
+    Metadata {
+        name: name.into(),
+        namespace: "shop".into(),
+        annotations: annotations.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect(),
+        ..Metadata::default()
+    }
+}
+
+fn port(name: Option<&str>, port: u16, target: TargetPort) -> ServicePort {
+    ServicePort { name: name.map(Into::into), port, target_port: target, app_protocol: None }
+}
+
+/// A moment: what is configured and who is there.
+#[derive(Default)]
+struct Moment {
+    resources: Resources,
+    registry: Registry,
+}
+
+impl Moment {
+    fn service(mut self, name: &str, selector: &str, annotations: &[(&str, &str)], ports: Vec<ServicePort>) -> Moment {
+        let cluster_ips = vec![IpAddr::from([10, 96, 0, 1])];
+        let spec = Service { selector: labels(selector), ports, cluster_ips };
+        let resource = Resource { metadata: metadata(name, annotations), spec };
+        self.resources.services.insert(("shop".into(), name.into()), resource);
+        self
+    }
+
+    fn workload(mut self, name: &str, last: u8, mesh: bool, ports: &[(&str, u16)]) -> Moment {
+        let spec = WorkloadSpec {
+            address: [10, 0, 1, last].into(),
+            ports: ports.iter().map(|(name, port)| (name.to_string(), *port)).collect(),
+            labels: labels("app=cart"),
+            service_account: "static".into(),
+            weight: 5,
+            locality: None,
+            mesh,
+        };
+        self.resources.workloads.insert(("shop".into(), name.into()), Resource { metadata: metadata(name, &[]), spec });
+        self.registry.set_workloads(&self.resources);
+        self
+    }
+
+    fn policy(mut self, selector: Option<&str>, mode: Option<MtlsMode>, ports: &[(u16, MtlsMode)]) -> Moment {
+        let spec = PeerAuthentication {
+            selector: selector.map(|text| Selector { match_labels: labels(text) }),
+            mode,
+            port_level: ports.iter().copied().collect(),
+        };
+        let name = format!("policy-{}", self.resources.peer_authentications.len());
+        let resource = Resource { metadata: metadata(&name, &[]), spec };
+        self.resources.peer_authentications.insert(("shop".into(), name), resource);
+        self
+    }
+
+    /// `cart-<last>` at 10.0.0.<last>, application port 8080 behind mesh port 18080.
+    fn lease(mut self, account: &str, last: u8, text: &str, protocol: Option<Protocol>) -> Moment {
+        let id = lease_id(account, last);
+        let ports = vec![LeasedPort { application: 8080, mesh: 18080, protocol }];
+        let ip = [10, 0, 0, last].into();
+        let registration = Registration { workload: "cart".into(), labels: labels(text), ip, ports };
+        self.registry.register(&id, last.into(), &registration).unwrap();
+        self
+    }
+
+    fn catalog(&self) -> Catalog {
+        Catalog::new(Arc::new(self.resources.clone()), TrustDomain::new("outrigger.local").unwrap())
+    }
+
+    fn find(&self, key: &str) -> Option<Destination> {
+        let key = match key.parse() {
+            Ok(address) => Key::Address(address),
+            Err(_) => Key::Service(name::ServicePort::parse(key, "shop").unwrap()),
+        };
+        self.catalog().destination(&self.registry, &key)
+    }
+
+    fn endpoints(&self, key: &str) -> Vec<String> {
+        let describe = |endpoint: &Endpoint| {
+            let tls = match &endpoint.tls {
+                EndpointTls::Mutual(identity) => identity.account().to_owned(),
+                EndpointTls::Plaintext => "plaintext".to_owned(),
+            };
+            format!("{} {tls}", endpoint.address)
+        };
+        self.find(key).unwrap().endpoints.iter().map(describe).collect()
+    }
+}
+
+fn lease_id(account: &str, last: u8) -> InstanceId {
+    InstanceId { namespace: "shop".into(), service_account: account.into(), name: format!("cart-{last}") }
+}
+
+fn http() -> Vec<ServicePort> {
+    vec![port(Some("http"), 80, TargetPort::Number(8080))]
+}
+
+#[test]
+fn selectors_choose_by_labels_within_the_namespace() {
+    let moment = Moment::default()
+        .service("cart", "app=cart", &[], http())
+        .service("all", "", &[], http())
+        .lease("cart", 1, "app=cart,version=2", None)
+        .lease("cart", 2, "app=pay", None)
+        .workload("db", 1, false, &[]);
+    assert_eq!(moment.endpoints("cart:80"), ["10.0.0.1:18080 cart", "10.0.1.1:8080 plaintext"]);
+    assert!(moment.endpoints("all:80").is_empty(), "an empty selector selects nothing");
+    assert_eq!(moment.find("cart:81"), None);
+    assert_eq!(moment.find("cart.other:80"), None);
+    let found = moment.find("cart.shop:80").unwrap();
+    assert_eq!((found.protocol, found.stale), (Some(Protocol::Http), false));
+    assert_eq!((found.endpoints[1].weight, found.endpoints[1].instance.as_str()), (5, "db"));
+    assert_eq!((found.endpoints[0].workload.as_str(), found.endpoints[0].application_port), ("cart", 8080));
+}
+
+#[test]
+fn target_ports_by_number_and_name() {
+    let by_name = || vec![port(None, 80, TargetPort::Name("web".into()))];
+    let by_number = |number| vec![port(None, 80, TargetPort::Number(number))];
+    let moment = |ports| {
+        Moment::default().service("cart", "app=cart", &[], ports).lease("cart", 1, "app=cart", None).workload(
+            "db",
+            1,
+            false,
+            &[("web", 9000)],
+        )
+    };
+    assert_eq!(moment(by_name()).endpoints("cart:80"), ["10.0.1.1:9000 plaintext"]);
+    let named = moment(by_name());
+    let warnings = named.catalog().warnings(&named.registry);
+    assert!(warnings[0].contains("targetPort \"web\""), "{warnings:?}");
+    assert_eq!(moment(by_number(8080)).endpoints("cart:80"), ["10.0.0.1:18080 cart", "10.0.1.1:8080 plaintext"]);
+    assert_eq!(moment(by_number(7000)).endpoints("cart:80"), ["10.0.1.1:7000 plaintext"]);
+}
+
+#[test]
+fn how_to_dial() {
+    let disable = Some(MtlsMode::Disable);
+    let base = || {
+        Moment::default()
+            .service("cart", "app=cart", &[], http())
+            .lease("cart", 1, "app=cart", None)
+            .workload("meshed", 1, true, &[])
+            .workload("plain", 2, false, &[])
+    };
+    let (mutual, plain) = ("10.0.0.1:18080 cart", "10.0.0.1:18080 plaintext");
+    let (fixed, fixed_plain) = ("10.0.1.1:8080 static", "10.0.1.1:8080 plaintext");
+    let cases = [
+        ("permissive by default", base(), mutual, fixed),
+        ("strict", base().policy(None, Some(MtlsMode::Strict), &[]), mutual, fixed),
+        ("disabled", base().policy(None, disable, &[]), plain, fixed_plain),
+        (
+            "disabled for this port",
+            base().policy(Some("app=cart"), None, &[(8080, MtlsMode::Disable)]),
+            plain,
+            fixed_plain,
+        ),
+        (
+            "disabled for the mesh port's number",
+            base().policy(Some("app=cart"), None, &[(18080, MtlsMode::Disable)]),
+            mutual,
+            fixed,
+        ),
+        ("disabled for others", base().policy(Some("app=pay"), disable, &[]), mutual, fixed),
+    ];
+    for (name, moment, lease, meshed) in cases {
+        assert_eq!(moment.endpoints("cart:80"), [lease, meshed, "10.0.1.2:8080 plaintext"], "{name}");
+    }
+}
+
+#[test]
+fn a_service_may_say_who_serves_it() {
+    let only = [(SERVICE_ACCOUNTS, "cart, other")];
+    let moment = Moment::default()
+        .service("cart", "app=cart", &only, http())
+        .lease("cart", 1, "app=cart", None)
+        .lease("intruder", 2, "app=cart", None);
+    assert_eq!(moment.endpoints("cart:80"), ["10.0.0.1:18080 cart"]);
+    let catalog = moment.catalog();
+    let intruder = moment.registry.get(&lease_id("intruder", 2)).unwrap();
+    assert!(catalog.services_of(intruder).is_empty());
+}
+
+#[test]
+fn by_address() {
+    let moment = Moment::default()
+        .service("cart", "app=cart", &[], http())
+        .lease("cart", 1, "app=cart", None)
+        .lease("cart", 2, "app=cart", None)
+        .lease("alone", 3, "app=none", None)
+        .workload("db", 1, false, &[("sql", 5432)]);
+    assert_eq!(moment.find("10.96.0.1:80"), moment.find("cart:80"), "clusterIP");
+    assert_eq!(moment.find("10.96.0.1:81"), None);
+    for address in ["10.0.0.2:8080", "10.0.0.2:18080"] {
+        assert_eq!(moment.endpoints(address), ["10.0.0.2:18080 cart"], "{address}");
+        let found = moment.find(address).unwrap();
+        assert_eq!((found.service.to_string().as_str(), found.port), ("cart.shop", 80));
+    }
+    let alone = moment.find("10.0.0.3:8080").unwrap();
+    assert_eq!((alone.service.to_string().as_str(), alone.port), ("cart.shop", 8080), "under its workload's name");
+    let database = moment.find("10.0.1.1:5432").unwrap();
+    assert_eq!((database.service.to_string().as_str(), database.protocol), ("db.shop", Some(Protocol::Tcp)));
+    for unknown in ["10.0.0.2:9999", "10.0.1.1:9999", "10.0.9.9:80", "[::1]:80"] {
+        assert_eq!(moment.find(unknown), None, "{unknown}");
+    }
+}
+
+#[test]
+fn a_shared_address_is_told_apart_by_the_mesh_port() {
+    let mut moment = Moment::default();
+    for (name, application, mesh) in [("a", 9001, 9002), ("b", 9002, 9003)] {
+        let id = InstanceId { namespace: "shop".into(), service_account: name.into(), name: name.into() };
+        let ports = vec![LeasedPort { application, mesh, protocol: None }];
+        let registration =
+            Registration { workload: name.into(), labels: Labels::new(), ip: [127, 0, 0, 1].into(), ports };
+        moment.registry.register(&id, 1, &registration).unwrap();
+    }
+    assert_eq!(moment.endpoints("127.0.0.1:9002"), ["127.0.0.1:9002 a"]);
+    assert_eq!(moment.endpoints("127.0.0.1:9001"), ["127.0.0.1:9002 a"]);
+    assert_eq!(moment.endpoints("127.0.0.1:9003"), ["127.0.0.1:9003 b"]);
+}
+
+#[test]
+fn load_balancers() {
+    let balancer = |annotations: &[(&str, &str)], default| {
+        let mut moment = Moment::default().service("cart", "app=cart", annotations, http());
+        moment.resources.mesh.defaults.load_balancer = default;
+        moment.find("cart:80").unwrap().load_balancer
+    };
+    assert_eq!(balancer(&[], LoadBalancerType::LeastRequest), LoadBalancer::LeastRequest);
+    assert_eq!(balancer(&[], LoadBalancerType::Random), LoadBalancer::Random);
+    assert_eq!(balancer(&[(LOAD_BALANCER, "RoundRobin")], LoadBalancerType::Random), LoadBalancer::RoundRobin);
+    assert_eq!(balancer(&[(LOAD_BALANCER, "Best")], LoadBalancerType::Random), LoadBalancer::Random);
+    let odd = Moment::default().service("cart", "app=cart", &[(LOAD_BALANCER, "Best")], http());
+    let warnings = odd.catalog().warnings(&odd.registry);
+    assert!(warnings[0].contains("\"Best\""), "{warnings:?}");
+}
+
+#[test]
+fn what_a_sidecar_learns_of_itself() {
+    let moment = Moment::default()
+        .service("cart", "app=cart", &[], http())
+        .service("zz-other", "app=cart", &[], http())
+        .policy(None, Some(MtlsMode::Strict), &[])
+        .policy(Some("app=cart"), None, &[(9090, MtlsMode::Permissive)])
+        .lease("cart", 1, "app=cart", Some(Protocol::Grpc));
+    let own = moment.catalog().own_workload(&moment.registry, &lease_id("cart", 1), &Labels::new());
+    assert_eq!(own.default_mtls_mode, MtlsMode::Strict);
+    let port = &own.ports[&8080];
+    assert_eq!((port.protocol, port.mtls_mode), (Some(Protocol::Grpc), MtlsMode::Strict));
+    assert_eq!(port.service.as_ref().unwrap().to_string(), "cart.shop");
+    assert_eq!(own.mtls_mode(9090), MtlsMode::Permissive);
+    assert_eq!(own.mesh.leaf_lifetime_seconds, 86_400);
+
+    // Before the lease its granted labels decide, so that a policy for them is never missing.
+    let nobody = lease_id("cart", 9);
+    let early = moment.catalog().own_workload(&moment.registry, &nobody, &labels("app=cart"));
+    assert_eq!(early.mtls_mode(9090), MtlsMode::Permissive);
+    let unknown = moment.catalog().own_workload(&moment.registry, &nobody, &Labels::new());
+    assert_eq!(unknown.mtls_mode(9090), MtlsMode::Strict);
+}

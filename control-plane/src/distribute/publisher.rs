@@ -24,8 +24,10 @@ use super::metrics::Metrics;
 use crate::registry::{Instance, InstanceId, RegisterError, Registration, Registry, SavedLease};
 use scope::Scope;
 
-/// Changes that come together are computed together.
+/// Changes that come together are computed together: those of this time, and of more when computing takes longer, so
+/// that it never takes more than a fifth of the thread.
 const COALESCE: Duration = Duration::from_millis(10);
+const MAX_COALESCE: Duration = Duration::from_millis(500);
 
 /// What a subscription is about, the same value for all who share it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -85,6 +87,7 @@ impl Publisher {
 
     /// Publishes what changes and lets go of lost leases, until the task is dropped.
     pub async fn run(&self) {
+        let mut wait = COALESCE;
         loop {
             let next = self.lock().registry.next_sweep().map(tokio::time::Instant::from_std);
             let due = async {
@@ -94,11 +97,13 @@ impl Publisher {
                 }
             };
             tokio::select! {
-                () = self.changed.notified() => tokio::time::sleep(COALESCE).await,
+                () = self.changed.notified() => tokio::time::sleep(wait).await,
                 () = due => {}
             }
             self.sweep(tokio::time::Instant::now().into_std());
+            let began = Instant::now();
             self.publish();
+            wait = (began.elapsed() * 4).clamp(COALESCE, MAX_COALESCE);
         }
     }
 
@@ -132,8 +137,8 @@ impl Publisher {
         registration: &Registration,
     ) -> Result<Vec<ServiceName>, RegisterError> {
         let mut inner = self.lock();
-        if inner.registry.register(id, stream, registration)? {
-            self.lease_changed(&mut inner, id);
+        for changed in inner.registry.register(id, stream, registration)? {
+            self.lease_changed(&mut inner, &changed);
         }
         let instance = inner.registry.get(id).cloned();
         let services = instance.map(|instance| inner.catalog.services_of(&instance)).unwrap_or_default();

@@ -3,8 +3,8 @@
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
@@ -15,8 +15,8 @@ use outrigger_api::wire::telemetry_server::TelemetryServer;
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::time::timeout;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -31,7 +31,9 @@ use crate::ca::{Authority, Redemptions, ServingCertificate};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Handshakes at once: what a stranger can make us hold.
-const HANDSHAKES: usize = 512;
+const HANDSHAKES: usize = 2_000;
+/// Who showed no certificate can ask for one and nothing else, which does not take long.
+const STRANGER_TIMEOUT: Duration = Duration::from_secs(30);
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_REQUEST: usize = 1024 * 1024;
 const MAX_RESPONSE: usize = 16 * 1024 * 1024;
@@ -45,7 +47,7 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Control {
     pub authority: Arc<Authority>,
     pub tokens: TokenKey,
-    pub redemptions: Arc<Mutex<Redemptions>>,
+    pub redemptions: Redemptions,
     pub publisher: Arc<Publisher>,
     pub reports: Reports,
     pub metrics: Arc<Metrics>,
@@ -103,7 +105,7 @@ impl Server {
         let mut stop = control.stop.clone();
         let stopped = async move {
             let _ = stop.wait_for(|stop| *stop).await;
-            accepting.abort();
+            let _ = accepting.await;
         };
         let shared = || control.clone();
         tonic::transport::Server::builder()
@@ -139,9 +141,14 @@ async fn accept(
     ready: mpsc::Sender<io::Result<Connection>>,
 ) {
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    let mut stop = control.stop.clone();
     loop {
-        let Ok(permit) = handshakes.clone().acquire_owned().await else { return };
-        let (stream, address) = match listener.accept().await {
+        let accepted = tokio::select! {
+            accepted = next(&listener, &handshakes) => accepted,
+            // Also when whoever could say so is gone.
+            _ = stop.wait_for(|stop| *stop) => return,
+        };
+        let (stream, address, permit) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 // Out of descriptors, most likely: trying again at once would only burn the CPU.
@@ -171,6 +178,16 @@ async fn accept(
     }
 }
 
+/// The next connection, once there is room for its handshake.
+async fn next(
+    listener: &TcpListener,
+    handshakes: &Arc<Semaphore>,
+) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+    let permit = handshakes.clone().acquire_owned().await.map_err(io::Error::other)?;
+    let (stream, address) = listener.accept().await?;
+    Ok((stream, address, permit))
+}
+
 async fn handshake(
     stream: TcpStream,
     address: SocketAddr,
@@ -185,13 +202,16 @@ async fn handshake(
         .transpose()
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-    Ok(Connection { stream, peer: Peer { address, certificate } })
+    let deadline = certificate.is_none().then(|| Box::pin(sleep(STRANGER_TIMEOUT)));
+    Ok(Connection { stream, peer: Peer { address, certificate }, deadline })
 }
 
 /// A connection after its handshake.
 struct Connection {
     stream: TlsStream<TcpStream>,
     peer: Peer,
+    /// When the connection of somebody without a certificate ends.
+    deadline: Option<Pin<Box<Sleep>>>,
 }
 
 impl Connected for Connection {
@@ -204,6 +224,11 @@ impl Connected for Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if let Some(deadline) = &mut self.deadline
+            && deadline.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }

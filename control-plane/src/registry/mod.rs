@@ -55,17 +55,18 @@ enum Hold {
 }
 
 impl Registry {
-    /// Takes a registration, or one that replaces it. True when something changed for others. A newer stream takes
-    /// the lease over: the older one's end means nothing any more.
+    /// Takes a registration, or one that replaces it. Returns the instances that changed for others. A newer stream
+    /// takes the lease over: the older one's end means nothing any more.
     pub fn register(
         &mut self,
         id: &InstanceId,
         stream: u64,
         registration: &Registration,
-    ) -> Result<bool, RegisterError> {
+    ) -> Result<Vec<InstanceId>, RegisterError> {
         for port in &registration.ports {
             self.check_address(id, SocketAddr::new(registration.ip, port.mesh))?;
         }
+        let mut changed = self.evict_the_lost(id, registration);
         let instance = Instance::leased(id, registration, false);
         let before = self.leases.get(id).map(|lease| lease.instance.clone());
         let hold = Hold::Stream(stream);
@@ -73,10 +74,11 @@ impl Registry {
             if let Some(lease) = self.leases.get_mut(id) {
                 lease.hold = hold;
             }
-            return Ok(false);
+            return Ok(changed);
         }
         self.insert(id, Lease { instance: Arc::new(instance), hold });
-        Ok(true)
+        changed.push(id.clone());
+        Ok(changed)
     }
 
     /// Takes an instance back at once. False when another stream holds it by now.
@@ -157,7 +159,7 @@ impl Registry {
     fn mostly_lost(&self, services: &dyn Fn(&Instance) -> Vec<ServiceName>) -> BTreeSet<ServiceName> {
         let mut counts: BTreeMap<ServiceName, (usize, usize)> = BTreeMap::new();
         for instance in self.all() {
-            let lost = self.leases.get(&instance.id).is_some_and(|lease| !matches!(lease.hold, Hold::Stream(_)));
+            let lost = self.is_lost(&instance.id);
             for service in services(instance) {
                 let (total, down) = counts.entry(service).or_default();
                 *total += 1;
@@ -221,16 +223,34 @@ impl Registry {
         self.leases.values().map(|lease| &lease.instance).filter(|instance| instance.stale)
     }
 
-    /// An address belongs to one identity at a time; a successor of the same identity may take it over.
+    /// An address belongs to one living identity at a time; a successor of the same identity may take it over.
     fn check_address(&self, id: &InstanceId, address: SocketAddr) -> Result<(), RegisterError> {
         let holder = self.at(address.ip()).find(|other| {
             let same_identity = other.id.namespace == id.namespace && other.id.service_account == id.service_account;
-            !same_identity && other.listens_on(address.port())
+            !same_identity && other.listens_on(address.port()) && !self.is_lost(&other.id)
         });
         match holder {
             Some(holder) => Err(RegisterError::AddressInUse { address, holder: holder.id.clone() }),
             None => Ok(()),
         }
+    }
+
+    /// Where somebody listens now, whoever was lost from there is not coming back.
+    fn evict_the_lost(&mut self, id: &InstanceId, registration: &Registration) -> Vec<InstanceId> {
+        let taken = |other: &Instance| registration.ports.iter().any(|port| other.listens_on(port.mesh));
+        let evicted: Vec<InstanceId> = self
+            .at(registration.ip)
+            .filter(|other| other.id != *id && self.is_lost(&other.id) && taken(other))
+            .map(|other| other.id.clone())
+            .collect();
+        for id in &evicted {
+            self.remove(id);
+        }
+        evicted
+    }
+
+    fn is_lost(&self, id: &InstanceId) -> bool {
+        self.leases.get(id).is_some_and(|lease| !matches!(lease.hold, Hold::Stream(_)))
     }
 
     fn insert(&mut self, id: &InstanceId, lease: Lease) {

@@ -5,7 +5,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
 use outrigger_api::snapshot::Key;
 use outrigger_runtime::drain::State as DrainState;
@@ -180,5 +179,3 @@ fn may_use_proxy(client: SocketAddr, allow: &[ipnet::IpNet]) -> bool {
     ip.is_loopback() || allow.iter().any(|net| net.contains(&ip))
 }
 
-/// How long the process waits for a worker to notice that it is over.
-pub const JOIN: Duration = Duration::from_secs(2);

@@ -91,7 +91,8 @@ pub(super) fn verify(
 fn fault(error: webpki::Error) -> PeerFault {
     let time = |time: rustls_pki_types::UnixTime| from_unix_seconds(time.as_secs());
     match error {
-        webpki::Error::UnknownIssuer => PeerFault::Untrusted,
+        // A root of another authority may well carry the name of ours.
+        webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey => PeerFault::Untrusted,
         webpki::Error::CertExpired { time: now, not_after } => {
             PeerFault::Expired { not_after: time(not_after), now: time(now) }
         }

@@ -297,12 +297,13 @@ async fn attack_as_client(server: &Tls, leaf: Option<Leaf>, alpn: &[&[u8]]) -> R
     };
     config.alpn_protocols = alpn.iter().map(|id| id.to_vec()).collect();
     let material = server.current().unwrap();
-    let (served, _) = tokio::join!(accept(&material, far), async {
+    let serving = async { accept(&material, far).await.map(|(_, peer)| peer) };
+    let (served, _) = tokio::join!(serving, async {
         let mut stream = TlsConnector::from(Arc::new(config)).connect(name(), near).await?;
         stream.write_all(b"GET / HTTP/1.1\r\n").await?;
         stream.read_u8().await
     });
-    served.map(|(_, peer)| peer)
+    served
 }
 
 /// A server of the attacker's own making, which a sidecar dials as `cart`.

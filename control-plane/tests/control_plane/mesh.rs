@@ -1,8 +1,6 @@
 //! The control plane end to end over real sockets: a token becomes a certificate, the certificate opens the streams,
 //! a lease becomes an endpoint that others are told of, and a restart forgets none of it.
 
-mod support;
-
 use outrigger_api::snapshot::{self, EndpointTls, Key};
 use outrigger_api::wire::discovery_client::DiscoveryClient;
 use outrigger_api::wire::registry_client::RegistryClient;
@@ -17,7 +15,7 @@ use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
-use support::{Fixture, PATIENCE, Workload, admin, names};
+use super::support::{Fixture, PATIENCE, Workload, admin, names};
 
 const SERVICE: &str = "\
 apiVersion: v1

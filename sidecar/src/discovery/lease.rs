@@ -1,0 +1,153 @@
+//! The registration of this sidecar's workload: a stream that is the lease. Opened anew when it breaks or is refused,
+//! on the connection of its session, and taken back once.
+
+use std::future::pending;
+use std::pin::Pin;
+use std::time::Duration;
+
+use outrigger_api::wire::{
+    LeaseRequest, LeaseResponse, RegisteredPort, Registration, Withdraw, lease_request, protocol_to_wire,
+    registry_client::RegistryClient,
+};
+use tokio::sync::mpsc;
+use tokio::time::{Sleep, sleep, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Status, Streaming};
+
+use super::Lease;
+use super::reconnect::reconnect_after;
+
+const ANSWER: Duration = Duration::from_secs(10);
+/// A refusal may pass by itself: the address may be another lease's that is about to lapse.
+const AGAIN_AFTER_REFUSAL: Duration = Duration::from_secs(5);
+
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum LeaseEvent {
+    Accepted { services: Vec<String> },
+    Refused { reason: String },
+    /// The stream broke; it is opened again.
+    Lost { reason: String },
+    Withdrawn,
+}
+
+pub(super) struct Leasing {
+    channel: Channel,
+    /// None: nothing is to be registered, or not any more.
+    registration: Option<Registration>,
+    stage: Stage,
+    failures: u32,
+}
+
+enum Stage {
+    Off,
+    Waiting(Pin<Box<Sleep>>),
+    Opening(Pin<Box<dyn Future<Output = Result<Open, Status>> + Send>>),
+    Open(Open),
+    /// Withdraw was sent.
+    Withdrawing(Open),
+}
+
+struct Open {
+    answers: Streaming<LeaseResponse>,
+    requests: mpsc::Sender<LeaseRequest>,
+}
+
+impl Leasing {
+    pub(super) fn new(channel: Channel, lease: Option<Lease>) -> Leasing {
+        let registration = lease.map(Registration::from);
+        let stage = match &registration {
+            Some(registration) => Stage::opening(&channel, registration),
+            None => Stage::Off,
+        };
+        Leasing { channel, registration, stage, failures: 0 }
+    }
+
+    pub(super) fn withdraw(&mut self) {
+        self.registration = None;
+        let withdraw = LeaseRequest { kind: Some(lease_request::Kind::Withdraw(Withdraw {})) };
+        self.stage = match std::mem::replace(&mut self.stage, Stage::Off) {
+            Stage::Open(open) if open.requests.try_send(withdraw).is_ok() => Stage::Withdrawing(open),
+            // One that is still being opened is dropped with its stream, which ends the lease as well.
+            _ => Stage::Off,
+        };
+    }
+
+    /// What happens to the lease next; never, when there is none. May be dropped at any await.
+    pub(super) async fn next(&mut self) -> LeaseEvent {
+        loop {
+            match &mut self.stage {
+                Stage::Off => pending().await,
+                Stage::Waiting(sleep) => {
+                    sleep.as_mut().await;
+                    self.stage = match &self.registration {
+                        Some(registration) => Stage::opening(&self.channel, registration),
+                        None => Stage::Off,
+                    };
+                }
+                Stage::Opening(opening) => match opening.as_mut().await {
+                    Ok(open) => self.stage = Stage::Open(open),
+                    Err(status) => return self.lost(format!("{:?}: {}", status.code(), status.message())),
+                },
+                Stage::Open(open) => match open.answers.message().await {
+                    Ok(Some(LeaseResponse { refusal, services })) if refusal.is_empty() => {
+                        self.failures = 0;
+                        return LeaseEvent::Accepted { services };
+                    }
+                    Ok(Some(LeaseResponse { refusal, .. })) => {
+                        self.stage = Stage::Waiting(Box::pin(sleep(AGAIN_AFTER_REFUSAL)));
+                        return LeaseEvent::Refused { reason: refusal };
+                    }
+                    Ok(None) => return self.lost("the control plane ended the stream".to_owned()),
+                    Err(status) => return self.lost(format!("{:?}: {}", status.code(), status.message())),
+                },
+                Stage::Withdrawing(open) => {
+                    let _ = timeout(ANSWER, open.answers.message()).await;
+                    self.stage = Stage::Off;
+                    return LeaseEvent::Withdrawn;
+                }
+            }
+        }
+    }
+
+    fn lost(&mut self, reason: String) -> LeaseEvent {
+        self.failures = self.failures.saturating_add(1);
+        self.stage = Stage::Waiting(Box::pin(sleep(reconnect_after(self.failures, fastrand::f64()))));
+        LeaseEvent::Lost { reason }
+    }
+}
+
+impl Stage {
+    fn opening(channel: &Channel, registration: &Registration) -> Stage {
+        let mut client = RegistryClient::new(channel.clone());
+        let register = LeaseRequest { kind: Some(lease_request::Kind::Register(registration.clone())) };
+        Stage::Opening(Box::pin(async move {
+            let (requests, outgoing) = mpsc::channel(4);
+            let _ = requests.try_send(register);
+            match timeout(ANSWER, client.lease(ReceiverStream::new(outgoing))).await {
+                Ok(answer) => Ok(Open { answers: answer?.into_inner(), requests }),
+                Err(_) => Err(Status::deadline_exceeded("the control plane did not answer in time")),
+            }
+        }))
+    }
+}
+
+impl From<Lease> for Registration {
+    fn from(lease: Lease) -> Registration {
+        Registration {
+            instance: lease.instance,
+            workload: lease.workload,
+            labels: lease.labels.into_iter().collect(),
+            ip: lease.ip.map(|ip| ip.to_string()).unwrap_or_default(),
+            ports: lease
+                .ports
+                .into_iter()
+                .map(|(application, mesh, protocol)| RegisteredPort {
+                    application_port: u32::from(application),
+                    mesh_port: u32::from(mesh),
+                    protocol: protocol_to_wire(protocol).into(),
+                })
+                .collect(),
+        }
+    }
+}
