@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use outrigger_runtime::stdout;
 
-use crate::{demo, stat, status, token, validate};
+use crate::{bench, demo, stat, status, token, validate};
 
 /// Mistakes on the command line, as in every command of this project.
 const USAGE: u8 = 2;
@@ -36,7 +36,7 @@ struct Line {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run a whole mesh with three services, and watch mutual TLS and golden signals
+    /// Run a whole mesh with three services and watch it: mutual TLS, rates, latency
     Demo(demo::Args),
     /// Make the join token with which a new sidecar gets its first certificate
     #[command(subcommand)]
@@ -47,6 +47,9 @@ enum Command {
     Status(status::Args),
     /// Show requests/s, success and latency per edge of the mesh
     Stat(stat::Args),
+    /// Compare a pair of sidecars with no proxy and with a pair of nginx
+    #[command(disable_help_flag = true)]
+    Bench(Rest),
     /// Run a sidecar, as `outrigger-sidecar` does; see `outrigger sidecar run --help`
     #[command(disable_help_flag = true)]
     Sidecar(Rest),
@@ -95,6 +98,7 @@ pub fn main(
     }
     // Before clap, which would take some of the flags for its own.
     match first {
+        "bench" => return bench::main(argv.split_off(1).into_iter()),
         "sidecar" => return sidecar(argv.split_off(1)),
         "control-plane" => return control_plane(argv.split_off(1), environment),
         _ => {}
@@ -113,6 +117,7 @@ pub fn main(
         Command::Validate(Paths { paths }) => ExitCode::from(validate::validate(&paths)),
         Command::Status(args) => status::command(&args),
         Command::Stat(args) => stat::command(&args),
+        Command::Bench(Rest { rest }) => bench::main(rest.into_iter()),
         Command::Sidecar(Rest { rest }) => sidecar(rest),
         Command::ControlPlane(Rest { rest }) => control_plane(rest, environment),
     }

@@ -1,5 +1,7 @@
 //! What scripts rely on: exit codes, and what goes to which stream.
 
+#![expect(clippy::unwrap_used, reason = "a test may say so by panicking")]
+
 use std::process::{Command, Output};
 
 fn outrigger(arguments: &[&str]) -> Output {

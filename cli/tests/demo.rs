@@ -1,5 +1,7 @@
 //! The demo as its user meets it: it ends by itself with a verdict, and Ctrl-C leaves nothing behind.
 
+#![expect(clippy::unwrap_used, reason = "a test may say so by panicking")]
+
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
