@@ -1,5 +1,11 @@
 //! The `outrigger` command line, and what it runs. See ARCHITECTURE.md.
 
 pub mod bench;
+pub mod command;
 pub mod demo;
+mod fetch;
+mod stat;
+mod status;
+mod table;
+mod token;
 pub mod validate;

@@ -1,3 +1,21 @@
-//! What the tests of the whole share. Each promise is a file in `tests/`.
+//! The harness: a mesh in one process with real sockets, real certificates and a real control plane, and what tests
+//! need around it. One promise per file stands in `tests/`. Everything listens on port 0; what a test waits for it polls
+//! with a deadline.
 
+pub mod application;
 pub mod arrows;
+pub mod eventually;
+pub mod grpc;
+pub mod mesh;
+pub mod metrics;
+pub mod peer;
+pub mod process;
+pub mod sidecar;
+pub mod wire;
+
+pub use application::Application;
+pub use eventually::{PATIENCE, eventually};
+pub use mesh::{Mesh, MeshOptions};
+pub use peer::Peer;
+pub use sidecar::Sidecar;
+pub use wire::{Connection, End, Response};

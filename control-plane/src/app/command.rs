@@ -13,6 +13,7 @@ use crate::config::Args;
 
 const LAST_LINES: Duration = Duration::from_secs(1);
 
+/// Runs the control plane: certificate authority, registry and configuration of a mesh
 #[derive(Debug, clap::Args)]
 struct Line {
     #[command(flatten)]

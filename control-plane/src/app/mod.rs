@@ -108,41 +108,17 @@ impl ControlPlane {
         let lock = state.lock()?;
         let directory = Directory::watch(&args.config, outrigger_api::resource::parse)
             .map_err(|source| StartError::Config { path: args.config.clone(), source })?;
-        let configuration = directory.subscribe();
-        let resources = configuration.borrow().resources.clone();
-        let trust_domain = trust_domain(args, &state, &resources)?;
-        let now = SystemTime::now();
-        let authority = Arc::new(Authority::open(&state, &trust_domain, now)?);
-        let serving = Arc::new(ServingCertificate::new(&authority, now)?);
-        let tokens = TokenKey::open(&state)?;
-        let redemptions = Redemptions::open(&state)?;
-        let metrics = Arc::new(metrics()?);
-        let publisher = Arc::new(Publisher::new(
-            Catalog::new(resources, trust_domain),
-            restored(&state),
-            authority.bundle().to_wire(),
-            first_version(&state, now),
-            metrics.clone(),
-        ));
         let (stop, stopping) = watch::channel(false);
-        let control = Arc::new(Control {
-            authority,
-            tokens,
-            redemptions,
-            publisher: publisher.clone(),
-            reports: Reports::default(),
-            metrics,
-            streams: AtomicU64::new(1),
-            stop: stopping,
-        });
+        let (control, serving) = open(args, &state, &directory, stopping)?;
         let grpc = bind("--listen", args.listen).await?;
         let admin_listener = bind("--admin-listen", args.admin_listen).await?;
         let server = Server::new(grpc, serving.clone(), control.clone())?;
+        let configuration = directory.subscribe();
         let mut control_plane = ControlPlane {
             grpc: server.address().map_err(|source| bound("--listen", args.listen, source))?,
             admin: admin_listener.local_addr().map_err(|source| bound("--admin-listen", args.admin_listen, source))?,
             state,
-            publisher,
+            publisher: control.publisher.clone(),
             reload: directory.reload(),
             refresh: Arc::default(),
             stop,
@@ -210,6 +186,39 @@ impl ControlPlane {
             tracing::error!("the leases are not kept over this restart: {error}");
         }
     }
+}
+
+/// Everything that the state directory and the configuration give, before a port is bound.
+fn open(
+    args: &Args,
+    state: &State,
+    directory: &Directory,
+    stop: watch::Receiver<bool>,
+) -> Result<(Arc<Control>, Arc<ServingCertificate>), StartError> {
+    let resources = directory.subscribe().borrow().resources.clone();
+    let trust_domain = trust_domain(args, state, &resources)?;
+    let now = SystemTime::now();
+    let authority = Arc::new(Authority::open(state, &trust_domain, now)?);
+    let serving = Arc::new(ServingCertificate::new(&authority, now)?);
+    let metrics = Arc::new(metrics()?);
+    let publisher = Publisher::new(
+        Catalog::new(resources, trust_domain),
+        restored(state),
+        authority.bundle().to_wire(),
+        first_version(state, now),
+        metrics.clone(),
+    );
+    let control = Control {
+        authority,
+        tokens: TokenKey::open(state)?,
+        redemptions: Redemptions::open(state)?,
+        publisher: Arc::new(publisher),
+        reports: Reports::default(),
+        metrics,
+        streams: AtomicU64::new(1),
+        stop,
+    };
+    Ok((Arc::new(control), serving))
 }
 
 fn until_stop<F: Future<Output = ()> + Send + 'static>(

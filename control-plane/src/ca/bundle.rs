@@ -53,7 +53,11 @@ impl Bundle {
                 generation
             }
         };
-        state.write_public(PEM, pem(&roots).as_bytes())?;
+        let text = pem(&roots);
+        // Only when it differs: a restart on a full disk must not fail for a file that is right.
+        if state.read(PEM)?.as_deref() != Some(text.as_bytes()) {
+            state.write_public(PEM, text.as_bytes())?;
+        }
         Ok(Bundle { trust_domain: trust_domain.clone(), roots, generation })
     }
 

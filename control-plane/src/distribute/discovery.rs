@@ -43,18 +43,16 @@ pub(super) fn client_certificate<T>(request: &Request<T>) -> Result<(Peer, PeerC
     })
 }
 
-/// Which instance a certificate is for, if that is what it says of itself.
+/// The instance that a caller stands for. The certificate proves namespace and account; its subject names the workload,
+/// of which there may be several instances, each with the name that it gives itself.
 pub(super) fn instance_of(certificate: &PeerCertificate, claimed: &str) -> Result<InstanceId, Status> {
-    if certificate.workload != claimed {
-        return Err(Status::permission_denied(format!(
-            "workload_name: the certificate is of workload {:?}, not of {claimed:?}",
-            certificate.workload
-        )));
+    if let Err(error) = outrigger_api::name::label(claimed) {
+        return Err(Status::invalid_argument(format!("workload_name: {error}")));
     }
     Ok(InstanceId {
         namespace: certificate.identity.namespace().to_owned(),
         service_account: certificate.identity.account().to_owned(),
-        name: certificate.workload.clone(),
+        name: claimed.to_owned(),
     })
 }
 
@@ -88,7 +86,7 @@ async fn watch(
     control.publisher.connect(&subscriber);
     tracing::info!(instance = %subscriber.id, "sidecar connected");
     let ended = tokio::select! {
-        status = talk(&control, &subscriber, &mut requests, &updates) => status,
+        status = talk(&control, &certificate.workload, &subscriber, &mut requests, &updates) => status,
         status = end => Some(status),
     };
     control.publisher.disconnect(&subscriber);
@@ -108,6 +106,7 @@ fn greet(control: &Control, certificate: &PeerCertificate, hello: Hello) -> Resu
 /// Both directions until one ends. None: the sidecar left.
 async fn talk(
     control: &Control,
+    workload: &str,
     subscriber: &Arc<Subscriber>,
     requests: &mut Streaming<WatchRequest>,
     updates: &mpsc::Sender<Result<WatchResponse, Status>>,
@@ -122,7 +121,7 @@ async fn talk(
         tokio::select! {
             request = requests.message() => match request {
                 Ok(Some(request)) => {
-                    if let Err(status) = take(control, subscriber, request) {
+                    if let Err(status) = take(control, workload, subscriber, request) {
                         return Some(status);
                     }
                 }
@@ -139,7 +138,7 @@ async fn talk(
     }
 }
 
-fn take(control: &Control, subscriber: &Arc<Subscriber>, request: WatchRequest) -> Result<(), Status> {
+fn take(control: &Control, workload: &str, subscriber: &Arc<Subscriber>, request: WatchRequest) -> Result<(), Status> {
     match request.kind {
         None => Err(Status::invalid_argument("a message that this control plane does not know")),
         Some(watch_request::Kind::Hello(_)) => Err(Status::invalid_argument("hello comes once, first")),
@@ -149,7 +148,8 @@ fn take(control: &Control, subscriber: &Arc<Subscriber>, request: WatchRequest) 
                 let message = format!("more than {MAX_SUBSCRIPTIONS} subscriptions; unsubscribe what is not used");
                 return Err(Status::resource_exhausted(message));
             }
-            let granted = if matches!(topic, Topic::Own(_)) { granted(control, &subscriber.id) } else { None };
+            let granted =
+                if matches!(topic, Topic::Own(_)) { granted(control, &subscriber.id, workload) } else { None };
             control.publisher.subscribe(subscriber, &topic, &granted.unwrap_or_default());
             Ok(())
         }
@@ -177,6 +177,6 @@ fn topic(key: &ResourceKey, id: &InstanceId) -> Result<(Topic, String), Status> 
 }
 
 /// The labels that an instance may register; None when it never redeemed a token here.
-pub(super) fn granted(control: &Control, id: &InstanceId) -> Option<Labels> {
-    control.redemptions.grant(&id.namespace, &id.service_account, &id.name)
+pub(super) fn granted(control: &Control, id: &InstanceId, workload: &str) -> Option<Labels> {
+    control.redemptions.grant(&id.namespace, &id.service_account, workload)
 }

@@ -71,7 +71,7 @@ async fn hold(
                     Ok(id) => id,
                     Err(status) => return Some(status),
                 };
-                let answer = register(control, &id, peer, number, &registration);
+                let answer = register(control, &id, certificate, peer, number, &registration);
                 *registered = Some(id);
                 answer
             }
@@ -94,11 +94,12 @@ async fn hold(
 fn register(
     control: &Control,
     id: &InstanceId,
+    certificate: &PeerCertificate,
     peer: &Peer,
     number: u64,
     registration: &wire::Registration,
 ) -> LeaseResponse {
-    let grant = granted(control, id).unwrap_or_default();
+    let grant = granted(control, id, &certificate.workload).unwrap_or_default();
     let registered = read(registration, peer.address.ip(), &grant).and_then(|registration| {
         control.publisher.register(id, number, &registration).map_err(|error| error.to_string())
     });

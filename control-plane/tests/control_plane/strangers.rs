@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use outrigger_api::snapshot::Key;
 use outrigger_api::wire::ReportRequest;
 use outrigger_api::wire::identity_client::IdentityClient;
 use outrigger_api::wire::telemetry_client::TelemetryClient;
@@ -13,7 +14,9 @@ use rcgen::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use tonic::Code;
 
+use super::mesh::Watch;
 use super::support::{Fixture, PATIENCE, Workload};
 
 const CART: &str = "spiffe://outrigger.local/ns/shop/sa/cart";
@@ -184,5 +187,23 @@ async fn garbage_and_silence_harm_nobody() {
     let issued = timeout(PATIENCE, workload.issue(&control_plane, &fixture.token("cart", &[], 1))).await;
     issued.expect("served beside them").unwrap();
     drop(silent);
+    control_plane.shutdown().await;
+}
+
+#[tokio::test]
+async fn streams_end_with_the_certificate_that_opened_them() {
+    let fixture = Fixture::new();
+    let control_plane = fixture.start().await;
+    let soon = std::time::SystemTime::now() + Duration::from_secs(2);
+    let end = soon.duration_since(std::time::UNIX_EPOCH).unwrap();
+    let workload = Forger::with_the_key_of(&control_plane)
+        .make(|params| params.not_after = rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(end.as_secs()));
+    let mut watch = Watch::open(&control_plane, &workload).await.unwrap();
+    watch.subscribe(&Key::Own).await;
+    watch.next().await.unwrap();
+    let ended = watch.next().await.unwrap_err();
+    assert_eq!(ended.code(), Code::Unauthenticated, "{ended:?}");
+    assert!(ended.message().contains("expired"), "{ended:?}");
+    assert!(std::time::SystemTime::now() >= soon - Duration::from_secs(1));
     control_plane.shutdown().await;
 }

@@ -234,9 +234,11 @@ impl Directory {
     }
 
     pub(super) fn set_connected(&self, connected: bool) {
-        if self.0.connected.send_replace(connected) || connected {
+        let before = *self.0.connected.borrow();
+        if before || connected {
             self.set_confirmed(self.0.clock.now());
         }
+        self.0.connected.send_if_modified(|current| replace(current, connected));
     }
 
     pub(super) fn set_confirmed(&self, at: SystemTime) {

@@ -19,22 +19,32 @@ use super::Lease;
 use super::reconnect::reconnect_after;
 
 const ANSWER: Duration = Duration::from_secs(10);
+/// How long the end of a withdrawn stream is waited for.
+const WITHDRAWN: Duration = Duration::from_secs(2);
 /// A refusal may pass by itself: the address may be another lease's that is about to lapse.
 const AGAIN_AFTER_REFUSAL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum LeaseEvent {
-    Accepted { services: Vec<String> },
-    Refused { reason: String },
+    Accepted {
+        services: Vec<String>,
+    },
+    Refused {
+        reason: String,
+    },
     /// The stream broke; it is opened again.
-    Lost { reason: String },
+    Lost {
+        reason: String,
+    },
     Withdrawn,
 }
 
 pub(super) struct Leasing {
     channel: Channel,
-    /// None: nothing is to be registered, or not any more.
     registration: Option<Registration>,
+    /// The lease is to be taken back; by a stream of its own if there is none now, so that it does not stand until it
+    /// lapses.
+    withdraw: bool,
     stage: Stage,
     failures: u32,
 }
@@ -44,8 +54,8 @@ enum Stage {
     Waiting(Pin<Box<Sleep>>),
     Opening(Pin<Box<dyn Future<Output = Result<Open, Status>> + Send>>),
     Open(Open),
-    /// Withdraw was sent.
-    Withdrawing(Open),
+    /// Withdraw was sent and our half of the stream closed; the other half ends when it was read.
+    Withdrawing(Streaming<LeaseResponse>, Pin<Box<Sleep>>),
 }
 
 struct Open {
@@ -54,23 +64,21 @@ struct Open {
 }
 
 impl Leasing {
-    pub(super) fn new(channel: Channel, lease: Option<Lease>) -> Leasing {
+    /// With `withdraw` the lease of an earlier connection is taken back.
+    pub(super) fn new(channel: Channel, lease: Option<Lease>, withdraw: bool) -> Leasing {
         let registration = lease.map(Registration::from);
-        let stage = match &registration {
-            Some(registration) => Stage::opening(&channel, registration),
-            None => Stage::Off,
-        };
-        Leasing { channel, registration, stage, failures: 0 }
+        let mut leasing = Leasing { channel, registration, withdraw, stage: Stage::Off, failures: 0 };
+        leasing.open();
+        leasing
     }
 
     pub(super) fn withdraw(&mut self) {
-        self.registration = None;
-        let withdraw = LeaseRequest { kind: Some(lease_request::Kind::Withdraw(Withdraw {})) };
-        self.stage = match std::mem::replace(&mut self.stage, Stage::Off) {
-            Stage::Open(open) if open.requests.try_send(withdraw).is_ok() => Stage::Withdrawing(open),
-            // One that is still being opened is dropped with its stream, which ends the lease as well.
-            _ => Stage::Off,
-        };
+        self.withdraw = true;
+        match std::mem::replace(&mut self.stage, Stage::Off) {
+            Stage::Open(open) => self.stage = open.withdraw(),
+            Stage::Waiting(_) => self.open(),
+            other @ (Stage::Off | Stage::Opening(_) | Stage::Withdrawing(..)) => self.stage = other,
+        }
     }
 
     /// What happens to the lease next; never, when there is none. May be dropped at any await.
@@ -80,12 +88,10 @@ impl Leasing {
                 Stage::Off => pending().await,
                 Stage::Waiting(sleep) => {
                     sleep.as_mut().await;
-                    self.stage = match &self.registration {
-                        Some(registration) => Stage::opening(&self.channel, registration),
-                        None => Stage::Off,
-                    };
+                    self.open();
                 }
                 Stage::Opening(opening) => match opening.as_mut().await {
+                    Ok(open) if self.withdraw => self.stage = open.withdraw(),
                     Ok(open) => self.stage = Stage::Open(open),
                     Err(status) => return self.lost(format!("{:?}: {}", status.code(), status.message())),
                 },
@@ -101,19 +107,40 @@ impl Leasing {
                     Ok(None) => return self.lost("the control plane ended the stream".to_owned()),
                     Err(status) => return self.lost(format!("{:?}: {}", status.code(), status.message())),
                 },
-                Stage::Withdrawing(open) => {
-                    let _ = timeout(ANSWER, open.answers.message()).await;
-                    self.stage = Stage::Off;
-                    return LeaseEvent::Withdrawn;
+                Stage::Withdrawing(answers, limit) => {
+                    let more = tokio::select! {
+                        answer = answers.message() => matches!(answer, Ok(Some(_))),
+                        () = limit.as_mut() => false,
+                    };
+                    if !more {
+                        self.stage = Stage::Off;
+                        return LeaseEvent::Withdrawn;
+                    }
                 }
             }
         }
+    }
+
+    fn open(&mut self) {
+        self.stage = match &self.registration {
+            Some(registration) => Stage::opening(&self.channel, registration),
+            None => Stage::Off,
+        };
     }
 
     fn lost(&mut self, reason: String) -> LeaseEvent {
         self.failures = self.failures.saturating_add(1);
         self.stage = Stage::Waiting(Box::pin(sleep(reconnect_after(self.failures, fastrand::f64()))));
         LeaseEvent::Lost { reason }
+    }
+}
+
+impl Open {
+    fn withdraw(self) -> Stage {
+        let withdraw = LeaseRequest { kind: Some(lease_request::Kind::Withdraw(Withdraw {})) };
+        // A stream whose queue is full is dropped without it: its end ends the lease too, only later.
+        let _ = self.requests.try_send(withdraw);
+        Stage::Withdrawing(self.answers, Box::pin(sleep(WITHDRAWN)))
     }
 }
 

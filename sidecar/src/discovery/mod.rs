@@ -126,7 +126,9 @@ async fn next_event(session: &mut Option<Session>) -> Event {
 struct Watcher {
     settings: DiscoverySettings,
     tls: Tls,
+    /// None: there is none, or not any more.
     lease: Option<Lease>,
+    withdraw: bool,
     directory: Directory,
     session: Option<Session>,
     dialling: Dialling,
@@ -140,7 +142,7 @@ struct Watcher {
 enum Dialling {
     Off,
     Waiting(Pin<Box<dyn Future<Output = ()> + Send>>),
-    Dialling(Pin<Box<dyn Future<Output = Result<Session, SessionError>> + Send>>),
+    Opening(Pin<Box<dyn Future<Output = Result<Session, SessionError>> + Send>>),
 }
 
 impl Dialling {
@@ -152,7 +154,7 @@ impl Dialling {
                 wait.await;
                 None
             }
-            Dialling::Dialling(dialling) => Some(dialling.await),
+            Dialling::Opening(opening) => Some(opening.await),
         }
     }
 }
@@ -164,6 +166,7 @@ impl Watcher {
             settings,
             tls,
             lease,
+            withdraw: false,
             directory,
             session: None,
             dialling: Dialling::Off,
@@ -200,7 +203,7 @@ impl Watcher {
         let Some(material) = &self.material else { return };
         let (settings, lease) = (self.settings.clone(), self.lease.clone());
         let (credential, clock) = (material.credential().clone(), self.tls.clock().clone());
-        self.dialling = Dialling::Dialling(Box::pin(Session::open(settings, credential, lease, clock)));
+        self.dialling = Dialling::Opening(Box::pin(Session::open(settings, credential, lease, self.withdraw, clock)));
     }
 
     fn on_opened(&mut self, opened: Option<Result<Session, SessionError>>) {
@@ -272,7 +275,10 @@ impl Watcher {
                 self.directory.set_lease(state);
             }
             LeaseEvent::Lost { reason } => tracing::debug!(reason, "the lease's stream broke; it is opened again"),
-            LeaseEvent::Withdrawn => tracing::info!("the lease is withdrawn"),
+            LeaseEvent::Withdrawn => {
+                self.lease = None;
+                tracing::info!("the lease is withdrawn");
+            }
         }
     }
 
@@ -291,13 +297,14 @@ impl Watcher {
         }
     }
 
+    /// Until the control plane has read it, each new connection says it again.
     fn withdraw(&mut self) {
-        self.lease = None;
+        self.withdraw = true;
         if let Some(session) = &mut self.session {
             session.withdraw();
         }
         // One on the way would register again.
-        if matches!(self.dialling, Dialling::Dialling(_)) {
+        if matches!(self.dialling, Dialling::Opening(_)) {
             self.dial();
         }
     }

@@ -8,8 +8,11 @@ mod schedule;
 mod state;
 mod trouble;
 
-pub use channel::{DialError, dial};
-pub use state::{StateError, write};
+#[cfg(test)]
+pub(crate) mod test_control_plane;
+
+pub use channel::{DialError, Dialled, dial};
+pub use state::{StateError, replace_file};
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -79,7 +82,7 @@ impl IdentityStatus {
     }
 }
 
-/// Runs until it is dropped. `renew` asks for a new certificate now (`POST /certs/renew`, SIGHUP).
+/// Runs until it is dropped. `renew.notify_one()` asks for a new certificate now (`POST /certs/renew`, SIGHUP).
 pub async fn run(settings: IdentitySettings, tls: Tls, renew: Arc<Notify>, status: watch::Sender<IdentityStatus>) {
     let mut obtainer = Obtainer::new(settings, tls.clone());
     if let Err(error) = obtainer.restore().await {
@@ -208,7 +211,10 @@ impl Report {
         let Some(not_after) = self.tls.expiry() else { return };
         let expired = self.tls.clock().now() > not_after;
         if expired && !self.expiry_told {
-            tracing::error!(not_after = show(not_after), "the certificate has expired: no new mTLS connection until it is renewed");
+            tracing::error!(
+                not_after = show(not_after),
+                "the certificate has expired: no new mTLS connection until it is renewed"
+            );
         }
         self.expiry_told = expired;
     }

@@ -34,7 +34,9 @@ impl Obtainer {
     pub(super) fn new(settings: IdentitySettings, tls: Tls) -> Obtainer {
         let state = settings.state.clone().map(State::new);
         if state.is_none() {
-            tracing::info!("without --state the certificate does not survive a restart: a new join token is needed then");
+            tracing::info!(
+                "without --state the certificate does not survive a restart: a new join token is needed then"
+            );
         }
         Obtainer { settings, tls, state, pending: None, bootstrap: None, kept_generation: 0, files: [None, None] }
     }

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use tonic::Code;
 
-use super::channel::{DialError, tls_alert};
+use super::channel::DialError;
 use super::request::IssueError;
 use super::{IdentitySettings, Trouble};
 use crate::tls::clock::show;
@@ -25,15 +25,20 @@ pub(super) enum Kind {
 pub(super) fn kind(error: &IssueError) -> Kind {
     match error {
         IssueError::Dial(DialError::Tls { error: TlsError::Peer(PeerFault::Untrusted), .. }) => Kind::OtherAuthority,
-        IssueError::Refused(status) if tls_alert(status.as_ref()).is_some() => Kind::OtherAuthority,
+        IssueError::CertificateRefused(_) => Kind::OtherAuthority,
         IssueError::Refused(status) if passing(status.code()) => Kind::Passing,
+        // A clock is set right by itself, soon after the machine has started.
+        IssueError::Clock(_)
+        | IssueError::Dial(DialError::Tls {
+            error: TlsError::Peer(PeerFault::Expired { .. } | PeerFault::NotYetValid { .. }),
+            ..
+        }) => Kind::Passing,
         IssueError::Dial(DialError::Tls { error: TlsError::Peer(_), .. }) => Kind::Refused,
         IssueError::Dial(_) | IssueError::Late(_) => Kind::Passing,
         IssueError::TrustBundle { .. }
         | IssueError::Token { .. }
         | IssueError::Refused(_)
         | IssueError::Answer(_)
-        | IssueError::Clock(_)
         | IssueError::Key(_) => Kind::Refused,
     }
 }
@@ -56,6 +61,9 @@ pub(super) fn explain(error: &IssueError, settings: &IdentitySettings, now: Syst
         IssueError::Dial(DialError::Tls { error: TlsError::Peer(fault), .. }) => unbelieved(fault, settings, now),
         IssueError::Dial(_) | IssueError::Late(_) => unreachable(),
         IssueError::Refused(status) => return refused(status, settings, now),
+        IssueError::CertificateRefused(_) => {
+            ("certificate_refused", format!("a new join token in the token file replaces it; {}", clock_advice(now)))
+        }
         IssueError::Answer(_) => (
             "certificate_unusable",
             "check --name, --namespace, --service-account and --trust-domain against the token and the control plane"
@@ -105,19 +113,14 @@ fn unbelieved(fault: &PeerFault, settings: &IdentitySettings, now: SystemTime) -
 
 /// The control plane's refusal: its messages begin with a word and a colon.
 fn refused(status: &tonic::Status, settings: &IdentitySettings, now: SystemTime) -> Trouble {
-    if let Some(alert) = tls_alert(status) {
-        let hint = format!(
-            "the control plane does not take this sidecar's certificate (TLS alert {alert:?}); a new join token in \
-             the token file replaces it; {}",
-            clock_advice(now)
-        );
-        return Trouble { reason: "certificate_refused".to_owned(), hint };
-    }
     let message = status.message();
     let word = message.split_once(':').map(|(word, _)| word).filter(|word| is_reason(word));
     let Some(word) = word else {
-        let (reason, advice) =
-            if passing(status.code()) { unreachable() } else { ("issue_refused", "see the control plane's log".into()) };
+        let (reason, advice) = if passing(status.code()) {
+            unreachable()
+        } else {
+            ("issue_refused", "see the control plane's log".into())
+        };
         return Trouble { reason: reason.to_owned(), hint: format!("{:?}: {message}; {advice}", status.code()) };
     };
     let file = settings.token_file.as_deref().map_or_else(|| "--token-file".into(), |path| path.to_string_lossy());
@@ -127,7 +130,10 @@ fn refused(status: &tonic::Status, settings: &IdentitySettings, now: SystemTime)
             format!("write a new one from `outrigger token create` of this control plane to {file}")
         }
         "token_namespace" => {
-            format!("the token must be made for namespace {} and service account {}", settings.namespace, settings.service_account)
+            format!(
+                "the token must be made for namespace {} and service account {}",
+                settings.namespace, settings.service_account
+            )
         }
         "namespace_reserved" => "that namespace belongs to the mesh itself: choose another --namespace".to_owned(),
         "workload_name" => "choose another --name".to_owned(),

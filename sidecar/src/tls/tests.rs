@@ -183,7 +183,8 @@ async fn a_resumed_peer_whose_certificate_has_expired_is_refused() {
         // The own side would refuse to use its expired leaf: only the other one's clock moves.
         let late = from_unix_seconds(unix_seconds(start) + 101);
         let server_is_short = server_spec.not_after < client_spec.not_after;
-        let (at_server, at_client) = with_late_clock(&authority, &server_spec, &client_spec, server_is_short, late).await;
+        let (at_server, at_client) =
+            with_late_clock(&authority, &server_spec, &client_spec, server_is_short, late).await;
         let verdict = if server_is_short { at_client } else { at_server };
         assert!(matches!(verdict.unwrap_err(), TlsError::Peer(PeerFault::Expired { .. })));
     }
@@ -278,7 +279,11 @@ fn bad_leaves_of(ours: &Authority) -> Vec<(&'static str, Leaf, Reason)> {
         specs.into_iter().map(|(what, spec)| (what, ours.leaf(&spec), Reason::PeerCertificate)).collect();
     // One second behind its end, whatever the clock's fraction.
     leaves.push(("self-signed", self_signed(&valid()), Reason::PeerCertificate));
-    leaves.push(("foreign CA, same subject", Authority::new("outrigger.local").leaf(&valid()), Reason::PeerCertificate));
+    leaves.push((
+        "foreign CA, same subject",
+        Authority::new("outrigger.local").leaf(&valid()),
+        Reason::PeerCertificate,
+    ));
     leaves.push(("leaf-signed leaf", ours.leaf_by_leaf(&valid()), Reason::PeerCertificate));
     leaves
 }
@@ -401,7 +406,10 @@ fn bad_certificates_make_no_credential_either() {
 fn no_key_is_ever_shown() {
     let authority = Authority::new("outrigger.local");
     let shown = format!("{:?}", authority.credential(&LeafSpec::valid("shop", "cart")));
-    assert!(shown.contains("spiffe://outrigger.local/ns/shop/sa/cart") && !shown.to_lowercase().contains("key"), "{shown}");
+    assert!(
+        shown.contains("spiffe://outrigger.local/ns/shop/sa/cart") && !shown.to_lowercase().contains("key"),
+        "{shown}"
+    );
 }
 
 #[tokio::test]
@@ -510,8 +518,7 @@ async fn a_hello_that_was_read_ahead_goes_on_from_there() {
             }
         }
     };
-    let (served, connected) =
-        tokio::join!(serving, connect(&client, near, MeshAlpn::Tcp, name(), &expected, ENDPOINT));
+    let (served, connected) = tokio::join!(serving, connect(&client, near, MeshAlpn::Tcp, name(), &expected, ENDPOINT));
     assert_eq!(served.unwrap().1.identity, id("web"));
     assert_eq!(connected.unwrap().1.identity, id("cart"));
 }
@@ -558,7 +565,8 @@ async fn garbage_and_silence_end_the_handshake() {
         let (mut far, near) = duplex(64 * 1024);
         far.write_all(garbage).await.unwrap();
         far.shutdown().await.unwrap();
-        let error = connect(&material, near, MeshAlpn::H1, name(), &id("cart"), ENDPOINT).await.map(|_| ()).unwrap_err();
+        let error =
+            connect(&material, near, MeshAlpn::H1, name(), &id("cart"), ENDPOINT).await.map(|_| ()).unwrap_err();
         assert_eq!(error.reason(), Reason::TlsHandshake, "{error}");
     }
 }

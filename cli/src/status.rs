@@ -1,0 +1,208 @@
+//! `outrigger status`: who is connected to the control plane, and what is wrong. Reads `/status` of its admin address
+//! and changes nothing.
+
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use outrigger_control_plane::admin::view::{Sidecar, Status};
+use outrigger_runtime::stdout;
+
+use crate::fetch;
+use crate::table::{Align, Table, span};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    control_plane: ControlPlane,
+}
+
+/// Which control plane is asked.
+#[derive(clap::Args)]
+pub(crate) struct ControlPlane {
+    /// The control plane's admin address (its --admin-listen)
+    #[arg(long = "control-plane-admin", value_name = "HOST:PORT", default_value = "127.0.0.1:15014")]
+    pub(crate) admin: String,
+}
+
+pub(crate) fn command(args: &Args) -> ExitCode {
+    let address = &args.control_plane.admin;
+    let asked = run(async { fetch::json::<Status>(address, "/status").await });
+    match asked {
+        Ok(Ok(status)) => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+            stdout::say(&text(&status, now).join("\n"));
+            ExitCode::SUCCESS
+        }
+        Ok(Err(error)) => complain("status", &error),
+        Err(error) => complain("status", &error),
+    }
+}
+
+/// Runs `work` on a runtime of its own.
+pub(crate) fn run<T>(work: impl Future<Output = T>) -> std::io::Result<T> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work))
+}
+
+/// Exit code 1, with what to do about it.
+pub(crate) fn complain(command: &str, error: &dyn std::fmt::Display) -> ExitCode {
+    stdout::complain(&format!(
+        "outrigger {command}: {error}\nIs the control plane running? Name its admin address (`listening admin ...` on \
+         its stdout) with --control-plane-admin."
+    ));
+    ExitCode::FAILURE
+}
+
+fn text(status: &Status, now: u64) -> Vec<String> {
+    let authority = &status.authority;
+    let mut lines = vec![
+        format!("control plane  {}, trust domain {}", status.version, status.trust_domain),
+        format!(
+            "authority      issuer ends in {}, {} in the trust bundle (generation {})",
+            left(authority.not_after, now),
+            plural(authority.roots, "root"),
+            authority.generation
+        ),
+        format!("workloads      {} registered", status.leases),
+        format!("configuration  {}", configuration(status)),
+        String::new(),
+    ];
+    if status.sidecars.is_empty() {
+        lines.push("No sidecar is connected.".to_owned());
+    } else {
+        lines.extend(sidecars(&status.sidecars, now));
+    }
+    let wrong = wrong(status);
+    if !wrong.is_empty() {
+        lines.push(String::new());
+        lines.extend(wrong);
+    }
+    lines
+}
+
+fn configuration(status: &Status) -> String {
+    let (errors, warnings) = (status.config.errors.len(), status.config.warnings.len());
+    match (errors, warnings) {
+        (0, 0) => "good".to_owned(),
+        (0, warnings) => format!("good, {}", plural(warnings, "warning")),
+        (errors, warnings) => {
+            format!("{}, {}; what is wrong is not in force", plural(errors, "error"), plural(warnings, "warning"))
+        }
+    }
+}
+
+fn sidecars(sidecars: &[Sidecar], now: u64) -> Vec<String> {
+    let mut table = Table::new(&[
+        ("SIDECAR", Align::Left),
+        ("NAMESPACE", Align::Left),
+        ("VERSION", Align::Left),
+        ("CONNECTED", Align::Right),
+        ("CERTIFICATE", Align::Right),
+        ("KNOWS", Align::Right),
+        ("CONNECTIONS", Align::Right),
+        ("REFUSED", Align::Right),
+    ]);
+    for sidecar in sidecars {
+        table.row([
+            sidecar.instance.clone(),
+            sidecar.namespace.clone(),
+            sidecar.version.clone(),
+            span(now.saturating_sub(sidecar.connected_since)),
+            left(sidecar.certificate_not_after, now),
+            match sidecar.unacknowledged {
+                0 => sidecar.subscriptions.to_string(),
+                waiting => format!("{} of {}", sidecar.subscriptions.saturating_sub(waiting), sidecar.subscriptions),
+            },
+            sidecar.connections.map_or("-".to_owned(), |connections| connections.to_string()),
+            sidecar.refusals.len().to_string(),
+        ]);
+    }
+    table.lines()
+}
+
+/// Everything that somebody should look at, a line each.
+fn wrong(status: &Status) -> Vec<String> {
+    let mut lines = Vec::new();
+    lines.extend(status.config.errors.iter().map(|problem| format!("error    {problem}")));
+    lines.extend(status.config.warnings.iter().map(|problem| format!("warning  {problem}")));
+    lines.extend(status.warnings.iter().map(|warning| format!("warning  {warning}")));
+    if status.authority.overdue {
+        lines.push(
+            "warning  the issuing certificate is due and the root's key is not here: replace ca/intermediate.pem and \
+             ca/intermediate.key"
+                .to_owned(),
+        );
+    }
+    for service in &status.stale_services {
+        lines.push(format!(
+            "warning  {service}: more than half of its endpoints went at once; the last known are still listed"
+        ));
+    }
+    for sidecar in &status.sidecars {
+        for refusal in &sidecar.refusals {
+            lines.push(format!(
+                "refused  {}.{} refused {} (version {}): {}",
+                sidecar.instance, sidecar.namespace, refusal.key, refusal.version, refusal.reason
+            ));
+        }
+    }
+    lines
+}
+
+fn left(end: u64, now: u64) -> String {
+    match end.checked_sub(now) {
+        Some(left) => span(left),
+        None => format!("ended {} ago", span(now - end)),
+    }
+}
+
+fn plural(count: usize, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use outrigger_control_plane::admin::view;
+
+    #[test]
+    fn says_who_is_there_and_what_is_wrong() {
+        let problem =
+            |message: &str| view::Problem { file: "web.yaml".into(), line: 3, column: 5, message: message.into() };
+        let status = Status {
+            version: "0.1.0".into(),
+            trust_domain: "outrigger.local".into(),
+            authority: view::Authority {
+                not_after: 1_000 + 86_400 * 90,
+                overdue: false,
+                roots: 1,
+                generation: 1,
+                serving_not_after: 2_000,
+            },
+            sidecars: vec![Sidecar {
+                instance: "web-1".into(),
+                namespace: "shop".into(),
+                identity: "spiffe://outrigger.local/ns/shop/sa/web".into(),
+                version: "0.1.0".into(),
+                connected_since: 940,
+                certificate_not_after: 1_000 + 3_600,
+                subscriptions: 3,
+                unacknowledged: 1,
+                connections: None,
+                refusals: vec![view::Refusal { key: "cart.shop:80".into(), version: 7, reason: "no such mode".into() }],
+            }],
+            leases: 1,
+            config: view::Config { errors: vec![problem("unknown field \"hots\"")], warnings: vec![] },
+            stale_services: vec![],
+            warnings: vec![],
+        };
+        let lines = text(&status, 1_000);
+        let all = lines.join("\n");
+        assert!(all.contains("issuer ends in 90d 0h, 1 root in the trust bundle"), "{all}");
+        let row = lines.iter().find(|line| line.starts_with("web-1")).unwrap();
+        let cells: Vec<&str> = row.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect();
+        assert_eq!(cells, ["web-1", "shop", "0.1.0", "1m 0s", "1h 0m", "2 of 3", "-", "1"]);
+        assert!(all.contains("error    web.yaml:3:5: unknown field \"hots\""), "{all}");
+        assert!(all.contains("refused  web-1.shop refused cart.shop:80 (version 7): no such mode"), "{all}");
+        assert!(lines.iter().all(|line| line.chars().count() <= 100), "{all}");
+    }
+}

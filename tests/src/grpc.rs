@@ -1,0 +1,181 @@
+//! HTTP/2 and gRPC clients on raw h2, so that tests see streams, trailers and resets as they are.
+
+use std::net::SocketAddr;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use h2::client::SendRequest;
+use h2::{RecvStream, SendStream};
+use http::{HeaderMap, Request, Response, StatusCode};
+use tokio::net::TcpStream;
+
+use crate::application::write;
+use crate::eventually::soon;
+
+/// One message in gRPC's length-prefixed framing.
+pub fn frame(message: &[u8]) -> Bytes {
+    let mut framed = BytesMut::with_capacity(message.len() + 5);
+    framed.put_u8(0);
+    framed.put_u32(u32::try_from(message.len()).expect("a message below 4 GiB"));
+    framed.put_slice(message);
+    framed.freeze()
+}
+
+/// Cuts messages out of the bytes of a body.
+#[derive(Default)]
+pub struct Messages(BytesMut);
+
+impl Messages {
+    pub fn feed(&mut self, data: &[u8]) -> Vec<Bytes> {
+        self.0.extend_from_slice(data);
+        let mut found = Vec::new();
+        while self.0.len() >= 5 {
+            let length = u32::from_be_bytes([self.0[1], self.0[2], self.0[3], self.0[4]]) as usize;
+            if self.0.len() < 5 + length {
+                break;
+            }
+            self.0.advance(5);
+            found.push(self.0.split_to(length).freeze());
+        }
+        found
+    }
+}
+
+/// An HTTP/2 connection with prior knowledge.
+#[derive(Clone)]
+pub struct Http2 {
+    sender: SendRequest<Bytes>,
+}
+
+/// One stream: what is sent and what comes back.
+pub struct Stream {
+    pub send: SendStream<Bytes>,
+    response: h2::client::ResponseFuture,
+}
+
+/// The answer of one stream.
+pub struct Answer {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: RecvStream,
+}
+
+/// An answer read to its end.
+#[derive(Debug)]
+pub struct Whole {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Vec<u8>,
+    pub trailers: HeaderMap,
+}
+
+impl Http2 {
+    pub async fn open(address: SocketAddr) -> Http2 {
+        let stream = soon("connect", TcpStream::connect(address)).await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        Http2::over(stream).await
+    }
+
+    /// On a stream that is open already: inside mutual TLS, or behind CONNECT.
+    pub async fn over(stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static) -> Http2 {
+        let mut builder = h2::client::Builder::new();
+        // A connection window that streams which are not read do not use up.
+        builder.initial_window_size(1 << 20).initial_connection_window_size(1 << 28);
+        let (sender, connection) = soon("the HTTP/2 preface", builder.handshake(stream)).await.unwrap();
+        tokio::spawn(async move {
+            // Its end is seen by the streams.
+            let _ = connection.await;
+        });
+        Http2 { sender }
+    }
+
+    /// Opens a stream. `end` sends no body.
+    pub async fn begin(&self, request: Request<()>, end: bool) -> Result<Stream, h2::Error> {
+        let mut sender = soon("room for a stream", self.sender.clone().ready()).await?;
+        let (response, send) = sender.send_request(request, end)?;
+        Ok(Stream { send, response })
+    }
+
+    /// A whole exchange.
+    pub async fn ask(&self, request: Request<()>, body: &[u8]) -> Result<Whole, h2::Error> {
+        let mut stream = self.begin(request, body.is_empty()).await?;
+        if !body.is_empty() {
+            stream.write(Bytes::copy_from_slice(body), true).await?;
+        }
+        stream.answer().await?.whole().await
+    }
+
+    pub async fn get(&self, path: &str) -> Result<Whole, h2::Error> {
+        self.ask(Request::get(format!("http://test{path}")).body(()).expect("a request"), b"").await
+    }
+
+    /// Opens a gRPC call of `/echo.Echo/METHOD`.
+    pub async fn call(&self, method: &str, headers: &[(&str, &str)]) -> Result<Stream, h2::Error> {
+        let mut request = Request::post(format!("http://test/echo.Echo/{method}"))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        self.begin(request.body(()).expect("a request"), false).await
+    }
+
+    /// A unary call of `/echo.Echo/METHOD`.
+    pub async fn unary(&self, method: &str, message: &[u8]) -> Result<Whole, h2::Error> {
+        let mut stream = self.call(method, &[]).await?;
+        stream.write(frame(message), true).await?;
+        stream.answer().await?.whole().await
+    }
+}
+
+impl Stream {
+    pub async fn write(&mut self, data: Bytes, end: bool) -> Result<(), h2::Error> {
+        soon("room to send", write(&mut self.send, data, end)).await
+    }
+
+    /// Waits for the answer's head.
+    pub async fn answer(self) -> Result<Answer, h2::Error> {
+        self.answer_keeping().await.map(|(answer, _)| answer)
+    }
+
+    /// As [`Stream::answer`], and the sending side goes on.
+    pub async fn answer_keeping(self) -> Result<(Answer, SendStream<Bytes>), h2::Error> {
+        let response: Response<RecvStream> = soon("the head of an answer", self.response).await?;
+        let (parts, body) = response.into_parts();
+        Ok((Answer { status: parts.status, headers: parts.headers, body }, self.send))
+    }
+
+    /// RST_STREAM with CANCEL.
+    pub fn cancel(mut self) {
+        self.send.send_reset(h2::Reason::CANCEL);
+    }
+}
+
+impl Answer {
+    /// The next piece of the body; `None` at its end.
+    pub async fn data(&mut self) -> Result<Option<Bytes>, h2::Error> {
+        let Some(data) = soon("a piece of the body", self.body.data()).await else { return Ok(None) };
+        let data = data?;
+        self.body.flow_control().release_capacity(data.len())?;
+        Ok(Some(data))
+    }
+
+    pub async fn whole(mut self) -> Result<Whole, h2::Error> {
+        let mut body = Vec::new();
+        while let Some(data) = self.data().await? {
+            body.extend_from_slice(&data);
+        }
+        let trailers = soon("trailers", self.body.trailers()).await?.unwrap_or_default();
+        Ok(Whole { status: self.status, headers: self.headers, body, trailers })
+    }
+}
+
+impl Whole {
+    /// In trailers, or in the head of a trailers-only answer.
+    pub fn grpc_status(&self) -> Option<&str> {
+        self.trailers.get("grpc-status").or_else(|| self.headers.get("grpc-status"))?.to_str().ok()
+    }
+
+    pub fn messages(&self) -> Vec<Bytes> {
+        Messages::default().feed(&self.body)
+    }
+}

@@ -1,0 +1,228 @@
+//! Whoever speaks TLS to a sidecar without being one: a peer with a certificate that the control plane issued, or with
+//! one that an authority of the test's own made up. Never verifies the sidecar: what a test says about that it looks
+//! at itself.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use hyper_util::rt::TokioIo;
+use outrigger_api::wire::identity_client::IdentityClient;
+use outrigger_api::wire::{IssueRequest, IssueResponse};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
+};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, Error, ServerConfig, SignatureScheme};
+use tokio::net::TcpStream;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::eventually::soon;
+use crate::mesh::Mesh;
+use crate::wire::Connection;
+
+pub const H1: &str = "outrigger/h1";
+pub const H2: &str = "outrigger/h2";
+pub const TCP: &str = "outrigger/tcp";
+
+/// A key and a certificate chain, perhaps an empty one.
+pub struct Peer {
+    pub key: KeyPair,
+    pub chain: Vec<CertificateDer<'static>>,
+}
+
+impl Peer {
+    /// A certificate from the mesh's own control plane.
+    pub async fn issue(mesh: &Mesh, namespace: &str, service_account: &str, name: &str) -> Peer {
+        let token = mesh.token(namespace, service_account, &[]);
+        let mut peer = Peer::without_certificate();
+        let issued = peer.ask_for_certificate(mesh, &peer.csr(), &token, name).await.unwrap();
+        peer.chain = issued.chain_der.into_iter().map(CertificateDer::from).collect();
+        peer
+    }
+
+    /// A key alone: TLS without a client certificate.
+    pub fn without_certificate() -> Peer {
+        Peer { key: KeyPair::generate().unwrap(), chain: Vec::new() }
+    }
+
+    /// A request for a certificate that asks for nothing but the key.
+    pub fn csr(&self) -> Vec<u8> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.serialize_request(&self.key).unwrap().der().to_vec()
+    }
+
+    /// `Identity.Issue` with this request and proof, and with the own certificate if there is one.
+    pub async fn ask_for_certificate(
+        &self,
+        mesh: &Mesh,
+        csr: &[u8],
+        proof: &str,
+        name: &str,
+    ) -> Result<IssueResponse, tonic::Status> {
+        let mut client = IdentityClient::new(self.channel(mesh.control_plane()).await?);
+        let request = IssueRequest { csr_der: csr.to_vec(), proof: proof.to_owned(), workload: name.to_owned() };
+        client.issue(request).await.map(tonic::Response::into_inner)
+    }
+
+    /// gRPC to the control plane.
+    pub async fn channel(&self, address: SocketAddr) -> Result<Channel, tonic::Status> {
+        let config = Arc::new(self.client_config(&["h2"]));
+        let dial = tower::service_fn(move |_| {
+            let connector = tokio_rustls::TlsConnector::from(config.clone());
+            async move {
+                let stream = TcpStream::connect(address).await?;
+                let name = ServerName::IpAddress(address.ip().into());
+                Ok::<_, std::io::Error>(TokioIo::new(connector.connect(name, stream).await?))
+            }
+        });
+        let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+        let connecting = endpoint.connect_with_connector(dial);
+        soon("the control plane answers", connecting)
+            .await
+            .map_err(|error| tonic::Status::unavailable(format!("{error:?}")))
+    }
+
+    /// TLS 1.3 with this certificate, offering these ALPN ids; believes any server.
+    pub fn client_config(&self, alpn: &[&str]) -> ClientConfig {
+        let builder = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(BelieveAll(provider())));
+        let mut config = if self.chain.is_empty() {
+            builder.with_no_client_auth()
+        } else {
+            builder.with_client_auth_cert(self.chain.clone(), self.private_key()).unwrap()
+        };
+        config.alpn_protocols = alpn.iter().map(|id| id.as_bytes().to_vec()).collect();
+        config
+    }
+
+    /// TLS 1.3 as a server with this certificate, asking no client for one.
+    pub fn server_config(&self, alpn: &[&str]) -> ServerConfig {
+        let builder = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth();
+        let mut config = builder.with_single_cert(self.chain.clone(), self.private_key()).unwrap();
+        config.alpn_protocols = alpn.iter().map(|id| id.as_bytes().to_vec()).collect();
+        config
+    }
+
+    pub fn private_key(&self) -> PrivateKeyDer<'static> {
+        PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.serialize_der()))
+    }
+
+    /// A TLS handshake with a sidecar. TLS 1.3 clients are done before the server has looked at their certificate: a
+    /// refusal may only show at the first read.
+    pub async fn connect(&self, address: SocketAddr, alpn: &[&str]) -> std::io::Result<Connection> {
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(self.client_config(alpn)));
+        let stream = soon("connect", TcpStream::connect(address)).await?;
+        stream.set_nodelay(true)?;
+        let name = ServerName::try_from("80.test.shop.outrigger").unwrap();
+        let tls = soon("the TLS handshake", connector.connect(name, stream)).await?;
+        Ok(tokio_rustls::TlsStream::from(tls).into())
+    }
+
+    /// The server's side of a handshake on an accepted connection.
+    pub async fn accept(&self, connection: Connection, alpn: &[&str]) -> std::io::Result<Connection> {
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(self.server_config(alpn)));
+        let tls = soon("the TLS handshake", acceptor.accept(connection.into_tcp())).await?;
+        Ok(tokio_rustls::TlsStream::from(tls).into())
+    }
+}
+
+/// A certificate authority that nobody in the mesh believes.
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    certificate: CertificateDer<'static>,
+}
+
+impl Authority {
+    pub fn new() -> Authority {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let certificate = params.self_signed(&key).unwrap().der().clone();
+        Authority { issuer: Issuer::new(params, key), certificate }
+    }
+
+    /// A leaf as the mesh's own look, for these URIs; `change` may make it another.
+    pub fn leaf(&self, uris: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Peer {
+        let key = KeyPair::generate().unwrap();
+        let params = leaf_params(uris, change);
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        Peer { key, chain: vec![certificate.der().clone(), self.certificate.clone()] }
+    }
+}
+
+impl Default for Authority {
+    fn default() -> Authority {
+        Authority::new()
+    }
+}
+
+/// A leaf that signs itself.
+pub fn self_signed(uri: &str) -> Peer {
+    let key = KeyPair::generate().unwrap();
+    let certificate = leaf_params(&[uri], |_| {}).self_signed(&key).unwrap();
+    Peer { key, chain: vec![certificate.der().clone()] }
+}
+
+fn leaf_params(uris: &[&str], change: impl FnOnce(&mut CertificateParams)) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(rcgen::DnType::CommonName, "peer-1");
+    params.subject_alt_names = uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    change(&mut params);
+    params
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}
+
+#[derive(Debug)]
+struct BelieveAll(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for BelieveAll {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("TLS 1.3 only".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        rustls::crypto::verify_tls13_signature(message, certificate, signed, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
