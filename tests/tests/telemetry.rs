@@ -486,7 +486,8 @@ async fn promtool_finds_nothing_to_complain_of() {
     for (name, address) in addresses {
         let request = "GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
         let answer = wire::ask(address, request).await;
-        assert_eq!(answer.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"), "{name}");
+        let kind = answer.header("content-type").unwrap_or_default();
+        assert!(kind.starts_with("text/plain; version=0.0.4"), "{name}: {kind}");
         let Some((clean, said)) = promtool(&["check", "metrics"], &answer.text()) else { return };
         assert!(clean && said.trim().is_empty(), "{name}: {said}");
     }
