@@ -136,9 +136,14 @@ impl Mesh {
         self.grpc
     }
 
+    /// The control plane's admin port: metrics, health, status.
+    pub fn admin(&self) -> SocketAddr {
+        self.running.lock().unwrap().as_ref().expect("the control plane runs").admin
+    }
+
     /// A GET on the control plane's admin port.
     pub async fn control_plane_get(&self, path: &str) -> serde_json::Value {
-        let admin = self.running.lock().unwrap().as_ref().expect("the control plane runs").admin;
+        let admin = self.admin();
         let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         let answer = crate::wire::ask(admin, request).await;
         assert_eq!(answer.status, 200, "{}", answer.text());
