@@ -61,8 +61,11 @@ impl Backend {
         self.used.set(Instant::now());
         let current = self.view.borrow().clone();
         let changed = self.known.borrow().has_changed().unwrap_or(false);
+        // Passing through is allowed by the mesh's settings, which may have changed since.
+        let revoked = |view: &View| view.service.is_none() && worker.registry_only();
         if let Some(view) = current
             && !changed
+            && !revoked(&view)
         {
             return Ok(view);
         }
