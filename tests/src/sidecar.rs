@@ -154,6 +154,7 @@ impl<'a> SidecarBuilder<'a> {
 
     /// Starts it and waits until it is ready.
     pub async fn start(self) -> Sidecar {
+        self.mesh.settled().await;
         let sidecar = self.start_unready();
         sidecar.ready().await;
         sidecar
