@@ -28,7 +28,7 @@ use crate::protocol::http::headers::{CLIENT_CERTIFICATE, IDENTITY, Strip};
 use crate::protocol::http::serve;
 use crate::protocol::opaque::{self, CopyError};
 use crate::protocol::peek::{self, First, Peeked};
-use crate::telemetry::{Direction, Edge, EdgeLabels, TcpRecord, UNKNOWN, WireProtocol};
+use crate::telemetry::{self, Direction, Edge, EdgeLabels, TcpRecord, UNKNOWN, WireProtocol};
 use crate::tls::{self, Hello, MeshAlpn, Peer};
 
 /// Serves one connection of a peer to the application at `application`.
@@ -92,6 +92,7 @@ impl Walk {
                         return Err((error, Some(stream)));
                     }
                 };
+                self.count_detected(telemetry::Detected::Tls);
                 self.opaque(stream, WireProtocol::Tls, permit).await
             }
             Ok(Arrived::Plaintext) => self.plaintext(stream).await,
@@ -150,6 +151,11 @@ impl Walk {
         });
         let alpn = peer.alpn;
         self.caller.peer = Some(peer);
+        match alpn {
+            MeshAlpn::H1 => self.count_detected(telemetry::Detected::Http1),
+            MeshAlpn::H2 => self.count_detected(telemetry::Detected::Http2),
+            MeshAlpn::Tcp => {}
+        }
         match (alpn, self.declared) {
             (MeshAlpn::H1, _) => self.http1(stream, permit).await,
             (MeshAlpn::H2, _) => self.http2(stream, permit).await,
@@ -161,7 +167,7 @@ impl Walk {
             (MeshAlpn::Tcp, None) => {
                 let limits = &self.worker.limits;
                 let peeked = peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await;
-                match peeked {
+                match self.counted(peeked) {
                     Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) => {
                         Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
                     }
@@ -189,7 +195,7 @@ impl Walk {
             }
             None => peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await,
         };
-        match peeked {
+        match self.counted(peeked) {
             Ok(Peeked::Speaks(Detected::Http1)) => self.http1(stream, permit).await,
             Ok(Peeked::Speaks(Detected::Http2)) => self.http2(stream, permit).await,
             Ok(Peeked::Speaks(Detected::Opaque | Detected::Tls)) if self.declared.is_some() => {
@@ -258,6 +264,7 @@ impl Walk {
     }
 
     async fn copy(&self, stream: Stream, upstream: Stream, protocol: WireProtocol) {
+        let _hold = self.worker.drain.hold();
         self.registered.describe(|about| about.protocol = protocol.as_str());
         let edge = self.caller.edge(&self.worker, protocol);
         let record = TcpRecord::begin(&self.worker.telemetry, &edge, Instant::now());
@@ -281,10 +288,11 @@ impl Walk {
         };
         match peek::who_speaks(&mut stream, &mut upstream).await {
             Ok(First::Server) => {
+                self.count_detected(telemetry::Detected::ServerFirst);
                 self.copy(stream, upstream, WireProtocol::Tcp).await;
                 Ok(())
             }
-            Ok(First::Client) => match peek::speaks(&mut stream, self.worker.limits.head_timeout).await {
+            Ok(First::Client) => match self.counted(peek::speaks(&mut stream, self.worker.limits.head_timeout).await) {
                 Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) if self.caller.peer.is_some() => {
                     Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
                 }
@@ -298,6 +306,20 @@ impl Walk {
             },
             Ok(First::Nobody) | Err(_) => Ok(()),
         }
+    }
+
+    /// On a port whose protocol is not declared, how it was found.
+    fn count_detected(&self, detected: telemetry::Detected) {
+        if self.declared.is_none() {
+            self.worker.telemetry.detected(detected);
+        }
+    }
+
+    fn counted(&self, peeked: Result<Peeked, Error>) -> Result<Peeked, Error> {
+        if let Ok(Peeked::Speaks(detected)) = &peeked {
+            self.count_detected((*detected).into());
+        }
+        peeked
     }
 
     /// Counts a connection that ends before a byte reached the application, and closes it.

@@ -9,6 +9,7 @@ use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use outrigger_api::name::{Protocol, ServicePort};
 use outrigger_api::snapshot::Key;
+use outrigger_runtime::drain::Hold;
 
 use crate::balance::{Kind, Outcome};
 use crate::connect::backend::{Backend, View, lost_edge};
@@ -26,7 +27,7 @@ use crate::protocol::http::headers::Strip;
 use crate::protocol::http::{serve, tunnel};
 use crate::protocol::opaque::{self, CopyError};
 use crate::protocol::peek::{self, First, Peeked};
-use crate::telemetry::{TcpRecord, WireProtocol};
+use crate::telemetry::{self, TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
 
 /// Serves one connection of the application to one destination.
@@ -49,7 +50,7 @@ async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, re
         Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
             peek::speaks_or_waits(&mut stream, limits.client_idle, limits.head_timeout).await
         }
-        None => peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await,
+        None => counted(worker, peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await),
     };
     match peeked {
         Ok(Peeked::Speaks(Detected::Http1)) => http1(worker, backend, stream, registered, permit).await,
@@ -72,6 +73,14 @@ async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, re
         Ok(Peeked::Silent | Peeked::Left) => {}
         Err(error) => refuse_head(worker, view.ok().as_deref(), stream, &error).await,
     }
+}
+
+/// Counts how the protocol of an undeclared port was found.
+fn counted(worker: &Worker, peeked: Result<Peeked, Error>) -> Result<Peeked, Error> {
+    if let Ok(Peeked::Speaks(detected)) = &peeked {
+        worker.telemetry.detected((*detected).into());
+    }
+    peeked
 }
 
 // --- HTTP ---------------------------------------------------------------------------------------------------
@@ -248,6 +257,7 @@ struct Opened {
     dialled: Dialled,
     record: TcpRecord,
     _load: crate::balance::Open,
+    _hold: Hold,
 }
 
 async fn dial(worker: &Rc<Worker>, view: &View, protocol: WireProtocol, _permit: Permit) -> Result<Opened, Error> {
@@ -263,7 +273,7 @@ async fn dial(worker: &Rc<Worker>, view: &View, protocol: WireProtocol, _permit:
                 let edge = view.edge(worker, &slot, protocol);
                 let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
                 record.upstream(slot.target.address);
-                return Ok(Opened { dialled, record, _load: load });
+                return Ok(Opened { dialled, record, _load: load, _hold: worker.drain.hold() });
             }
             Err(error) => {
                 load.connected(worker.now(), Outcome::ConnectError);
@@ -307,8 +317,11 @@ async fn silent(
         Err(error) => return refuse_connection(worker, Some(&view), &stream, &error),
     };
     match peek::who_speaks(&mut stream, &mut opened.dialled.stream).await {
-        Ok(First::Server) => copy(stream, opened, registered, WireProtocol::Tcp).await,
-        Ok(First::Client) => match peek::speaks(&mut stream, worker.limits.head_timeout).await {
+        Ok(First::Server) => {
+            worker.telemetry.detected(telemetry::Detected::ServerFirst);
+            copy(stream, opened, registered, WireProtocol::Tcp).await;
+        }
+        Ok(First::Client) => match counted(worker, peek::speaks(&mut stream, worker.limits.head_timeout).await) {
             Ok(Peeked::Speaks(Detected::Http1)) => {
                 drop(opened);
                 http1(worker, backend, stream, registered, permit).await;

@@ -196,14 +196,7 @@ impl Mesh {
     }
 
     /// As [`Mesh::service`], with annotations in YAML's flow style: `outrigger.dev/load-balancer: RoundRobin`.
-    pub fn service_with(
-        &self,
-        service: &str,
-        port: u16,
-        target_port: u16,
-        protocol: Option<&str>,
-        annotations: &str,
-    ) {
+    pub fn service_with(&self, service: &str, port: u16, target_port: u16, protocol: Option<&str>, annotations: &str) {
         let (name, namespace) = service.split_once('.').expect("name.namespace");
         let protocol = protocol.map(|protocol| format!(", appProtocol: {protocol}")).unwrap_or_default();
         let text = format!(

@@ -81,7 +81,9 @@ impl Peer {
         });
         let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
         let connecting = endpoint.connect_with_connector(dial);
-        soon("the control plane answers", connecting).await.map_err(|error| tonic::Status::unavailable(format!("{error:?}")))
+        soon("the control plane answers", connecting)
+            .await
+            .map_err(|error| tonic::Status::unavailable(format!("{error:?}")))
     }
 
     /// TLS 1.3 with this certificate, offering these ALPN ids; believes any server.

@@ -27,7 +27,9 @@ async fn a_request_arrives_with_the_callers_identity() {
     let pair = pair().await;
     let mut client = Connection::open(pair.near.outbound()).await;
     let answer = client
-        .ask("GET /items?q=1 HTTP/1.1\r\nHost: catalog.shop\r\nX-Outrigger-Identity: admin\r\nX-Mixed-Case: Yes\r\n\r\n")
+        .ask(
+            "GET /items?q=1 HTTP/1.1\r\nHost: catalog.shop\r\nX-Outrigger-Identity: admin\r\nX-Mixed-Case: Yes\r\n\r\n",
+        )
         .await;
     assert_eq!((answer.status, answer.text().as_str()), (200, "GET /items?q=1 0\n"));
     assert_eq!(answer.header("x-app"), Some("catalog"));
@@ -107,7 +109,9 @@ async fn the_short_name_and_the_long_one_are_the_same_service() {
     let catalog = Application::start("catalog").await;
     mesh.service("catalog.shop", 80, catalog.port(), None);
     let _far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(catalog.address()).start().await;
-    for (name, instance) in [("catalog:80", "a-1"), ("catalog.shop:80", "b-1"), ("catalog.shop.svc.cluster.local:80", "c-1")] {
+    for (name, instance) in
+        [("catalog:80", "a-1"), ("catalog.shop:80", "b-1"), ("catalog.shop.svc.cluster.local:80", "c-1")]
+    {
         let near = mesh.sidecar(instance).outbound(name).start().await;
         let answer = outrigger_tests::wire::get(near.outbound(), "/").await;
         assert_eq!(answer.status, 200, "{name}");

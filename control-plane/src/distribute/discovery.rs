@@ -138,12 +138,7 @@ async fn talk(
     }
 }
 
-fn take(
-    control: &Control,
-    workload: &str,
-    subscriber: &Arc<Subscriber>,
-    request: WatchRequest,
-) -> Result<(), Status> {
+fn take(control: &Control, workload: &str, subscriber: &Arc<Subscriber>, request: WatchRequest) -> Result<(), Status> {
     match request.kind {
         None => Err(Status::invalid_argument("a message that this control plane does not know")),
         Some(watch_request::Kind::Hello(_)) => Err(Status::invalid_argument("hello comes once, first")),

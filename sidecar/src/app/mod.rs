@@ -58,6 +58,7 @@ impl Sidecar {
             keepalive: limits.keepalive,
             keepalive_probes: limits.keepalive_probes,
             user_timeout: limits.user_timeout,
+            mark: config.mark,
         };
         let bound = bind(&config, &socket)?;
         let own_listeners = OwnListeners::default();

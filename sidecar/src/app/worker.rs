@@ -178,4 +178,3 @@ fn may_use_proxy(client: SocketAddr, allow: &[ipnet::IpNet]) -> bool {
     let ip = client.ip().to_canonical();
     ip.is_loopback() || allow.iter().any(|net| net.contains(&ip))
 }
-

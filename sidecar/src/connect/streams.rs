@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
+use outrigger_runtime::drain::{DrainHandle, Hold};
+
 use crate::connection::{Command, Entry, State};
 
 /// The list itself; cloning shares it.
@@ -104,17 +106,18 @@ impl Drop for Stream {
     }
 }
 
-/// Marks a connection as busy while requests run on it.
+/// Marks a connection as busy while requests run on it; the drain waits for each.
 pub struct Busy {
     entry: Arc<Entry>,
     running: Rc<Cell<usize>>,
+    _hold: Hold,
 }
 
 impl Busy {
-    pub fn begin(entry: &Arc<Entry>, running: &Rc<Cell<usize>>) -> Busy {
+    pub fn begin(entry: &Arc<Entry>, running: &Rc<Cell<usize>>, drain: &DrainHandle) -> Busy {
         running.set(running.get() + 1);
         entry.begin_request();
-        Busy { entry: entry.clone(), running: running.clone() }
+        Busy { entry: entry.clone(), running: running.clone(), _hold: drain.hold() }
     }
 }
 

@@ -54,12 +54,18 @@ impl Fixture {
     fn start(&mut self) {
         let (withdraw, wanted) = oneshot::channel();
         self.withdraw = Some(withdraw);
-        let run =
-            run(self.settings.clone(), self.tls.clone(), self.lease.clone(), self.directory.clone(), async move {
+        let run = run(
+            self.settings.clone(),
+            self.tls.clone(),
+            self.lease.clone(),
+            self.directory.clone(),
+            Box::new(outrigger_api::wire::ReportRequest::default),
+            async move {
                 if wanted.await.is_err() {
                     pending().await
                 }
-            });
+            },
+        );
         self.task = Some(tokio::spawn(run));
     }
 
@@ -442,7 +448,7 @@ fn a_broken_copy_is_told_and_not_used() {
     assert!(restore(b"", &settings).0.is_err());
     assert!(restore(b"outrigger snapshot 2\n", &settings).0.is_err());
     let other = DiscoverySettings { name: "cart-2".to_owned(), ..settings };
-    assert_eq!(restore(&bytes, &other).1, false, "the copy of another workload");
+    assert!(!restore(&bytes, &other).1, "the copy of another workload");
 }
 
 #[tokio::test(start_paused = true)]

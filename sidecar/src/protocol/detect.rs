@@ -1,6 +1,8 @@
 //! What the first bytes of a connection are. Pure: decides on bytes alone, says when it needs more of them, and
 //! never on time. Called by both directions before anything is parsed for real.
 
+use crate::telemetry;
+
 /// What a connection speaks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Detected {
@@ -9,6 +11,17 @@ pub enum Detected {
     /// A TLS ClientHello: bytes of the application's own TLS, or of a peer sidecar.
     Tls,
     Opaque,
+}
+
+impl From<Detected> for telemetry::Detected {
+    fn from(detected: Detected) -> telemetry::Detected {
+        match detected {
+            Detected::Http1 => telemetry::Detected::Http1,
+            Detected::Http2 => telemetry::Detected::Http2,
+            Detected::Tls => telemetry::Detected::Tls,
+            Detected::Opaque => telemetry::Detected::Tcp,
+        }
+    }
 }
 
 /// The client's connection preface (RFC 9113 section 3.4).

@@ -289,7 +289,8 @@ impl Body {
             }
             Body::Chunked => {
                 let line = http1.take_until(b"\r\n").await?;
-                let size = std::str::from_utf8(&line).ok().and_then(|line| usize::from_str_radix(line.trim_end(), 16).ok());
+                let size =
+                    std::str::from_utf8(&line).ok().and_then(|line| usize::from_str_radix(line.trim_end(), 16).ok());
                 let size = size.ok_or(Gone)?;
                 if size == 0 {
                     *self = Body::Done;

@@ -61,7 +61,8 @@ async fn answer(
     mut respond: Respond,
 ) -> Result<(), h2::Error> {
     let (parts, mut body) = request.into_parts();
-    let is_grpc = parts.headers.get("content-type").is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+    let is_grpc =
+        parts.headers.get("content-type").is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
     if is_grpc {
         let method = parts.uri.path().rsplit('/').next().unwrap_or_default().to_owned();
         return call(shared, place, &method, body, respond).await;

@@ -82,7 +82,7 @@ impl Exchange {
             begun,
             version: parts.version,
             stream: worker.streams.begin(&session.entry),
-            busy: Busy::begin(&session.entry, &session.running),
+            busy: Busy::begin(&session.entry, &session.running, &worker.drain),
             upgrade: None,
         };
         (exchange, Outgoing { parts, body: Some(body) })
@@ -225,8 +225,7 @@ impl Exchange {
 
     /// Agrees to a CONNECT: what follows is bytes. Its own record ends here; what runs inside has records of its own.
     pub fn connected(self) -> Response<ResponseBody> {
-        self.record.answered(StatusCode::OK.as_u16());
-        self.record.response_ended();
+        self.record.discard();
         Response::new(ResponseBody::empty())
     }
 

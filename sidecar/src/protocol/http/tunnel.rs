@@ -27,6 +27,7 @@ pub fn spawn_switched(
     tokio::task::spawn_local(async move {
         // The connection is no longer the lane's; it only counts as in use.
         let _held = held;
+        let _hold = session.worker.drain.hold();
         let (Ok(downstream), Ok(upstream)) = (downstream.await, upstream.await) else {
             record.failed(Reason::ClientClosed, || "left before the protocol was switched".to_owned());
             return;
