@@ -134,25 +134,23 @@ fn same_serial(one: &str, other: &str) -> bool {
 async fn a_restart_without_a_control_plane_serves_from_state() {
     let Pair { near, far, app, mesh } = pair(None).await;
     assert_eq!(wire::get(near.outbound(), "/").await.status, 200);
-    for sidecar in [&near, &far] {
+    // The copy of what is known names the endpoint, or the own service.
+    for (sidecar, known) in [(&near, "catalog-1"), (&far, "catalog")] {
         let state = sidecar.state.clone().unwrap();
+        let files = || std::fs::read_dir(&state).unwrap().map(|entry| entry.unwrap());
         eventually("the snapshot is on disk", async || {
-            let files = std::fs::read_dir(&state).unwrap().map(|entry| entry.unwrap().path());
-            let copied = files.filter(|path| std::fs::read_to_string(path).is_ok_and(|text| text.contains("catalog")));
-            (copied.count() > 0).then_some(())
+            let mut texts = files().filter_map(|file| std::fs::read(file.path()).ok());
+            texts.any(|text| wire::find(&text, known.as_bytes()).is_some()).then_some(())
         })
         .await;
-        let known = sidecar.name.clone();
-        for entry in std::fs::read_dir(&state).unwrap() {
+        for file in files() {
             use std::os::unix::fs::PermissionsExt;
-            let entry = entry.unwrap();
-            let mode = entry.metadata().unwrap().permissions().mode() & 0o777;
-            assert!(mode & 0o077 == 0, "{known}: {:?} is {mode:o}", entry.path());
+            let mode = file.metadata().unwrap().permissions().mode() & 0o777;
+            assert!(mode & 0o077 == 0, "{:?} is {mode:o}", file.path());
         }
     }
     // The endpoints in the copy are addresses: the server keeps its own.
     let mesh_port = far.inbound();
-    tokio::time::sleep(Duration::from_millis(1500)).await;
     mesh.kill_control_plane().await;
     far.stop().await;
     near.stop().await;
