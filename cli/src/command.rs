@@ -2,12 +2,13 @@
 //! the control plane parse their own flags: what stands behind their names goes to them as it is.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use outrigger_runtime::stdout;
 
-use crate::{stat, status, token};
+use crate::{bench, demo, stat, status, token, validate};
 
 /// Mistakes on the command line, as in every command of this project.
 const USAGE: u8 = 2;
@@ -35,13 +36,20 @@ struct Line {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run a whole mesh with three services and watch it: mutual TLS, rates, latency
+    Demo(demo::Args),
     /// Make the join token with which a new sidecar gets its first certificate
     #[command(subcommand)]
     Token(Token),
+    /// Check YAML as a control plane would, without one
+    Validate(Paths),
     /// Show who is connected to the control plane, and what is wrong
     Status(status::Args),
     /// Show requests/s, success and latency per edge of the mesh
     Stat(stat::Args),
+    /// Compare a pair of sidecars with no proxy and with a pair of nginx
+    #[command(disable_help_flag = true)]
+    Bench(Rest),
     /// Run a sidecar, as `outrigger-sidecar` does; see `outrigger sidecar run --help`
     #[command(disable_help_flag = true)]
     Sidecar(Rest),
@@ -54,6 +62,17 @@ enum Command {
 enum Token {
     /// Print a join token, alone on stdout
     Create(token::Args),
+}
+
+#[derive(clap::Args)]
+#[command(
+    after_help = "Errors go to stderr as FILE:LINE:COL: message. Ends with 0 when all is valid, 1 when something \
+                        is not, 2 when a path cannot be read."
+)]
+struct Paths {
+    /// Files, or a directory as for the control plane's --config; all are checked together
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
 }
 
 /// Flags of a command that parses them itself.
@@ -79,6 +98,7 @@ pub fn main(
     }
     // Before clap, which would take some of the flags for its own.
     match first {
+        "bench" => return bench::main(argv.split_off(1).into_iter()),
         "sidecar" => return sidecar(argv.split_off(1)),
         "control-plane" => return control_plane(argv.split_off(1), environment),
         _ => {}
@@ -92,9 +112,12 @@ pub fn main(
         }
     };
     match line.command {
+        Command::Demo(args) => demo::command(&args),
         Command::Token(Token::Create(args)) => token::command(&args),
+        Command::Validate(Paths { paths }) => ExitCode::from(validate::validate(&paths)),
         Command::Status(args) => status::command(&args),
         Command::Stat(args) => stat::command(&args),
+        Command::Bench(Rest { rest }) => bench::main(rest.into_iter()),
         Command::Sidecar(Rest { rest }) => sidecar(rest),
         Command::ControlPlane(Rest { rest }) => control_plane(rest, environment),
     }

@@ -15,7 +15,7 @@ const LARGEST: usize = 64 * 1024 * 1024;
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum FetchError {
+pub enum FetchError {
     #[error("nobody listens at {address}: {source}")]
     Connect { address: String, source: std::io::Error },
     #[error("http://{address}{path} did not answer within {PATIENCE:?}")]

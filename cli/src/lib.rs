@@ -1,5 +1,6 @@
 //! The `outrigger` command line, and what it runs. See ARCHITECTURE.md.
 
+pub mod bench;
 pub mod command;
 pub mod demo;
 mod fetch;

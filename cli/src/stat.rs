@@ -96,7 +96,8 @@ fn row(name: &Name, sides: &[&Edge]) -> [String; 8] {
     let slowest = |quantile: fn(&Edge) -> Option<f64>| seen.iter().filter_map(|edge| quantile(edge)).reduce(f64::max);
     [
         name.source.clone(),
-        name.destination.clone(),
+        // What was refused at once never said where it wanted to go.
+        if name.destination.is_empty() { "(unknown)".to_owned() } else { name.destination.clone() },
         name.protocol.clone(),
         format!("{rate:.1}"),
         percent((rate > 0.0).then(|| answered / rate)),

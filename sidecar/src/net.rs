@@ -18,12 +18,17 @@ pub struct SocketOptions {
     pub keepalive: Duration,
     pub keepalive_probes: u32,
     pub user_timeout: Duration,
+    /// SO_MARK, by which redirect rules know the sidecar's own traffic.
+    pub mark: Option<u32>,
 }
 
 impl SocketOptions {
     /// On a listener these are inherited by what it accepts, so that accepting costs no further system call.
     fn apply(&self, socket: &SockRef<'_>) -> io::Result<()> {
         socket.set_tcp_nodelay(true)?;
+        if let Some(mark) = self.mark {
+            socket.set_mark(mark)?;
+        }
         socket.set_tcp_keepalive(
             &TcpKeepalive::new()
                 .with_time(self.keepalive)

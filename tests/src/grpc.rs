@@ -77,10 +77,10 @@ impl Http2 {
 
     /// On a stream that is open already: inside mutual TLS, or behind CONNECT.
     pub async fn over(stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static) -> Http2 {
-        let (sender, connection) =
-            soon("the HTTP/2 preface", h2::client::Builder::new().initial_window_size(1 << 20).handshake(stream))
-                .await
-                .unwrap();
+        let mut builder = h2::client::Builder::new();
+        // A connection window that streams which are not read do not use up.
+        builder.initial_window_size(1 << 20).initial_connection_window_size(1 << 28);
+        let (sender, connection) = soon("the HTTP/2 preface", builder.handshake(stream)).await.unwrap();
         tokio::spawn(async move {
             // Its end is seen by the streams.
             let _ = connection.await;

@@ -29,8 +29,9 @@ pub struct Readiness {
     pub directory: Directory,
     pub identity: tokio::sync::watch::Receiver<IdentityStatus>,
     pub drain: outrigger_runtime::drain::DrainHandle,
-    /// It registers endpoints, which peers have to learn of before this sidecar is of use.
-    pub offers: bool,
+    /// Ports of the application that it registers: peers have to learn of them before this sidecar is of use, and it
+    /// has to learn what is declared and demanded on them.
+    pub offers: Vec<u16>,
 }
 
 impl Readiness {
@@ -54,9 +55,15 @@ impl Readiness {
                 "the control plane has not told yet what this workload is; `outrigger status` shows who is connected",
             ));
         }
-        if self.offers && *self.directory.connected().borrow() {
+        if !self.offers.is_empty() && *self.directory.connected().borrow() {
             match &*self.directory.lease().borrow() {
-                LeaseState::Accepted { .. } => {}
+                LeaseState::Accepted { .. } if self.knows_its_ports() => {}
+                LeaseState::Accepted { .. } => {
+                    return Err(NotReady::new(
+                        "snapshot_pending",
+                        "the control plane has not told yet what it demands on the ports that this sidecar offers",
+                    ));
+                }
                 LeaseState::Pending => {
                     return Err(NotReady::new(
                         "lease_pending",
@@ -69,6 +76,13 @@ impl Readiness {
             }
         }
         Ok(())
+    }
+
+    /// The own snapshot is from after the lease.
+    fn knows_its_ports(&self) -> bool {
+        let own = self.directory.own();
+        let own = own.borrow();
+        own.as_ref().is_some_and(|own| self.offers.iter().all(|port| own.ports.contains_key(port)))
     }
 
     /// Returns when [`Readiness::check`] has been good once.

@@ -58,6 +58,7 @@ impl Sidecar {
             keepalive: limits.keepalive,
             keepalive_probes: limits.keepalive_probes,
             user_timeout: limits.user_timeout,
+            mark: config.mark,
         };
         let bound = bind(&config, &socket)?;
         let own_listeners = OwnListeners::default();
@@ -87,7 +88,7 @@ impl Sidecar {
             directory: directory.clone(),
             identity,
             drain: drain.handle(),
-            offers: !config.inbound.is_empty(),
+            offers: config.inbound.iter().map(|inbound| inbound.app.port()).collect(),
         };
         let shared = Shared {
             own: Arc::new(Own {

@@ -35,7 +35,7 @@ pub struct Limits {
     pub h2_streams_used_percent: u32,
     /// Flow-control window of one stream; with the next one the bound on what a slow reader makes us hold.
     pub h2_stream_window: u32,
-    /// Flow-control window of one connection.
+    /// Flow-control window of one connection of an application. See [`Limits::h2_shared_window`] for the others.
     pub h2_connection_window: u32,
     /// What is buffered for sending on one stream: one window.
     pub h2_send_buffer: usize,
@@ -195,6 +195,13 @@ impl Limits {
     pub fn with_open_files(self, open_files: u64) -> Limits {
         let left = usize::try_from(open_files.saturating_sub(self.spare_files)).unwrap_or(usize::MAX);
         Limits { connections: self.connections.min(left).max(1), ..self }
+    }
+
+    /// Window of a connection that requests of several clients share: room for every stream's window, so that streams
+    /// which nobody reads never stop the others.
+    pub fn h2_shared_window(&self, streams: u32) -> u32 {
+        const MOST: u32 = i32::MAX.cast_unsigned();
+        self.h2_stream_window.saturating_mul(streams).clamp(self.h2_connection_window, MOST)
     }
 }
 

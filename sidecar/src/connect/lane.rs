@@ -339,16 +339,18 @@ impl Lane {
     fn find_shared(&self) -> Option<(http2::SendRequest<RequestBody>, StreamPlace)> {
         let wall = SystemTime::now();
         let generation = self.dialer.generation();
-        // The library does not tell what a peer advertised; sidecars and common servers are known.
-        let peer =
-            if self.target.tls.is_some() { self.limits.h2_streams_mesh } else { self.limits.h2_streams_application };
-        let most = (peer as usize * self.limits.h2_streams_used_percent as usize / 100).max(1);
+        let most = (self.peer_streams() as usize * self.limits.h2_streams_used_percent as usize / 100).max(1);
         let mut shared = self.shared.borrow_mut();
         shared.retain(|one| !one.sender.is_closed() && usable(one.retire_at, one.generation, wall, generation));
         shared.iter().find(|one| one.streams.get() < most).map(|one| {
             one.streams.set(one.streams.get() + 1);
             (one.sender.clone(), StreamPlace(one.streams.clone()))
         })
+    }
+
+    /// The library does not tell what a peer advertised; sidecars and common servers are known.
+    fn peer_streams(&self) -> u32 {
+        if self.target.tls.is_some() { self.limits.h2_streams_mesh } else { self.limits.h2_streams_application }
     }
 
     async fn open_http2(&self) -> Result<Shared, Error> {
@@ -360,7 +362,7 @@ impl Lane {
         builder
             .timer(TokioTimer::new())
             .initial_stream_window_size(self.limits.h2_stream_window)
-            .initial_connection_window_size(self.limits.h2_connection_window)
+            .initial_connection_window_size(self.limits.h2_shared_window(self.peer_streams()))
             .max_header_list_size(self.limits.h2_header_list)
             .max_send_buf_size(self.limits.h2_send_buffer)
             .max_concurrent_streams(0)

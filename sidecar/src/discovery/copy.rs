@@ -11,7 +11,7 @@ use prost::Message;
 use super::DiscoverySettings;
 use super::directory::{Directory, Known};
 use super::update::check_is_ours;
-use crate::identity::{StateError, write};
+use crate::identity::{StateError, replace_file};
 
 const FILE: &str = "snapshot.pb";
 /// Changes with the format; another one is not read.
@@ -93,5 +93,5 @@ pub(super) fn load(directory: &Directory, state: &Path, settings: &DiscoverySett
 }
 
 pub(super) fn save(state: &Path, bytes: &[u8]) -> Result<(), StateError> {
-    write(&path(state), bytes)
+    replace_file(&path(state), bytes)
 }

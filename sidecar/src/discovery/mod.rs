@@ -142,7 +142,7 @@ struct Watcher {
 enum Dialling {
     Off,
     Waiting(Pin<Box<dyn Future<Output = ()> + Send>>),
-    Dialling(Pin<Box<dyn Future<Output = Result<Session, SessionError>> + Send>>),
+    Opening(Pin<Box<dyn Future<Output = Result<Session, SessionError>> + Send>>),
 }
 
 impl Dialling {
@@ -154,7 +154,7 @@ impl Dialling {
                 wait.await;
                 None
             }
-            Dialling::Dialling(dialling) => Some(dialling.await),
+            Dialling::Opening(opening) => Some(opening.await),
         }
     }
 }
@@ -203,7 +203,7 @@ impl Watcher {
         let Some(material) = &self.material else { return };
         let (settings, lease) = (self.settings.clone(), self.lease.clone());
         let (credential, clock) = (material.credential().clone(), self.tls.clock().clone());
-        self.dialling = Dialling::Dialling(Box::pin(Session::open(settings, credential, lease, self.withdraw, clock)));
+        self.dialling = Dialling::Opening(Box::pin(Session::open(settings, credential, lease, self.withdraw, clock)));
     }
 
     fn on_opened(&mut self, opened: Option<Result<Session, SessionError>>) {
@@ -304,7 +304,7 @@ impl Watcher {
             session.withdraw();
         }
         // One on the way would register again.
-        if matches!(self.dialling, Dialling::Dialling(_)) {
+        if matches!(self.dialling, Dialling::Opening(_)) {
             self.dial();
         }
     }

@@ -33,6 +33,8 @@ pub(super) enum SessionError {
     Late(Duration),
     #[error("the control plane refused: {:?}: {}", .0.code(), .0.message())]
     Refused(Box<tonic::Status>),
+    #[error("the control plane does not take this sidecar's certificate (TLS alert {0:?})")]
+    CertificateRefused(rustls::AlertDescription),
     #[error("the control plane ended the stream")]
     Ended,
     #[error("the control plane does not read: {0} requests wait for it")]
@@ -65,19 +67,23 @@ impl Session {
         withdraw: bool,
         clock: Clock,
     ) -> Result<Session, SessionError> {
-        let channel = dial(&settings.control_plane, credential.bundle(), Some(&credential), &clock).await?;
+        let dialled = dial(&settings.control_plane, credential.bundle(), Some(&credential), &clock).await?;
         let (requests, outgoing) = mpsc::channel(64);
         let hello = wire::Hello { version: settings.version, workload: settings.name };
         // There is room for these: the stream's body begins with them.
         for kind in [watch_request::Kind::Hello(hello), subscribe(&Key::Own)] {
             let _ = requests.try_send(WatchRequest { kind: Some(kind) });
         }
-        let mut client = DiscoveryClient::new(channel.clone()).max_decoding_message_size(MAX_UPDATE);
+        let mut client = DiscoveryClient::new(dialled.channel.clone()).max_decoding_message_size(MAX_UPDATE);
         let answer = timeout(ANSWER, client.watch(ReceiverStream::new(outgoing)));
         let answer = answer.await.map_err(|_| SessionError::Late(ANSWER))?;
-        let updates = answer.map_err(|status| SessionError::Refused(Box::new(status)))?.into_inner();
-        let leasing = Leasing::new(channel.clone(), lease, withdraw);
-        Ok(Session { updates, requests, queue: VecDeque::new(), leasing, channel })
+        let answer = answer.map_err(|status| match dialled.alert() {
+            Some(alert) => SessionError::CertificateRefused(alert),
+            None => SessionError::Refused(Box::new(status)),
+        });
+        let updates = answer?.into_inner();
+        let leasing = Leasing::new(dialled.channel.clone(), lease, withdraw);
+        Ok(Session { updates, requests, queue: VecDeque::new(), leasing, channel: dialled.channel })
     }
 
     pub(super) fn subscribe(&mut self, key: &Key) {

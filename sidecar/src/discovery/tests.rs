@@ -448,7 +448,7 @@ fn a_broken_copy_is_told_and_not_used() {
     assert!(restore(b"", &settings).0.is_err());
     assert!(restore(b"outrigger snapshot 2\n", &settings).0.is_err());
     let other = DiscoverySettings { name: "cart-2".to_owned(), ..settings };
-    assert_eq!(restore(&bytes, &other).1, false, "the copy of another workload");
+    assert!(!restore(&bytes, &other).1, "the copy of another workload");
 }
 
 #[tokio::test(start_paused = true)]

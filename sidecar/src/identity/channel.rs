@@ -3,16 +3,19 @@
 //! uses the certificate and the addresses of its day.
 
 use std::io;
-use std::sync::Arc;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use outrigger_api::identity::SpiffeId;
 use outrigger_api::wire::CONTROL_PLANE_ALPN;
-use rustls::ClientConfig;
 use rustls::client::Resumption;
 use rustls::sign::SingleCertAndKey;
+use rustls::{AlertDescription, ClientConfig};
 use rustls_pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -41,6 +44,19 @@ pub enum DialError {
     Http2 { address: String, message: String },
 }
 
+/// A channel and what its connection died of.
+pub struct Dialled {
+    pub channel: Channel,
+    alert: Arc<OnceLock<AlertDescription>>,
+}
+
+impl Dialled {
+    /// The TLS alert with which the control plane ended the connection: it does not take our certificate.
+    pub fn alert(&self) -> Option<AlertDescription> {
+        self.alert.get().copied()
+    }
+}
+
 /// Dials `host:port`. `roots` decide whether the control plane is believed; with a credential the channel is mutual
 /// TLS, without one the server alone is proved.
 pub async fn dial(
@@ -48,7 +64,7 @@ pub async fn dial(
     roots: &Bundle,
     credential: Option<&Credential>,
     clock: &Clock,
-) -> Result<Channel, DialError> {
+) -> Result<Dialled, DialError> {
     let tcp = connect(address).await?;
     let tls = handshake(address, tcp, roots, credential, clock).await?;
     let failed = |error: tonic::transport::Error| {
@@ -61,12 +77,14 @@ pub async fn dial(
         .keep_alive_timeout(PING_ANSWER)
         .keep_alive_while_idle(true)
         .connect_timeout(HANDSHAKE);
-    let mut connection = Some(TokioIo::new(tls));
+    let alert = Arc::default();
+    let mut connection = Some(TokioIo::new(Alerted { stream: tls, alert: Arc::clone(&alert) }));
     let connector = service_fn(move |_| {
         let connection = connection.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected));
         async move { connection }
     });
-    endpoint.connect_with_connector(connector).await.map_err(failed)
+    let channel = endpoint.connect_with_connector(connector).await.map_err(failed)?;
+    Ok(Dialled { channel, alert })
 }
 
 async fn connect(address: &str) -> Result<TcpStream, DialError> {
@@ -138,17 +156,47 @@ fn server_name(address: &str) -> ServerName<'static> {
     ServerName::try_from(host.to_owned()).unwrap_or(nameless)
 }
 
-/// What TLS said about the other side's end of a broken channel, wherever it is in the chain of causes: a server
-/// that refuses our certificate says so only after our handshake is done.
-pub fn tls_alert(error: &(dyn std::error::Error + 'static)) -> Option<rustls::AlertDescription> {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        let inner = error.downcast_ref::<io::Error>().and_then(|io| io.get_ref());
-        let tls = inner.and_then(|inner| inner.downcast_ref()).or_else(|| error.downcast_ref::<rustls::Error>());
-        if let Some(rustls::Error::AlertReceived(alert)) = tls {
-            return Some(*alert);
+/// The connection under a channel, which remembers the alert with which the control plane ended it. A server that
+/// refuses our certificate says so only after our handshake is done, and HTTP/2 keeps no more of that than "broken".
+struct Alerted {
+    stream: TlsStream<TcpStream>,
+    alert: Arc<OnceLock<AlertDescription>>,
+}
+
+impl AsyncRead for Alerted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        if let Poll::Ready(Err(error)) = &read
+            && let Some(rustls::Error::AlertReceived(alert)) = error.get_ref().and_then(|inner| inner.downcast_ref())
+        {
+            let _ = self.alert.set(*alert);
         }
-        cause = error.source();
+        read
     }
-    None
+}
+
+impl AsyncWrite for Alerted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
 }

@@ -11,8 +11,8 @@ mod trouble;
 #[cfg(test)]
 pub(crate) mod test_control_plane;
 
-pub use channel::{DialError, dial};
-pub use state::{StateError, write};
+pub use channel::{DialError, Dialled, dial};
+pub use state::{StateError, replace_file};
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -82,7 +82,7 @@ impl IdentityStatus {
     }
 }
 
-/// Runs until it is dropped. `renew` asks for a new certificate now (`POST /certs/renew`, SIGHUP).
+/// Runs until it is dropped. `renew.notify_one()` asks for a new certificate now (`POST /certs/renew`, SIGHUP).
 pub async fn run(settings: IdentitySettings, tls: Tls, renew: Arc<Notify>, status: watch::Sender<IdentityStatus>) {
     let mut obtainer = Obtainer::new(settings, tls.clone());
     if let Err(error) = obtainer.restore().await {

@@ -7,11 +7,11 @@ use outrigger_api::identity::SpiffeId;
 use outrigger_api::wire::identity_client::IdentityClient;
 use outrigger_api::wire::{IssueRequest, IssueResponse};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair};
+use rustls::AlertDescription;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::time::timeout;
-use tonic::transport::Channel;
 
-use super::channel::DialError;
+use super::channel::{DialError, Dialled};
 use super::{IdentitySettings, KeyAlgorithm};
 use crate::tls::{Bundle, Clock, Credential, CredentialError, PeerFault};
 
@@ -31,6 +31,8 @@ pub(super) enum IssueError {
     Late(Duration),
     #[error("{}", .0.message())]
     Refused(Box<tonic::Status>),
+    #[error("the control plane does not take this sidecar's certificate (TLS alert {0:?})")]
+    CertificateRefused(AlertDescription),
     #[error("the control plane's answer cannot be used: {0}")]
     Answer(String),
     #[error("the new certificate is not valid by this machine's clock: {0}")]
@@ -70,15 +72,19 @@ impl Request {
     /// Asks once. `proof` is the join token, empty on a channel that proves us by certificate.
     pub(super) async fn issue(
         &self,
-        channel: Channel,
+        dialled: Dialled,
         proof: String,
         settings: &IdentitySettings,
         clock: &Clock,
     ) -> Result<Credential, IssueError> {
-        let mut client = IdentityClient::new(channel).max_decoding_message_size(MAX_ANSWER);
+        let mut client = IdentityClient::new(dialled.channel.clone()).max_decoding_message_size(MAX_ANSWER);
         let request = IssueRequest { csr_der: self.csr()?, proof, workload: settings.name.clone() };
         let answer = timeout(ANSWER, client.issue(request)).await.map_err(|_| IssueError::Late(ANSWER))?;
-        let answer = answer.map_err(|status| IssueError::Refused(Box::new(status)))?.into_inner();
+        let answer = answer.map_err(|status| match dialled.alert() {
+            Some(alert) => IssueError::CertificateRefused(alert),
+            None => IssueError::Refused(Box::new(status)),
+        });
+        let answer = answer?.into_inner();
         let credential = self.credential(answer, settings)?;
         credential.check_time(clock.now()).map_err(IssueError::Clock)?;
         Ok(credential)

@@ -80,11 +80,11 @@ impl State {
     }
 
     pub(super) fn save_bootstrap(&self, roots: &Bundle) -> Result<(), StateError> {
-        write(&self.path(BOOTSTRAP), pem(roots.roots()).as_bytes())
+        replace_file(&self.path(BOOTSTRAP), pem(roots.roots()).as_bytes())
     }
 
     pub(super) fn save_pending_key(&self, pem: &str) -> Result<(), StateError> {
-        write(&self.path(PENDING), pem.as_bytes())
+        replace_file(&self.path(PENDING), pem.as_bytes())
     }
 
     /// Keeps a credential whose key is the pending one.
@@ -92,13 +92,13 @@ impl State {
         self.save_bundle(credential.bundle())?;
         // Again, because writing it before the request may have failed.
         self.save_pending_key(key_pem)?;
-        write(&self.path(CHAIN), pem(credential.chain()).as_bytes())?;
+        replace_file(&self.path(CHAIN), pem(credential.chain()).as_bytes())?;
         rename(&self.path(PENDING), &self.path(KEY))
     }
 
     pub(super) fn save_bundle(&self, bundle: &Bundle) -> Result<(), StateError> {
         let text = format!("{GENERATION}{}\n{}", bundle.generation(), pem(bundle.roots()));
-        write(&self.path(BUNDLE), text.as_bytes())
+        replace_file(&self.path(BUNDLE), text.as_bytes())
     }
 }
 
@@ -145,7 +145,7 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, StateError> {
 }
 
 /// Replaces a file as a whole or not at all, readable by this user only. Makes the directory when it is missing.
-pub fn write(path: &Path, bytes: &[u8]) -> Result<(), StateError> {
+pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<(), StateError> {
     let failed = |error| StateError::Io { path: path.to_owned(), error };
     if let Some(directory) = path.parent() {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;

@@ -11,7 +11,7 @@ use tonic::Status;
 use super::test_control_plane::ControlPlane;
 use super::*;
 use crate::tls::test_authority::{Authority, LeafSpec};
-use crate::tls::{Clock, Credential};
+use crate::tls::{Bundle, Clock, Credential};
 
 struct Fixture {
     directory: TempDir,
@@ -366,6 +366,28 @@ async fn a_replaced_authority_is_followed_when_the_file_was_replaced_too() {
     assert_eq!(second.bundle().roots(), [other_root]);
     let issued = control_plane.record.issued.lock().unwrap().clone();
     assert_eq!(issued.last().unwrap().request.proof, "token-of-the-new-one");
+}
+
+/// The control plane does not take our certificate any more, and says so in a TLS alert after the handshake.
+#[tokio::test]
+async fn a_certificate_that_is_refused_is_replaced_by_token() {
+    let (old, new) = (Authority::new("outrigger.local"), Authority::new("outrigger.local"));
+    let both = Bundle::new(old.trust_domain.clone(), vec![old.root.clone(), new.root.clone()], 1).unwrap();
+    let (chain, key) = old.leaf(&LeafSpec::valid("shop", "cart"));
+    let (old_root, new_root) = (old.root.clone(), new.root.clone());
+    let control_plane = ControlPlane::start(new).await;
+    let mut sidecar = Fixture::new(control_plane.address, &old_root);
+    sidecar.tls.install(Credential::new(chain, key, both).unwrap()).unwrap();
+    std::fs::remove_file(sidecar.settings.token_file.as_ref().unwrap()).unwrap();
+    sidecar.start();
+    sidecar.renew.notify_one();
+    let trouble = sidecar.trouble("certificate_refused").await;
+    assert!(trouble.hint.contains("TLS alert"), "{trouble:?}");
+    sidecar.write_token("token-2");
+    sidecar.no_trouble().await;
+    assert_eq!(sidecar.certificate().await.bundle().roots(), [new_root]);
+    let issued = control_plane.record.issued.lock().unwrap().clone();
+    assert_eq!((issued[0].request.proof.as_str(), issued[0].by_certificate), ("token-2", false));
 }
 
 /// An expired certificate is replaced by token, and until then nothing is served with it.

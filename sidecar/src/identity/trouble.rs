@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use tonic::Code;
 
-use super::channel::{DialError, tls_alert};
+use super::channel::DialError;
 use super::request::IssueError;
 use super::{IdentitySettings, Trouble};
 use crate::tls::clock::show;
@@ -25,15 +25,20 @@ pub(super) enum Kind {
 pub(super) fn kind(error: &IssueError) -> Kind {
     match error {
         IssueError::Dial(DialError::Tls { error: TlsError::Peer(PeerFault::Untrusted), .. }) => Kind::OtherAuthority,
-        IssueError::Refused(status) if tls_alert(status.as_ref()).is_some() => Kind::OtherAuthority,
+        IssueError::CertificateRefused(_) => Kind::OtherAuthority,
         IssueError::Refused(status) if passing(status.code()) => Kind::Passing,
+        // A clock is set right by itself, soon after the machine has started.
+        IssueError::Clock(_)
+        | IssueError::Dial(DialError::Tls {
+            error: TlsError::Peer(PeerFault::Expired { .. } | PeerFault::NotYetValid { .. }),
+            ..
+        }) => Kind::Passing,
         IssueError::Dial(DialError::Tls { error: TlsError::Peer(_), .. }) => Kind::Refused,
         IssueError::Dial(_) | IssueError::Late(_) => Kind::Passing,
         IssueError::TrustBundle { .. }
         | IssueError::Token { .. }
         | IssueError::Refused(_)
         | IssueError::Answer(_)
-        | IssueError::Clock(_)
         | IssueError::Key(_) => Kind::Refused,
     }
 }
@@ -56,6 +61,9 @@ pub(super) fn explain(error: &IssueError, settings: &IdentitySettings, now: Syst
         IssueError::Dial(DialError::Tls { error: TlsError::Peer(fault), .. }) => unbelieved(fault, settings, now),
         IssueError::Dial(_) | IssueError::Late(_) => unreachable(),
         IssueError::Refused(status) => return refused(status, settings, now),
+        IssueError::CertificateRefused(_) => {
+            ("certificate_refused", format!("a new join token in the token file replaces it; {}", clock_advice(now)))
+        }
         IssueError::Answer(_) => (
             "certificate_unusable",
             "check --name, --namespace, --service-account and --trust-domain against the token and the control plane"
@@ -105,14 +113,6 @@ fn unbelieved(fault: &PeerFault, settings: &IdentitySettings, now: SystemTime) -
 
 /// The control plane's refusal: its messages begin with a word and a colon.
 fn refused(status: &tonic::Status, settings: &IdentitySettings, now: SystemTime) -> Trouble {
-    if let Some(alert) = tls_alert(status) {
-        let hint = format!(
-            "the control plane does not take this sidecar's certificate (TLS alert {alert:?}); a new join token in \
-             the token file replaces it; {}",
-            clock_advice(now)
-        );
-        return Trouble { reason: "certificate_refused".to_owned(), hint };
-    }
     let message = status.message();
     let word = message.split_once(':').map(|(word, _)| word).filter(|word| is_reason(word));
     let Some(word) = word else {

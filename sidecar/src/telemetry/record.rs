@@ -227,6 +227,15 @@ impl HttpRecord {
         }
     }
 
+    /// This was no request of its own after all: a CONNECT, whose tunnel has records of its own. Nothing is counted.
+    pub fn discard(&self) {
+        if !self.finished.replace(true)
+            && let Some(edge) = self.edge.borrow().as_ref()
+        {
+            edge.leave();
+        }
+    }
+
     /// Ends the request at the caller's time; dropping does the same with its own.
     pub fn finish(&self, now: Instant) {
         if self.finished.replace(true) {

@@ -8,6 +8,8 @@ use super::MeshAlpn;
 /// More than any hello of a sidecar (a post-quantum one has about 1.8 KiB) and enough for anybody else's.
 pub const MAX_HELLO: usize = 16 * 1024;
 
+const MAX_RECORD: usize = 16 * 1024;
+
 /// What the first bytes of a connection are.
 pub enum Hello {
     /// A ClientHello that offers a protocol of the mesh. All the bytes given are inside: see
@@ -24,11 +26,10 @@ pub enum Hello {
 /// Looks at everything that was read so far. A hello may span TCP segments and TLS records: [`Hello::Incomplete`]
 /// until it is whole. Offering a mesh protocol proves nothing; the handshake does.
 pub fn read_hello(bytes: &[u8]) -> Hello {
-    // Record type handshake, version 3.x (RFC 8446 section 5.1): most other protocols end here.
-    match bytes {
-        [] | [0x16] => return Hello::Incomplete,
-        [0x16, 0x03, ..] => {}
-        _ => return Hello::Invalid,
+    match first_record(bytes) {
+        First::Whole => {}
+        First::Part if bytes.len() < MAX_HELLO => return Hello::Incomplete,
+        First::Part | First::Other => return Hello::Invalid,
     }
     let mut acceptor = Acceptor::default();
     let mut rest = bytes;
@@ -44,6 +45,27 @@ pub fn read_hello(bytes: &[u8]) -> Hello {
         Ok(Some(accepted)) => Hello::Foreign { sni: accepted.client_hello().server_name().map(str::to_owned) },
         Err(_) => Hello::Invalid,
     }
+}
+
+enum First {
+    Whole,
+    Part,
+    Other,
+}
+
+/// Looks at the header alone, so that a hello which comes byte by byte is parsed once: a record of type handshake,
+/// version 3.x, no longer than a plaintext may be, that begins with a ClientHello (RFC 8446 sections 4 and 5.1).
+fn first_record(bytes: &[u8]) -> First {
+    let header = [0x16, 0x03];
+    if !bytes.iter().zip(header).all(|(found, expected)| *found == expected) {
+        return First::Other;
+    }
+    let &[_, _, _, high, low, ref body @ ..] = bytes else { return First::Part };
+    let length = usize::from(u16::from_be_bytes([high, low]));
+    if length == 0 || length > MAX_RECORD || body.first().is_some_and(|kind| *kind != 1) {
+        return First::Other;
+    }
+    if body.len() < length { First::Part } else { First::Whole }
 }
 
 fn offers_mesh(accepted: &Accepted) -> bool {

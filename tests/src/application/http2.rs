@@ -1,7 +1,7 @@
 //! The HTTP/2 side of an application. gRPC (by content-type) is answered by method name: `Unary` and `Bidi` give each
 //! message back, `Collect` counts the messages and answers with the last, `Repeat` sends the first message three times,
 //! `Fail` is trailers-only with status 5, `Wait` never answers. Other requests by path: `/echo` gives the body back
-//! as it comes, `/hold` waits for the test, `/bytes/N`, `/status/N`, `/trailers`, and everything else `METHOD TARGET
+//! as it comes, `/hold` waits for the test, `/unread` reads no body and never answers, `/bytes/N`, `/status/N`, `/trailers`, and everything else `METHOD TARGET
 //! LENGTH`.
 
 use bytes::{Bytes, BytesMut};
@@ -17,7 +17,7 @@ pub(super) async fn serve(shared: &Shared, connection: usize, stream: TcpStream,
     let io = Replay { first, stream };
     let Ok(mut accepted) = h2::server::Builder::new()
         .initial_window_size(1 << 20)
-        .initial_connection_window_size(1 << 22)
+        .initial_connection_window_size(1 << 28)
         .handshake::<_, Bytes>(io)
         .await
     else {
@@ -79,6 +79,10 @@ async fn answer(
             write(&mut send, data, false).await?;
         }
         return write(&mut send, Bytes::new(), true).await;
+    }
+    if first == "unread" {
+        let gone = std::future::poll_fn(|cx| respond.poll_reset(cx)).await?;
+        return Err(gone.into());
     }
     while next(shared, place, &mut body).await?.is_some() {}
     match first {

@@ -194,7 +194,8 @@ impl Exchange {
         self.close_when_draining(response.headers_mut());
         self.stream.moved();
         let (mut parts, incoming) = response.into_parts();
-        parts.version = self.version;
+        // To a client of HTTP/1.0 the library lowers it, and grants the keep-alive that was asked for.
+        parts.version = Version::HTTP_11;
         let body = ResponseBody::upstream(Box::new(Upstream {
             incoming,
             record: self.record,
@@ -224,8 +225,7 @@ impl Exchange {
 
     /// Agrees to a CONNECT: what follows is bytes. Its own record ends here; what runs inside has records of its own.
     pub fn connected(self) -> Response<ResponseBody> {
-        self.record.answered(StatusCode::OK.as_u16());
-        self.record.response_ended();
+        self.record.discard();
         Response::new(ResponseBody::empty())
     }
 

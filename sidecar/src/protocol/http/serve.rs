@@ -64,6 +64,9 @@ pub async fn http2<F>(
 {
     let limits = &session.worker.limits;
     let io = DownstreamIo::http2(stream, session.entry.clone(), Flood::new(limits, streams));
+    // A mesh connection carries requests of all of the peer's clients.
+    let shared = streams > limits.h2_streams_application;
+    let window = if shared { limits.h2_shared_window(streams) } else { limits.h2_connection_window };
     let respond = Rc::new(respond);
     let service = service_fn(move |request| {
         let response = respond(request);
@@ -74,7 +77,7 @@ pub async fn http2<F>(
         .auto_date_header(false)
         .max_concurrent_streams(streams)
         .initial_stream_window_size(limits.h2_stream_window)
-        .initial_connection_window_size(limits.h2_connection_window)
+        .initial_connection_window_size(window)
         .max_header_list_size(limits.h2_header_list)
         .max_send_buf_size(limits.h2_send_buffer)
         .max_pending_accept_reset_streams(limits.h2_pending_resets)

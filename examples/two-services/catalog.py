@@ -1,0 +1,21 @@
+"""The service: answers every GET and says who its sidecar proved the caller to be."""
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Catalog(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        caller = self.headers.get("x-outrigger-identity", "nobody that proved it")
+        body = f"tea, 4.50\ncalled by {caller}\n".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Catalog).serve_forever()
