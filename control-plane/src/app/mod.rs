@@ -30,8 +30,8 @@ const LEASES: &str = "leases.json";
 const WATCH_VERSION: &str = "watch-version";
 /// Versions that one run may give out before the next one's begin.
 const VERSION_RESERVE: u64 = 1 << 32;
-/// Leases that change together are written together.
-const LEASE_DEBOUNCE: Duration = Duration::from_millis(500);
+/// Between two writes of the leases: the first change is on disk at once, many changes are few writes.
+const LEASE_PAUSE: Duration = Duration::from_millis(500);
 const MAINTENANCE: Duration = Duration::from_secs(30);
 /// Streams end at once when told to; this is for a peer that does not read.
 const STOP_TIMEOUT: Duration = Duration::from_secs(3);
@@ -242,16 +242,16 @@ async fn configure(publisher: Arc<Publisher>, mut configuration: watch::Receiver
     }
 }
 
-/// Keeps the leases on disk, a moment after they changed.
+/// Keeps the leases on disk.
 async fn keep_leases(publisher: Arc<Publisher>, state: State) {
     loop {
         publisher.leases_changed.notified().await;
-        tokio::time::sleep(LEASE_DEBOUNCE).await;
         let (publisher, state) = (publisher.clone(), state.clone());
         let saved = tokio::task::spawn_blocking(move || save_leases(&publisher, &state)).await;
         if let Ok(Err(error)) = saved {
             tracing::error!("the leases would not survive a restart now: {error}");
         }
+        tokio::time::sleep(LEASE_PAUSE).await;
     }
 }
 
