@@ -83,7 +83,13 @@ impl Mesh {
         log();
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("config")).unwrap();
-        let mut mesh = Mesh { directory, grpc: ([127, 0, 0, 1], 0).into(), running: Mutex::new(None), written: AtomicBool::new(false), settled: AtomicUsize::new(0) };
+        let mut mesh = Mesh {
+            directory,
+            grpc: ([127, 0, 0, 1], 0).into(),
+            running: Mutex::new(None),
+            written: AtomicBool::new(false),
+            settled: AtomicUsize::new(0),
+        };
         mesh.write("mesh.yaml", &options.yaml);
         if let Some(lifetime) = options.leaf_lifetime {
             let text = format!(
@@ -141,9 +147,14 @@ impl Mesh {
         self.grpc
     }
 
+    /// The control plane's admin port: metrics, health, status.
+    pub fn admin(&self) -> SocketAddr {
+        self.running.lock().unwrap().as_ref().expect("the control plane runs").admin
+    }
+
     /// A GET on the control plane's admin port.
     pub async fn control_plane_get(&self, path: &str) -> serde_json::Value {
-        let admin = self.running.lock().unwrap().as_ref().expect("the control plane runs").admin;
+        let admin = self.admin();
         let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         let answer = crate::wire::ask(admin, request).await;
         assert_eq!(answer.status, 200, "{}", answer.text());

@@ -179,11 +179,14 @@ async fn connections_beyond_the_limit_are_refused_and_those_within_served() {
 async fn the_admin_port_answers_only_who_calls_it_by_a_loopback_name() {
     let pair = pair(None).await;
     let admin = pair.near.address("admin");
-    for (host, status) in [("localhost", 200), ("127.0.0.1", 200), ("[::1]", 200), ("evil.test", 403), ("169.254.1.1", 403)] {
+    for (host, status) in
+        [("localhost", 200), ("127.0.0.1", 200), ("[::1]", 200), ("evil.test", 403), ("169.254.1.1", 403)]
+    {
         let request = format!("GET /config HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
         assert_eq!(wire::ask(admin, request).await.status, status, "{host}");
     }
-    let origin = "POST /quitquitquit HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.test\r\nContent-Length: 0\r\n\r\n";
+    let origin =
+        "POST /quitquitquit HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.test\r\nContent-Length: 0\r\n\r\n";
     assert_eq!(wire::ask(admin, origin).await.status, 403);
     for path in ["/certs/renew", "/quitquitquit"] {
         assert_eq!(wire::get(admin, path).await.status, 403, "Host: test");

@@ -52,7 +52,14 @@ impl Side<'_> {
         let (file, bundle) = (file.display().to_string(), bundle.display().to_string());
         let mut flags = vec!["run", "--control-plane", &self.control_plane, "--trust-bundle", &bundle];
         flags.extend(["--token-file", &file, "--name", name, "--namespace", "shop", "--service-account", account]);
-        flags.extend(["--admin-listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"]);
+        flags.extend([
+            "--admin-listen",
+            "127.0.0.1:0",
+            "--metrics-listen",
+            "127.0.0.1:0",
+            "--health-listen",
+            "127.0.0.1:0",
+        ]);
         labels.iter().for_each(|label| flags.extend(["--label", label]));
         flags.extend(more);
         Process::run(under_test!(), Program::Sidecar, flags)
@@ -119,13 +126,23 @@ async fn a_mesh_of_processes_survives_a_killed_control_plane() {
 
 #[tokio::test]
 async fn wrong_command_lines_end_with_2_and_name_every_mistake() {
-    let (code, stdout, stderr) = run(Program::Sidecar, &["run", "--name", "A_B", "--inbound", "x", "--drain-delay", "5"]);
+    let (code, stdout, stderr) =
+        run(Program::Sidecar, &["run", "--name", "A_B", "--inbound", "x", "--drain-delay", "5"]);
     assert_eq!((code, stdout.as_str()), (2, ""), "{stderr}");
-    for flag in ["--name", "--inbound", "--drain-delay", "--control-plane", "--trust-bundle", "--namespace", "--service-account"] {
+    for flag in [
+        "--name",
+        "--inbound",
+        "--drain-delay",
+        "--control-plane",
+        "--trust-bundle",
+        "--namespace",
+        "--service-account",
+    ] {
         assert!(stderr.contains(flag), "{flag} in {stderr}");
     }
     assert!(stderr.contains("A_B"), "with its value: {stderr}");
-    let (code, _, stderr) = run(Program::ControlPlane, &["--config", "/nowhere/at/all", "--state", "/tmp", "--lisen", "x"]);
+    let (code, _, stderr) =
+        run(Program::ControlPlane, &["--config", "/nowhere/at/all", "--state", "/tmp", "--lisen", "x"]);
     assert_eq!(code, 2, "{stderr}");
     let unknown = finish(command(under_test!(), Program::Sidecar).args(["run"]).env("OUTRIGGER_NAMES", "x"));
     assert!(unknown.0 == 2 && unknown.2.contains("OUTRIGGER_NAMES"), "{}", unknown.2);

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 
-const READY: Duration = Duration::from_secs(20);
-const GONE: Duration = Duration::from_secs(5);
+const READY: Duration = Duration::from_secs(60);
+const GONE: Duration = Duration::from_secs(10);
 
 /// Which processor runs what; `None` leaves it to the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use outrigger_control_plane::ca::token;
@@ -24,7 +24,7 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    pub fn start(application: &Child, directory: &Path, layout: Layout) -> anyhow::Result<Mesh> {
+    pub fn start(application: &Child, directory: &Path, layout: Layout, wrap: Option<&str>) -> anyhow::Result<Mesh> {
         let ports = Ports {
             http1: application.address("http1")?,
             http2: application.address("http2")?,
@@ -60,11 +60,17 @@ impl Mesh {
             flag("--service-account", name.into());
             flag("--label", format!("app={name}").into());
             flag("--workload-address", "127.0.0.1".into());
+            // Nobody is left who would still connect.
+            flag("--drain-delay", "0s".into());
             for listener in ["--admin-listen", "--metrics-listen", "--health-listen"] {
                 flag(listener, "127.0.0.1:0".into());
             }
             arguments.extend(more.into_iter().map(OsString::from));
-            Child::start(name, &program, arguments, layout.proxies, directory)?.ready()
+            let mut words = wrapped(wrap, name);
+            words.push(program.clone().into());
+            words.extend(arguments);
+            let first = PathBuf::from(words.remove(0));
+            Child::start(name, &first, words, layout.proxies, directory)?.ready()
         };
         let inbound = |address: SocketAddr| ["--inbound".to_owned(), format!("127.0.0.1:0={address}")];
         let outbound = |port: u16| ["--outbound".to_owned(), format!("127.0.0.1:0=server:{port}")];
@@ -80,6 +86,10 @@ impl Mesh {
             _control_plane: control_plane,
         })
     }
+}
+
+fn wrapped(wrap: Option<&str>, name: &str) -> Vec<OsString> {
+    wrap.unwrap_or_default().split_whitespace().map(|word| word.replace("{}", name).into()).collect()
 }
 
 struct Ports {

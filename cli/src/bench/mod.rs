@@ -54,6 +54,9 @@ pub struct Settings {
     /// the load and the application the other
     #[arg(long)]
     no_pin: bool,
+    /// Start each sidecar with these words in front, `{}` being its name: a profiler, say
+    #[arg(long, value_name = "COMMAND", hide = true)]
+    wrap: Option<String>,
     /// Also write the numbers to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,

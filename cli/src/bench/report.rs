@@ -25,7 +25,8 @@ pub struct Measure {
 
 impl Measure {
     fn cpu(&self) -> f64 {
-        self.cpu_micros.iter().sum()
+        // Not `sum`, which makes -0 of nothing.
+        self.cpu_micros.iter().fold(0.0, |sum, cpu| sum + cpu)
     }
 }
 
