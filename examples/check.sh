@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the examples to their end, on free ports: examples/check.sh BIN_DIR [EXAMPLE...]
-# BIN_DIR holds outrigger, outrigger-sidecar and outrigger-control-plane. Exit code 0 when all examples verified what
+# BIN_DIR holds `outrigger` (target/debug, target/release). Exit code 0 when all examples verified what
 # they promise, 1 otherwise, 2 for a wrong call. `python` needs PyPI, or VENV=DIR with its requirements installed.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

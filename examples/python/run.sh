@@ -10,11 +10,9 @@ here=$(cd "$(dirname "$0")" && pwd)
 : "${CATALOG_ADMIN:=15000}" "${CATALOG_METRICS:=15020}" "${CATALOG_HEALTH:=15021}"
 : "${WEB_APP:=8090}" "${WEB_PROXY:=9081}" "${WEB_ADMIN:=15100}" "${WEB_METRICS:=15120}" "${WEB_HEALTH:=15121}"
 
-# Where the binaries are: cargo build --release -p outrigger -p outrigger-sidecar -p outrigger-control-plane
-bin=${OUTRIGGER_BIN_DIR:-$here/../../target/release}
-for program in outrigger outrigger-sidecar outrigger-control-plane; do
-    [ -x "$bin/$program" ] || { echo "$bin/$program is not there; build it, or set OUTRIGGER_BIN_DIR" >&2; exit 2; }
-done
+# `cargo build --release` makes it.
+outrigger=${OUTRIGGER_BIN_DIR:-$here/../../target/release}/outrigger
+[ -x "$outrigger" ] || { echo "$outrigger is not there: cargo build --release, or set OUTRIGGER_BIN_DIR" >&2; exit 2; }
 
 work=$(mktemp -d)
 pids=()
@@ -45,8 +43,8 @@ wait_for() {
     local name=$1 pid=${pids[-1]}
     shift
     for _ in $(seq 150); do
-        "$@" >/dev/null 2>&1 && return
         kill -0 "$pid" 2>/dev/null || break
+        "$@" >/dev/null 2>&1 && return
         sleep 0.1
     done
     cat "$work/$name.log" >&2
@@ -70,12 +68,12 @@ say "control plane, tokens"
 mkdir "$work/config"
 sed "s/targetPort: 8080/targetPort: $CATALOG_APP/; s/targetPort: 8081/targetPort: $CATALOG_GRPC/" \
     "$here/config/shop.yaml" >"$work/config/shop.yaml"
-start control-plane "$bin/outrigger-control-plane" --config "$work/config" --state "$work/state" \
+start control-plane "$outrigger" control-plane --config "$work/config" --state "$work/state" \
     --listen "127.0.0.1:$CONTROL_PLANE" --admin-listen "127.0.0.1:$CONTROL_PLANE_ADMIN"
 ready control-plane
 (umask 077
-"$bin/outrigger" token create --state "$work/state" --namespace shop --service-account catalog --label app=catalog >"$work/catalog.token"
-"$bin/outrigger" token create --state "$work/state" --namespace shop --service-account web >"$work/web.token")
+"$outrigger" token create --state "$work/state" --namespace shop --service-account catalog --label app=catalog >"$work/catalog.token"
+"$outrigger" token create --state "$work/state" --namespace shop --service-account web >"$work/web.token")
 
 mesh=(--control-plane "127.0.0.1:$CONTROL_PLANE" --trust-bundle "$work/state/trust-bundle.pem" --namespace shop
     --drain-delay 0s)
@@ -83,7 +81,7 @@ mesh=(--control-plane "127.0.0.1:$CONTROL_PLANE" --trust-bundle "$work/state/tru
 say "catalog and its sidecar"
 start catalog "$venv/bin/python" "$here/catalog.py" "$CATALOG_APP" "$CATALOG_GRPC"
 wait_for catalog get --fail "http://127.0.0.1:$CATALOG_APP/items/tea"
-start catalog-sidecar "$bin/outrigger-sidecar" run "${mesh[@]}" --name catalog --service-account catalog \
+start catalog-sidecar "$outrigger" sidecar run "${mesh[@]}" --name catalog --service-account catalog \
     --token-file "$work/catalog.token" --state "$work/catalog" --label app=catalog \
     --inbound "127.0.0.1:$CATALOG_MESH=127.0.0.1:$CATALOG_APP" \
     --inbound "127.0.0.1:$CATALOG_GRPC_MESH=127.0.0.1:$CATALOG_GRPC" --admin-listen "127.0.0.1:$CATALOG_ADMIN" \
@@ -91,7 +89,7 @@ start catalog-sidecar "$bin/outrigger-sidecar" run "${mesh[@]}" --name catalog -
 ready catalog-sidecar
 
 say "web and its sidecar; all that web is told is http_proxy=http://127.0.0.1:$WEB_PROXY"
-start web-sidecar "$bin/outrigger-sidecar" run "${mesh[@]}" --name web --service-account web \
+start web-sidecar "$outrigger" sidecar run "${mesh[@]}" --name web --service-account web \
     --token-file "$work/web.token" --state "$work/web" --http-proxy "127.0.0.1:$WEB_PROXY" \
     --admin-listen "127.0.0.1:$WEB_ADMIN" --metrics-listen "127.0.0.1:$WEB_METRICS" --health-listen "127.0.0.1:$WEB_HEALTH"
 ready web-sidecar

@@ -9,11 +9,9 @@ here=$(cd "$(dirname "$0")" && pwd)
 : "${CATALOG_APP:=8080}" "${CATALOG_MESH:=8443}" "${CATALOG_ADMIN:=15000}" "${CATALOG_METRICS:=15020}" "${CATALOG_HEALTH:=15021}"
 : "${WEB_OUT:=9080}" "${WEB_PROXY:=9081}" "${WEB_ADMIN:=15100}" "${WEB_METRICS:=15120}" "${WEB_HEALTH:=15121}"
 
-# Where the binaries are: cargo build --release -p outrigger -p outrigger-sidecar -p outrigger-control-plane
-bin=${OUTRIGGER_BIN_DIR:-$here/../../target/release}
-for program in outrigger outrigger-sidecar outrigger-control-plane; do
-    [ -x "$bin/$program" ] || { echo "$bin/$program is not there; build it, or set OUTRIGGER_BIN_DIR" >&2; exit 2; }
-done
+# `cargo build --release` makes it.
+outrigger=${OUTRIGGER_BIN_DIR:-$here/../../target/release}/outrigger
+[ -x "$outrigger" ] || { echo "$outrigger is not there: cargo build --release, or set OUTRIGGER_BIN_DIR" >&2; exit 2; }
 
 work=$(mktemp -d)
 pids=()
@@ -40,45 +38,53 @@ start() {
     pids+=($!)
 }
 
-# ready NAME: waits for the line with which control plane and sidecars say that they serve.
-ready() {
-    local pid=${pids[-1]}
+# wait_for NAME COMMAND...: until the command succeeds, as long as the process that was started last lives.
+wait_for() {
+    local name=$1 pid=${pids[-1]}
+    shift
     for _ in $(seq 150); do
-        grep -qx ready "$work/$1.out" && return
         kill -0 "$pid" 2>/dev/null || break
+        "$@" >/dev/null 2>&1 && return
         sleep 0.1
     done
-    cat "$work/$1.log" >&2
-    fail "$1 is not ready; its log is above"
+    cat "$work/$name.log" >&2
+    fail "$name does not serve; its log is above"
 }
+
+# The line with which control plane and sidecars say that they serve.
+ready() { wait_for "$1" grep -qx ready "$work/$1.out"; }
+
+# get URL: curl past any proxy.
+get() { curl -sS --noproxy '*' "$@"; }
 
 expect() { grep -q "$1" <<<"$2" || fail "expected $1 in what is shown above"; }
 
 say "control plane: makes a certificate authority, reads $here/config"
 mkdir "$work/config"
 sed "s/targetPort: 8080/targetPort: $CATALOG_APP/" "$here/config/shop.yaml" >"$work/config/shop.yaml"
-start control-plane "$bin/outrigger-control-plane" --config "$work/config" --state "$work/state" \
+start control-plane "$outrigger" control-plane --config "$work/config" --state "$work/state" \
     --listen "127.0.0.1:$CONTROL_PLANE" --admin-listen "127.0.0.1:$CONTROL_PLANE_ADMIN"
 ready control-plane
 
 say "join tokens: what each sidecar may claim to be"
 (umask 077
-"$bin/outrigger" token create --state "$work/state" --namespace shop --service-account catalog --label app=catalog >"$work/catalog.token"
-"$bin/outrigger" token create --state "$work/state" --namespace shop --service-account web >"$work/web.token")
+"$outrigger" token create --state "$work/state" --namespace shop --service-account catalog --label app=catalog >"$work/catalog.token"
+"$outrigger" token create --state "$work/state" --namespace shop --service-account web >"$work/web.token")
 
 mesh=(--control-plane "127.0.0.1:$CONTROL_PLANE" --trust-bundle "$work/state/trust-bundle.pem" --namespace shop
     --drain-delay 0s)
 
 say "catalog on 127.0.0.1:$CATALOG_APP; its sidecar takes mutual TLS for it on 127.0.0.1:$CATALOG_MESH"
 start catalog python3 "$here/catalog.py" "$CATALOG_APP"
-start catalog-sidecar "$bin/outrigger-sidecar" run "${mesh[@]}" --name catalog --service-account catalog \
+wait_for catalog get --fail "http://127.0.0.1:$CATALOG_APP/tea"
+start catalog-sidecar "$outrigger" sidecar run "${mesh[@]}" --name catalog --service-account catalog \
     --token-file "$work/catalog.token" --state "$work/catalog" --label app=catalog \
     --inbound "127.0.0.1:$CATALOG_MESH=127.0.0.1:$CATALOG_APP" --admin-listen "127.0.0.1:$CATALOG_ADMIN" \
     --metrics-listen "127.0.0.1:$CATALOG_METRICS" --health-listen "127.0.0.1:$CATALOG_HEALTH"
 ready catalog-sidecar
 
 say "web's sidecar: 127.0.0.1:$WEB_OUT is catalog:80, 127.0.0.1:$WEB_PROXY is a proxy to every service (curl is web)"
-start web-sidecar "$bin/outrigger-sidecar" run "${mesh[@]}" --name web --service-account web \
+start web-sidecar "$outrigger" sidecar run "${mesh[@]}" --name web --service-account web \
     --token-file "$work/web.token" --state "$work/web" \
     --outbound "127.0.0.1:$WEB_OUT=catalog:80" --http-proxy "127.0.0.1:$WEB_PROXY" --admin-listen "127.0.0.1:$WEB_ADMIN" \
     --metrics-listen "127.0.0.1:$WEB_METRICS" --health-listen "127.0.0.1:$WEB_HEALTH"
@@ -87,7 +93,7 @@ ready web-sidecar
 caller='called by spiffe://outrigger.local/ns/shop/sa/web'
 
 say "curl http://127.0.0.1:$WEB_OUT/tea"
-answer=$(curl -sS --noproxy '*' --retry 5 --retry-connrefused --fail "http://127.0.0.1:$WEB_OUT/tea")
+answer=$(get --fail "http://127.0.0.1:$WEB_OUT/tea")
 echo "$answer"
 expect "$caller" "$answer"
 
@@ -97,7 +103,7 @@ echo "$answer"
 expect "$caller" "$answer"
 
 say "around the sidecar: plaintext to the mesh port is closed before catalog sees a byte"
-if curl -sS --noproxy '*' "http://127.0.0.1:$CATALOG_MESH/tea"; then fail "plaintext was let in"; fi
+if get "http://127.0.0.1:$CATALOG_MESH/tea"; then fail "plaintext was let in"; fi
 
 say "what does not exist is refused, and says why"
 answer=$(no_proxy='' http_proxy="http://127.0.0.1:$WEB_PROXY" curl -sS -i http://nothing.shop/)
@@ -105,12 +111,12 @@ echo "$answer"
 expect unknown_destination "$answer"
 
 say "curl http://127.0.0.1:$CATALOG_METRICS/metrics | grep outrigger_http_requests_total"
-metrics=$(curl -sS --noproxy '*' "http://127.0.0.1:$CATALOG_METRICS/metrics" | grep '^outrigger_http_requests_total')
+metrics=$(get "http://127.0.0.1:$CATALOG_METRICS/metrics" | grep '^outrigger_http_requests_total')
 echo "$metrics"
 expect '{.*source_workload="web".*mtls="true".*} 2$' "$metrics"
 
 say "outrigger status"
-"$bin/outrigger" status --control-plane-admin "127.0.0.1:$CONTROL_PLANE_ADMIN"
+"$outrigger" status --control-plane-admin "127.0.0.1:$CONTROL_PLANE_ADMIN"
 
 if [ "${1:-}" = --keep ]; then
     say "up until Ctrl-C; logs are in $work"

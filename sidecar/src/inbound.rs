@@ -268,6 +268,7 @@ impl Walk {
         self.registered.describe(|about| about.protocol = protocol.as_str());
         let edge = self.caller.edge(&self.worker, protocol);
         let record = TcpRecord::begin(&self.worker.telemetry, &edge, Instant::now());
+        record.downstream(self.registered.client);
         record.upstream(self.application);
         self.registered.enter(State::Tunnel);
         let forth = |count| record.add_received(count);
@@ -326,6 +327,7 @@ impl Walk {
     async fn refuse(&self, stream: Option<Stream>, error: &Error) {
         let edge = self.caller.edge(&self.worker, WireProtocol::Tcp);
         let record = TcpRecord::begin(&self.worker.telemetry, &edge, Instant::now());
+        record.downstream(self.registered.client);
         record.failed(error.reason, || error.to_string());
         let Some(mut stream) = stream else { return };
         if error.reason == Reason::RequestHeadTimeout {

@@ -290,6 +290,7 @@ async fn copy(stream: Stream, opened: Opened, registered: &Registered, protocol:
     });
     registered.enter(State::Tunnel);
     let record = &opened.record;
+    record.downstream(registered.client);
     let forth = |count| record.add_received(count);
     let back = |count| record.add_sent(count);
     match opaque::copy(stream, opened.dialled.stream, registered, forth, back).await {

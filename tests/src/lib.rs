@@ -4,6 +4,7 @@
 
 pub mod application;
 pub mod arrows;
+pub mod collector;
 pub mod eventually;
 pub mod grpc;
 pub mod mesh;
@@ -14,6 +15,7 @@ pub mod sidecar;
 pub mod wire;
 
 pub use application::Application;
+pub use collector::Collector;
 pub use eventually::{PATIENCE, eventually};
 pub use mesh::{Mesh, MeshOptions};
 pub use peer::Peer;

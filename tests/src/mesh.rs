@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use outrigger_api::resource::Labels;
@@ -13,7 +14,7 @@ use outrigger_control_plane::config::{Args, State};
 use outrigger_runtime::logging;
 use tokio::sync::oneshot;
 
-use crate::eventually::soon;
+use crate::eventually::{eventually, soon};
 use crate::sidecar::SidecarBuilder;
 
 pub const TRUST_DOMAIN: &str = "outrigger.local";
@@ -60,6 +61,9 @@ pub struct Mesh {
     directory: tempfile::TempDir,
     grpc: SocketAddr,
     running: Mutex<Option<Running>>,
+    /// Files were written that the control plane may not have read.
+    written: AtomicBool,
+    settled: AtomicUsize,
 }
 
 /// The control plane's thread.
@@ -79,7 +83,13 @@ impl Mesh {
         log();
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("config")).unwrap();
-        let mut mesh = Mesh { directory, grpc: ([127, 0, 0, 1], 0).into(), running: Mutex::new(None) };
+        let mut mesh = Mesh {
+            directory,
+            grpc: ([127, 0, 0, 1], 0).into(),
+            running: Mutex::new(None),
+            written: AtomicBool::new(false),
+            settled: AtomicUsize::new(0),
+        };
         mesh.write("mesh.yaml", &options.yaml);
         if let Some(lifetime) = options.leaf_lifetime {
             let text = format!(
@@ -90,6 +100,7 @@ impl Mesh {
             mesh.write("mesh-config.yaml", &text);
         }
         mesh.grpc = mesh.run().await;
+        mesh.written.store(false, Relaxed);
         mesh
     }
 
@@ -136,9 +147,14 @@ impl Mesh {
         self.grpc
     }
 
+    /// The control plane's admin port: metrics, health, status.
+    pub fn admin(&self) -> SocketAddr {
+        self.running.lock().unwrap().as_ref().expect("the control plane runs").admin
+    }
+
     /// A GET on the control plane's admin port.
     pub async fn control_plane_get(&self, path: &str) -> serde_json::Value {
-        let admin = self.running.lock().unwrap().as_ref().expect("the control plane runs").admin;
+        let admin = self.admin();
         let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         let answer = crate::wire::ask(admin, request).await;
         assert_eq!(answer.status, 200, "{}", answer.text());
@@ -162,6 +178,23 @@ impl Mesh {
         let hidden = self.path("config").join(format!(".{file}.new"));
         std::fs::write(&hidden, text).unwrap();
         std::fs::rename(hidden, self.path("config").join(file)).unwrap();
+        self.written.store(true, Relaxed);
+    }
+
+    /// Waits until the control plane has read what was written so far; a sidecar's start does so by itself. A file that
+    /// is no YAML document comes last, and is then complained about.
+    pub async fn settled(&self) {
+        if !self.written.swap(false, Relaxed) || self.running.lock().unwrap().is_none() {
+            return;
+        }
+        let file = format!("settled-{}.yaml", self.settled.fetch_add(1, Relaxed));
+        self.write(&file, "no: document\n");
+        eventually("the control plane reads its directory", async || {
+            self.control_plane_get("/status").await["config"].to_string().contains(&file).then_some(())
+        })
+        .await;
+        self.remove(&file);
+        self.written.store(false, Relaxed);
     }
 
     pub fn remove(&self, file: &str) {

@@ -14,6 +14,7 @@ use serde_json::Value;
 use crate::eventually::{PATIENCE, soon};
 use crate::mesh::{Mesh, TRUST_DOMAIN};
 use crate::metrics::Samples;
+use crate::process::{Process, Program};
 use crate::wire::{self, Response};
 
 const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
@@ -154,13 +155,50 @@ impl<'a> SidecarBuilder<'a> {
 
     /// Starts it and waits until it is ready.
     pub async fn start(self) -> Sidecar {
+        self.mesh.settled().await;
         let sidecar = self.start_unready();
         sidecar.ready().await;
         sidecar
     }
 
-    /// Starts it and waits for nothing.
-    pub fn start_unready(mut self) -> Sidecar {
+    /// The same sidecar as a process of its own; `under_test` is `under_test!()`. Limits cannot be set there.
+    pub async fn spawn(mut self, under_test: &str) -> Process {
+        self.mesh.settled().await;
+        self.write_token();
+        Process::run(under_test, Program::Sidecar, self.arguments())
+    }
+
+    /// What stands behind `outrigger-sidecar`.
+    fn arguments(&self) -> Vec<String> {
+        let config = &self.config;
+        let mut all = vec!["run".to_owned()];
+        let mut flag = |name: &str, value: String| all.extend([format!("--{name}"), value]);
+        flag("control-plane", config.control_plane.clone());
+        flag("trust-bundle", config.trust_bundle.display().to_string());
+        config.token_file.iter().for_each(|file| flag("token-file", file.display().to_string()));
+        flag("name", config.name.clone());
+        flag("namespace", config.namespace.clone());
+        flag("service-account", config.service_account.clone());
+        flag("workload", config.workload.clone());
+        config.labels.iter().for_each(|(key, value)| flag("label", format!("{key}={value}")));
+        config.workload_address.iter().for_each(|address| flag("workload-address", address.to_string()));
+        for port in &config.ports {
+            let protocol = port.protocol.map(|protocol| format!("/{protocol}")).unwrap_or_default();
+            flag("port", format!("{}{protocol}", port.port));
+        }
+        config.inbound.iter().for_each(|inbound| flag("inbound", format!("{}={}", inbound.listen, inbound.app)));
+        config.outbound.iter().for_each(|one| flag("outbound", format!("{}={}", one.listen, one.destination)));
+        config.http_proxy.iter().for_each(|address| flag("http-proxy", address.to_string()));
+        flag("admin-listen", config.admin_listen.to_string());
+        flag("metrics-listen", config.metrics_listen.to_string());
+        flag("health-listen", config.health_listen.to_string());
+        config.state.iter().for_each(|state| flag("state", state.display().to_string()));
+        flag("workers", config.workers.to_string());
+        flag("drain-delay", format!("{}ms", config.drain_delay.as_millis()));
+        all
+    }
+
+    fn write_token(&mut self) {
         let labels: Vec<(&str, &str)> =
             self.config.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         let token = match &self.token {
@@ -172,6 +210,11 @@ impl<'a> SidecarBuilder<'a> {
             Some(token) => std::fs::write(self.config.token_file.as_ref().expect("a path"), token).unwrap(),
             None => self.config.token_file = None,
         }
+    }
+
+    /// Starts it and waits for nothing.
+    pub fn start_unready(mut self) -> Sidecar {
+        self.write_token();
         let name = self.config.name.clone();
         let state = self.config.state.clone();
         let outbound = self.config.outbound.iter().map(|outbound| outbound.destination.to_string()).collect();

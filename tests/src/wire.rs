@@ -102,6 +102,15 @@ impl Connection {
         }
     }
 
+    /// What the other side of TLS showed; nothing without TLS.
+    pub fn peer_certificates(&self) -> Vec<rustls::pki_types::CertificateDer<'static>> {
+        let certificates = match &self.io {
+            Io::Tcp(_) => None,
+            Io::Tls(tls) => tls.get_ref().1.peer_certificates(),
+        };
+        certificates.unwrap_or_default().iter().map(|der| der.clone().into_owned()).collect()
+    }
+
     /// The stream itself, for a library to speak on; what was read ahead must have been taken.
     pub fn into_parts(self) -> (Result<TcpStream, Box<TlsStream<TcpStream>>>, Vec<u8>) {
         match self.io {

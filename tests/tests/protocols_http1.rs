@@ -89,7 +89,8 @@ async fn names_keep_their_case_and_their_order() {
     let fields = "X-UPPER: 1\r\nx-lower: 2\r\nX-MiXeD: 3\r\nX-Twice: a\r\nX-Between: -\r\nX-Twice: b\r\n";
     client.ask(request("GET", "/", fields)).await;
     let seen = pair.app.last();
-    let ours = |(name, _): &&(String, String)| name.to_ascii_lowercase().starts_with("x-") && !name.contains("utrigger");
+    let ours =
+        |(name, _): &&(String, String)| name.to_ascii_lowercase().starts_with("x-") && !name.contains("utrigger");
     let names: Vec<&str> = seen.headers.iter().filter(ours).map(|(name, _)| name.as_str()).collect();
     for name in ["X-UPPER", "x-lower", "X-MiXeD", "X-Twice", "X-Between"] {
         assert!(names.contains(&name), "{name} among {names:?}");

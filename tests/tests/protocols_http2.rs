@@ -154,7 +154,10 @@ async fn a_failure_of_the_mesh_is_a_grpc_status() {
     assert!(message.contains("connection_refused"), "{message}");
     assert_eq!(answer.headers["proxy-status"], "catalog-1; error=connection_refused", "made by the inbound side");
     let plain = client.get("/").await.unwrap();
-    assert_eq!((plain.status.as_u16(), plain.headers["content-type"].as_bytes()), (503, &b"application/problem+json"[..]));
+    assert_eq!(
+        (plain.status.as_u16(), plain.headers["content-type"].as_bytes()),
+        (503, &b"application/problem+json"[..])
+    );
     let labels = [("grpc_status", "14"), ("code", "200")];
     eventually("counted on both sides", async || {
         let samples = near.metrics().await;

@@ -61,21 +61,26 @@ impl Backend {
         self.used.set(Instant::now());
         let current = self.view.borrow().clone();
         let changed = self.known.borrow().has_changed().unwrap_or(false);
+        // Passing through is allowed by the mesh's settings, which may have changed since.
+        let revoked = |view: &View| view.service.is_none() && worker.registry_only();
         if let Some(view) = current
             && !changed
+            && !revoked(&view)
         {
             return Ok(view);
         }
         let known = Box::pin(self.first_answer(worker)).await?;
         let previous = self.view.borrow().clone();
         let view = match &known {
-            Known::Registered(destination) => View::registered(worker, destination, previous.as_deref()),
-            Known::Unregistered => View::passthrough(worker, &self.key, previous.as_deref())?,
+            Known::Registered(destination) => Ok(View::registered(worker, destination, previous.as_deref())),
+            Known::Unregistered => View::passthrough(worker, &self.key, previous.as_deref()),
             Known::Pending => {
                 let detail = format!("the control plane has not said yet who {} is", self.key);
-                return Err(Error::own(Stage::Lookup, Reason::NotReady, detail));
+                Err(Error::own(Stage::Lookup, Reason::NotReady, detail))
             }
         };
+        // A destination that is gone takes its endpoints with it.
+        let view = view.inspect_err(|_| *self.view.borrow_mut() = None)?;
         let view = Rc::new(view);
         *self.view.borrow_mut() = Some(view.clone());
         Ok(view)

@@ -21,6 +21,7 @@ pub struct TcpRecord {
     received: Cell<u64>,
     reason: Cell<Option<Reason>>,
     detail: RefCell<Option<String>>,
+    downstream: Cell<Option<SocketAddr>>,
     upstream: Cell<Option<SocketAddr>>,
     closed: Cell<bool>,
 }
@@ -37,6 +38,7 @@ impl TcpRecord {
             received: Cell::new(0),
             reason: Cell::new(None),
             detail: RefCell::new(None),
+            downstream: Cell::new(None),
             upstream: Cell::new(None),
             closed: Cell::new(false),
         }
@@ -52,6 +54,11 @@ impl TcpRecord {
     pub fn add_received(&self, n: u64) {
         self.received.set(self.received.get() + n);
         self.edge.tcp.received_bytes.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Where the connection came from, for the access log.
+    pub fn downstream(&self, address: SocketAddr) {
+        self.downstream.set(Some(address));
     }
 
     /// Where the connection went, for the access log.
@@ -84,6 +91,7 @@ impl TcpRecord {
                 duration,
                 request_bytes: self.received.get(),
                 response_bytes: self.sent.get(),
+                downstream: self.downstream.get(),
                 upstream: self.upstream.get(),
                 detail: self.detail.take(),
                 ..Entry::of(self.edge.clone())

@@ -391,6 +391,21 @@ async fn a_failure_is_one_line_and_a_success_none() {
 }
 
 #[tokio::test]
+async fn a_refused_connection_names_its_caller() {
+    let (telemetry, sink) = telemetry();
+    let edge = telemetry.edge(&labels(Direction::Inbound, WireProtocol::Tcp));
+    let record = TcpRecord::begin(&telemetry, &edge, Instant::now());
+    record.downstream(SocketAddr::from(([10, 0, 0, 1], 4000)));
+    record.failed(Reason::MtlsRequired, || "plaintext".to_owned());
+    drop(record);
+    telemetry.flush().await;
+    let lines = sink.lines();
+    assert_eq!(lines.len(), 1);
+    assert_eq!(lines[0]["downstream"], "10.0.0.1:4000");
+    assert_eq!(lines[0]["upstream"], serde_json::Value::Null);
+}
+
+#[tokio::test]
 async fn hostile_bytes_do_not_break_a_line() {
     let (telemetry, sink) = telemetry();
     let edge = inbound(&telemetry);

@@ -11,6 +11,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::answer;
+use super::flood::{self, Flood};
 use crate::connection::{Command, Entry, State};
 use crate::net::Stream;
 use crate::outcome::Reason;
@@ -23,6 +24,14 @@ pub struct DownstreamIo {
     entry: Arc<Entry>,
     /// HTTP/1: `None` on HTTP/2, whose frames have no such states.
     http1: Option<Http1>,
+    /// HTTP/2: what the peer may send.
+    flood: Option<Box<Http2>>,
+}
+
+struct Http2 {
+    flood: Flood,
+    /// Once the peer sent too much: what the library reads instead, until it ends the connection.
+    instead: Option<VecDeque<u8>>,
 }
 
 struct Http1 {
@@ -41,12 +50,12 @@ impl DownstreamIo {
         let state = if stream.ahead().is_empty() { State::Idle } else { State::Head };
         entry.enter(state);
         let http1 = Some(Http1 { proxy, on_refusal, queue: VecDeque::new(), refused: false, answered: 0 });
-        DownstreamIo { stream, entry, http1 }
+        DownstreamIo { stream, entry, http1, flood: None }
     }
 
-    pub fn http2(stream: Stream, entry: Arc<Entry>) -> DownstreamIo {
+    pub fn http2(stream: Stream, entry: Arc<Entry>, flood: Flood) -> DownstreamIo {
         entry.enter(State::Idle);
-        DownstreamIo { stream, entry, http1: None }
+        DownstreamIo { stream, entry, http1: None, flood: Some(Box::new(Http2 { flood, instead: None })) }
     }
 
     /// The stream itself, once HTTP is over.
@@ -92,6 +101,15 @@ impl DownstreamIo {
     }
 }
 
+/// The end of it is an end of the stream; the library has closed before.
+fn instead_of_a_flood(instead: &mut VecDeque<u8>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    let (bytes, _) = instead.as_slices();
+    let count = bytes.len().min(buffer.remaining());
+    buffer.put_slice(&bytes[..count]);
+    instead.drain(..count);
+    Poll::Ready(Ok(()))
+}
+
 impl AsyncRead for DownstreamIo {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
@@ -103,8 +121,21 @@ impl AsyncRead for DownstreamIo {
             ready!(this.poll_queue(cx))?;
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
+        if let Some(http2) = &mut this.flood
+            && let Some(instead) = &mut http2.instead
+        {
+            return instead_of_a_flood(instead, buffer);
+        }
         let before = buffer.filled().len();
         ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
+        if let Some(http2) = &mut this.flood
+            && let Some(enough) = http2.flood.heard(&buffer.filled()[before..])
+        {
+            tracing::debug!(client = %this.entry.client, "too many resets or control frames: closing");
+            buffer.set_filled(before + enough);
+            let instead = http2.instead.insert(flood::make_it_calm().into());
+            return if enough == 0 { instead_of_a_flood(instead, buffer) } else { Poll::Ready(Ok(())) };
+        }
         if buffer.filled().len() > before {
             match this.entry.state() {
                 // HTTP/1: the first byte of the next head. The time of a head runs from here, not from each byte.
@@ -146,6 +177,9 @@ impl AsyncWrite for DownstreamIo {
             return Poll::Ready(Ok(length()));
         }
         let count = ready!(Pin::new(&mut this.stream).poll_write_vectored(cx, slices))?;
+        if let Some(http2) = &mut this.flood {
+            http2.flood.sent(count);
+        }
         if this.entry.state() != State::Head {
             this.entry.touch();
         }

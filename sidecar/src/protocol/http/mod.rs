@@ -4,6 +4,7 @@ mod answer;
 pub mod body;
 mod downstream_io;
 pub mod exchange;
+mod flood;
 pub mod head;
 pub mod headers;
 pub mod serve;

@@ -21,6 +21,7 @@ use super::answer;
 use super::body::ResponseBody;
 use super::downstream_io::{DownstreamIo, OnRefusal};
 use super::exchange::Session;
+use super::flood::Flood;
 use crate::connect::Local;
 use crate::connection::{Command, Entry};
 use crate::net::Stream;
@@ -61,7 +62,7 @@ pub async fn http2<F>(
     F: Future<Output = Response<ResponseBody>> + 'static,
 {
     let limits = &session.worker.limits;
-    let io = DownstreamIo::http2(stream, session.entry.clone());
+    let io = DownstreamIo::http2(stream, session.entry.clone(), Flood::new(limits, streams));
     // A mesh connection carries requests of all of the peer's clients.
     let shared = streams > limits.h2_streams_application;
     let window = if shared { limits.h2_shared_window(streams) } else { limits.h2_connection_window };
