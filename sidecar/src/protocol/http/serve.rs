@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
+use futures_util::FutureExt;
 use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
@@ -39,10 +40,8 @@ pub async fn http1<F>(
     let limits = &session.worker.limits;
     let proxy: Arc<str> = session.worker.own.instance.as_str().into();
     let io = DownstreamIo::http1(stream, session.entry.clone(), proxy, on_refusal);
-    let service = service_fn(|request| {
-        let response = respond(request);
-        async { Ok::<_, Infallible>(response.await) }
-    });
+    // Not an async block around it: that would keep room for the future twice, in every connection.
+    let service = service_fn(|request| respond(request).map(Ok::<_, Infallible>));
     let connection = http1::Builder::new()
         .preserve_header_case(true)
         .auto_date_header(false)
@@ -68,10 +67,7 @@ pub async fn http2<F>(
     let shared = streams > limits.h2_streams_application;
     let window = if shared { limits.h2_shared_window(streams) } else { limits.h2_connection_window };
     let respond = Rc::new(respond);
-    let service = service_fn(move |request| {
-        let response = respond(request);
-        async { Ok::<_, Infallible>(response.await) }
-    });
+    let service = service_fn(move |request| respond(request).map(Ok::<_, Infallible>));
     let connection = http2::Builder::new(Local)
         .timer(TokioTimer::new())
         .auto_date_header(false)
