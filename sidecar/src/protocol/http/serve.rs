@@ -40,7 +40,8 @@ pub async fn http1<F>(
     let proxy: Arc<str> = session.worker.own.instance.as_str().into();
     let io = DownstreamIo::http1(stream, session.entry.clone(), proxy, on_refusal);
     let service = service_fn(|request| {
-        let response = respond(request);
+        // On the heap by itself: the library keeps room for this future, which is large, also while nothing is asked.
+        let response = Box::pin(respond(request));
         async { Ok::<_, Infallible>(response.await) }
     });
     let connection = http1::Builder::new()
