@@ -23,9 +23,6 @@ const FLOW_CONTROL_ERROR: u32 = 3;
 const REFUSED_STREAM: u32 = 7;
 const CANCEL: [u8; 4] = 8_u32.to_be_bytes();
 
-/// Its name, the error code that it is told, and the frames of one stream.
-type Attack<'a> = (&'a str, u32, &'a dyn Fn(u32) -> Vec<u8>);
-
 /// How long a flood may go on before it must have been stopped; long, because a busy machine stops it late.
 const FLOOD: Duration = Duration::from_secs(30);
 
@@ -44,6 +41,9 @@ async fn flood(field: &Field, client: &mut Client, time: Duration, mut next: imp
     assert!(most <= Place::Mesh.streams(), "{most} requests in flight at the application");
     false
 }
+
+/// The frames of one stream.
+type Attack<'a> = &'a dyn Fn(u32) -> Vec<u8>;
 
 fn odd(count: &mut u32) -> u32 {
     let stream = *count;
@@ -95,7 +95,7 @@ async fn made_you_reset_is_told_to_calm_down() {
     let field = Field::new().await;
     let open = |stream| frame(HEADERS, END_HEADERS, stream, request("POST", "/hold"));
     // Of two of them the library ends the connection at the first.
-    let attacks: [Attack<'_>; 4] = [
+    let attacks: [(&str, u32, Attack); 4] = [
         ("WINDOW_UPDATE 0", PROTOCOL_ERROR, &|stream| [open(stream), frame(WINDOW_UPDATE, 0, stream, [0; 4])].concat()),
         ("WINDOW_UPDATE overflow", ENHANCE_YOUR_CALM, &|stream| {
             [open(stream), frame(WINDOW_UPDATE, 0, stream, 0x7fff_ffff_u32.to_be_bytes())].concat()
