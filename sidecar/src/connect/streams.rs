@@ -87,6 +87,10 @@ impl Stream {
         self.activity.moved.set(true);
     }
 
+    pub fn progress(&self) -> Progress {
+        Progress(self.activity.clone())
+    }
+
     /// True when the stream is to be ended; else the task is woken when it is.
     pub fn is_expired(&self, cx: &Context<'_>) -> bool {
         if self.activity.expired.get() {
@@ -97,6 +101,15 @@ impl Stream {
             *waker = Some(cx.waker().clone());
         }
         false
+    }
+}
+
+/// What moves a stream that somebody else holds: the body of its request.
+pub struct Progress(Rc<Activity>);
+
+impl Progress {
+    pub fn moved(&self) {
+        self.0.moved.set(true);
     }
 }
 
