@@ -17,7 +17,9 @@ type Change = fn(&mut CertificateParams);
 /// A leaf's URIs, and what else is odd about it.
 const ODD: &[(&str, &[&str], Change)] = &[
     ("no URI", &[], |_| {}),
-    ("a DNS name instead", &[], |leaf| leaf.subject_alt_names = vec![SanType::DnsName("cart.shop".try_into().unwrap())]),
+    ("a DNS name instead", &[], |leaf| {
+        leaf.subject_alt_names = vec![SanType::DnsName("cart.shop".try_into().unwrap())]
+    }),
     ("two URIs", &[CART, "spiffe://outrigger.local/ns/shop/sa/admin"], |_| {}),
     ("the same URI twice", &[CART, CART], |_| {}),
     ("another trust domain", &["spiffe://other.local/ns/shop/sa/cart"], |_| {}),
@@ -121,12 +123,18 @@ async fn an_endpoint_must_prove_the_identity_it_was_registered_with() {
     let others = [
         ("another service's", Peer::issue(&mesh, "shop", "thief", "thief-1").await),
         ("another namespace's", authority.leaf(&["spiffe://outrigger.local/ns/evil/sa/bank"], |_| {})),
-        ("the control plane's", authority.leaf(&["spiffe://outrigger.local/ns/outrigger-system/sa/control-plane"], |_| {})),
+        (
+            "the control plane's",
+            authority.leaf(&["spiffe://outrigger.local/ns/outrigger-system/sa/control-plane"], |_| {}),
+        ),
         ("a foreign authority's", Authority::new().leaf(&["spiffe://outrigger.local/ns/shop/sa/bank"], |_| {})),
-        ("an old one", authority.leaf(&["spiffe://outrigger.local/ns/shop/sa/bank"], |leaf| {
-            leaf.not_before = rcgen::date_time_ymd(2020, 1, 1);
-            leaf.not_after = rcgen::date_time_ymd(2021, 1, 1);
-        })),
+        (
+            "an old one",
+            authority.leaf(&["spiffe://outrigger.local/ns/shop/sa/bank"], |leaf| {
+                leaf.not_before = rcgen::date_time_ymd(2020, 1, 1);
+                leaf.not_after = rcgen::date_time_ymd(2021, 1, 1);
+            }),
+        ),
     ];
     for (name, other) in &others {
         let (answer, received) = tokio::join!(wire::get(near.outbound(), "/balance"), async {

@@ -110,7 +110,15 @@ impl Dialer {
         let handshake = crate::tls::connect(&material, tcp, alpn, mutual.sni.clone(), &mutual.expected, address);
         match tokio::time::timeout(self.handshake_timeout, handshake).await {
             Ok(Ok((stream, peer))) => Ok(Dialled { stream: stream.into(), peer: Some(peer) }),
-            Ok(Err(error)) => Err(failure(of_upstream(error.reason()), format!("{address}: {error}"))),
+            Ok(Err(error)) => {
+                // An endpoint that proves nothing is not the one that was meant: no fault of the caller's.
+                let reason = match error.reason() {
+                    Reason::PeerCertificate => Reason::IdentityMismatch,
+                    Reason::MtlsRequired => Reason::TlsHandshake,
+                    reason => reason,
+                };
+                Err(failure(reason, format!("{address}: {error}")))
+            }
             Err(_) => {
                 let detail = format!("{address}: the TLS handshake took longer than {:?}", self.handshake_timeout);
                 Err(failure(Reason::ConnectTimeout, detail))
@@ -123,16 +131,6 @@ impl Dialled {
     /// When a pooled connection must no longer be used: the end of the peer's certificate.
     pub fn retire_at(&self) -> Option<SystemTime> {
         self.peer.as_ref().map(|peer| peer.not_after)
-    }
-}
-
-/// An endpoint that proves nothing is not who it was registered as: a failed connect, in which the application's client
-/// has no part.
-fn of_upstream(reason: Reason) -> Reason {
-    match reason {
-        Reason::PeerCertificate => Reason::IdentityMismatch,
-        Reason::MtlsRequired => Reason::TlsHandshake,
-        other => other,
     }
 }
 
