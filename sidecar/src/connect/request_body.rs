@@ -8,6 +8,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
+use super::streams::Pulse;
 use crate::telemetry::{GrpcFrames, HttpRecord};
 
 /// Removes what a trailer section must not carry on this hop.
@@ -24,15 +25,23 @@ pub struct Streaming {
     record: Rc<HttpRecord>,
     grpc: Option<GrpcFrames>,
     trailers: TrailerFilter,
+    /// An upload that moves keeps its stream alive.
+    pulse: Pulse,
 }
 
 impl RequestBody {
-    pub fn new(incoming: Incoming, record: &Rc<HttpRecord>, grpc: bool, trailers: TrailerFilter) -> RequestBody {
+    pub fn new(
+        incoming: Incoming,
+        record: &Rc<HttpRecord>,
+        grpc: bool,
+        trailers: TrailerFilter,
+        pulse: Pulse,
+    ) -> RequestBody {
         if incoming.is_end_stream() {
             return RequestBody::Empty;
         }
         let grpc = grpc.then(GrpcFrames::default);
-        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers })
+        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers, pulse })
     }
 
     pub fn is_empty(&self) -> bool {
@@ -51,6 +60,7 @@ impl Body for RequestBody {
             Ok(frame) => frame,
             Err(error) => return Poll::Ready(Some(Err(error))),
         };
+        body.pulse.moved();
         if let Some(data) = frame.data_ref() {
             body.record.add_request_bytes(data.len() as u64);
             if let Some(grpc) = &mut body.grpc {

@@ -64,8 +64,11 @@ impl Streams {
             }
             let still = activity.still_since.get().map_or(Duration::ZERO, |since| now.duration_since(since));
             if activity.expired.get() {
-                // It was told a tick ago and is still here: its downstream takes nothing.
-                activity.entry.ask(Command::Close);
+                // It was told a tick ago and is still here: its downstream takes nothing. Where others share the
+                // connection the peer's own watchdog comes first.
+                if still > 2 * limit || !activity.entry.is_shared() {
+                    activity.entry.ask(Command::Close);
+                }
             } else if still > limit {
                 activity.expired.set(true);
                 if let Some(waker) = activity.waker.take() {
@@ -82,9 +85,23 @@ pub struct Stream {
     streams: Streams,
 }
 
+/// Says that something moved, from where the stream itself is not.
+#[derive(Clone)]
+pub struct Pulse(Rc<Activity>);
+
+impl Pulse {
+    pub fn moved(&self) {
+        self.0.moved.set(true);
+    }
+}
+
 impl Stream {
     pub fn moved(&self) {
         self.activity.moved.set(true);
+    }
+
+    pub fn pulse(&self) -> Pulse {
+        Pulse(self.activity.clone())
     }
 
     /// True when the stream is to be ended; else the task is woken when it is.
