@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use super::streams::Pulse;
+use super::streams::Progress;
 use crate::telemetry::{GrpcFrames, HttpRecord};
 
 /// Removes what a trailer section must not carry on this hop.
@@ -25,8 +25,7 @@ pub struct Streaming {
     record: Rc<HttpRecord>,
     grpc: Option<GrpcFrames>,
     trailers: TrailerFilter,
-    /// An upload that moves keeps its stream alive.
-    pulse: Pulse,
+    progress: Progress,
 }
 
 impl RequestBody {
@@ -35,13 +34,13 @@ impl RequestBody {
         record: &Rc<HttpRecord>,
         grpc: bool,
         trailers: TrailerFilter,
-        pulse: Pulse,
+        progress: Progress,
     ) -> RequestBody {
         if incoming.is_end_stream() {
             return RequestBody::Empty;
         }
         let grpc = grpc.then(GrpcFrames::default);
-        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers, pulse })
+        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers, progress })
     }
 
     pub fn is_empty(&self) -> bool {
@@ -60,7 +59,7 @@ impl Body for RequestBody {
             Ok(frame) => frame,
             Err(error) => return Poll::Ready(Some(Err(error))),
         };
-        body.pulse.moved();
+        body.progress.moved();
         if let Some(data) = frame.data_ref() {
             body.record.add_request_bytes(data.len() as u64);
             if let Some(grpc) = &mut body.grpc {

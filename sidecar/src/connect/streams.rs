@@ -85,23 +85,13 @@ pub struct Stream {
     streams: Streams,
 }
 
-/// Says that something moved, from where the stream itself is not.
-#[derive(Clone)]
-pub struct Pulse(Rc<Activity>);
-
-impl Pulse {
-    pub fn moved(&self) {
-        self.0.moved.set(true);
-    }
-}
-
 impl Stream {
     pub fn moved(&self) {
         self.activity.moved.set(true);
     }
 
-    pub fn pulse(&self) -> Pulse {
-        Pulse(self.activity.clone())
+    pub fn progress(&self) -> Progress {
+        Progress(self.activity.clone())
     }
 
     /// True when the stream is to be ended; else the task is woken when it is.
@@ -114,6 +104,15 @@ impl Stream {
             *waker = Some(cx.waker().clone());
         }
         false
+    }
+}
+
+/// What moves a stream that somebody else holds: the body of its request.
+pub struct Progress(Rc<Activity>);
+
+impl Progress {
+    pub fn moved(&self) {
+        self.0.moved.set(true);
     }
 }
 

@@ -139,7 +139,7 @@ impl Worker {
         self.table.sweep(&IdleLimits {
             head: self.limits.head_timeout,
             client_idle: self.limits.client_idle,
-            // After the streams themselves, which can still be answered; this is for a client that takes nothing.
+            // The streams come first: they can still answer. What is left then is a downstream that takes nothing.
             stream_idle: self.limits.stream_idle + 4 * self.tick(),
             tunnel_idle: self.limits.tunnel_idle,
         });

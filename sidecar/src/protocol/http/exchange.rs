@@ -118,7 +118,7 @@ impl Exchange {
         let body = match outgoing.body {
             Some(body) => {
                 let grpc = self.protocol == WireProtocol::Grpc;
-                RequestBody::new(body, &self.record, grpc, headers::clean_trailers, self.stream.pulse())
+                RequestBody::new(body, &self.record, grpc, headers::clean_trailers, self.stream.progress())
             }
             None => RequestBody::Empty,
         };
