@@ -81,6 +81,9 @@ pub struct About {
     pub mtls: bool,
 }
 
+/// Interim answers that wait, in bytes: the largest head fits.
+const MAX_INTERIM: usize = 64 * 1024;
+
 /// One open connection. Shared between its task, the watchdog and the admin thread; every field that changes while
 /// requests flow is an atomic that only its own worker writes.
 #[derive(Debug)]
@@ -161,9 +164,15 @@ impl Entry {
         self.waker.register(waker);
     }
 
-    /// Queues an interim answer; written ahead of the final one.
+    /// Queues an interim answer; written ahead of the final one. What a client does not take is not kept for ever:
+    /// beyond a bound interim answers are left out.
     pub fn push_interim(&self, head: &[u8]) {
-        self.interim.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(head);
+        let mut interim = self.interim.lock().unwrap_or_else(PoisonError::into_inner);
+        if interim.len() + head.len() > MAX_INTERIM {
+            return;
+        }
+        interim.extend_from_slice(head);
+        drop(interim);
         self.has_interim.store(true, Relaxed);
         self.waker.wake();
     }
@@ -291,7 +300,8 @@ impl Table {
                 State::Opening => {}
                 State::Idle if idle > limits.client_idle => entry.ask(Command::Finish),
                 State::Head if idle > limits.head => entry.ask(Command::HeadTimeout),
-                State::Busy if idle > limits.stream_idle => entry.ask(Command::Close),
+                // Each stream is watched by itself and gets an answer; this is for what that could not end.
+                State::Busy if idle > limits.stream_idle * 2 => entry.ask(Command::Close),
                 State::Tunnel if idle > limits.tunnel_idle => entry.ask(Command::Close),
                 State::Idle | State::Head | State::Busy | State::Tunnel => {}
             }

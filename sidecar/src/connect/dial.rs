@@ -57,11 +57,13 @@ impl OwnListeners {
     /// True when a connection to `target` would end at this sidecar: a loop, or a way to its admin port.
     fn contain(&self, target: SocketAddr) -> bool {
         let listeners = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // An IPv4 address in IPv6 clothes leads to the same socket.
+        let ip = target.ip().to_canonical();
         listeners.iter().any(|own| {
             own.port() == target.port()
-                && (own.ip() == target.ip()
-                    || target.ip().is_unspecified()
-                    || (own.ip().is_unspecified() && net::is_local(target.ip())))
+                && (own.ip().to_canonical() == ip
+                    || ip.is_unspecified()
+                    || (own.ip().is_unspecified() && net::is_local(ip)))
         })
     }
 }
@@ -105,9 +107,12 @@ impl Dialer {
             retry: Retry::Never,
             ..Error::own(Stage::Connect, Reason::NotReady, "no certificate yet")
         })?;
-        // The semaphore is never closed; a closed one would only mean no bound.
-        let _place = self.handshakes.acquire().await.ok();
-        let handshake = crate::tls::connect(&material, tcp, alpn, mutual.sni.clone(), &mutual.expected, address);
+        // Waiting for a place counts: endpoints that never finish a handshake must not hold up the others for ever.
+        let handshake = async {
+            // The semaphore is never closed; a closed one would only mean no bound.
+            let _place = self.handshakes.acquire().await.ok();
+            crate::tls::connect(&material, tcp, alpn, mutual.sni.clone(), &mutual.expected, address).await
+        };
         match tokio::time::timeout(self.handshake_timeout, handshake).await {
             Ok(Ok((stream, peer))) => Ok(Dialled { stream: stream.into(), peer: Some(peer) }),
             Ok(Err(error)) => Err(failure(error.reason(), format!("{address}: {error}"))),
@@ -132,6 +137,10 @@ fn failure(reason: Reason, detail: String) -> Error {
 
 fn refused(address: SocketAddr, error: &std::io::Error) -> Error {
     use std::io::ErrorKind;
+    // What this machine has run out of, descriptors or memory, says nothing about the endpoint.
+    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)) {
+        return Error::own(Stage::Connect, Reason::Overloaded, format!("{address}: {error}"));
+    }
     let reason = match error.kind() {
         ErrorKind::ConnectionRefused => Reason::ConnectionRefused,
         ErrorKind::TimedOut => Reason::ConnectTimeout,

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
+use super::streams::Progress;
 use crate::telemetry::{GrpcFrames, HttpRecord};
 
 /// Removes what a trailer section must not carry on this hop.
@@ -24,15 +25,22 @@ pub struct Streaming {
     record: Rc<HttpRecord>,
     grpc: Option<GrpcFrames>,
     trailers: TrailerFilter,
+    progress: Progress,
 }
 
 impl RequestBody {
-    pub fn new(incoming: Incoming, record: &Rc<HttpRecord>, grpc: bool, trailers: TrailerFilter) -> RequestBody {
+    pub fn new(
+        incoming: Incoming,
+        record: &Rc<HttpRecord>,
+        grpc: bool,
+        trailers: TrailerFilter,
+        progress: Progress,
+    ) -> RequestBody {
         if incoming.is_end_stream() {
             return RequestBody::Empty;
         }
         let grpc = grpc.then(GrpcFrames::default);
-        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers })
+        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers, progress })
     }
 
     pub fn is_empty(&self) -> bool {
@@ -49,8 +57,12 @@ impl Body for RequestBody {
         let Some(frame) = ready!(Pin::new(&mut body.incoming).poll_frame(cx)) else { return Poll::Ready(None) };
         let mut frame = match frame {
             Ok(frame) => frame,
-            Err(error) => return Poll::Ready(Some(Err(error))),
+            Err(error) => {
+                body.progress.broke_off();
+                return Poll::Ready(Some(Err(error)));
+            }
         };
+        body.progress.moved();
         if let Some(data) = frame.data_ref() {
             body.record.add_request_bytes(data.len() as u64);
             if let Some(grpc) = &mut body.grpc {
