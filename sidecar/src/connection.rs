@@ -104,6 +104,8 @@ pub struct Entry {
     has_interim: AtomicBool,
     /// Requests that began on it.
     requests: AtomicU64,
+    /// Clock of the table, milliseconds: when the peer's proof of who it is ends.
+    retire_at: AtomicU64,
 }
 
 /// Milliseconds since the table began, set by the watchdog's tick, so that nobody on the walk reads a clock for it.
@@ -137,6 +139,12 @@ impl Entry {
     /// Bytes moved.
     pub fn touch(&self) {
         self.since.store(self.clock.now.load(Relaxed), Relaxed);
+    }
+
+    /// HTTP on this connection is to end, gracefully, after this time.
+    pub fn retire_after(&self, left: Duration) {
+        let left = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+        self.retire_at.store(self.clock.now.load(Relaxed).saturating_add(left), Relaxed);
     }
 
     pub fn describe(&self, change: impl FnOnce(&mut About)) {
@@ -277,6 +285,7 @@ impl Table {
             interim: Mutex::default(),
             has_interim: AtomicBool::new(false),
             requests: AtomicU64::new(0),
+            retire_at: AtomicU64::new(u64::MAX),
         });
         self.entries().insert(entry.id, entry.clone());
         Some(Registered { entry, table: self.clone() })
@@ -298,6 +307,12 @@ impl Table {
             let idle = Duration::from_millis(now.saturating_sub(entry.since.load(Relaxed)));
             match entry.state() {
                 State::Opening => {}
+                // The watchdog goes on, for what does not finish.
+                State::Idle | State::Head | State::Busy
+                    if now > entry.retire_at.load(Relaxed) && entry.command() == Command::Run =>
+                {
+                    entry.ask(Command::Finish);
+                }
                 State::Idle if idle > limits.client_idle => entry.ask(Command::Finish),
                 State::Head if idle > limits.head => entry.ask(Command::HeadTimeout),
                 // Each stream is watched by itself and gets an answer; this is for what that could not end.

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use http::{HeaderValue, Request, Response};
 use hyper::body::Incoming;
@@ -30,6 +30,9 @@ use crate::protocol::opaque::{self, CopyError};
 use crate::protocol::peek::{self, First, Peeked};
 use crate::telemetry::{self, Direction, Edge, EdgeLabels, TcpRecord, UNKNOWN, WireProtocol};
 use crate::tls::{self, Hello, MeshAlpn, Peer};
+
+/// How long after the end of the caller's certificate its connection is told to finish.
+const RETIRE_GRACE: Duration = Duration::from_secs(5);
 
 /// Serves one connection of a peer to the application at `application`.
 pub async fn serve(worker: Rc<Worker>, application: SocketAddr, stream: Stream, registered: Rc<Registered>) {
@@ -195,6 +198,9 @@ impl Walk {
             about.principal = Some(peer.identity.to_string());
             about.mtls = true;
         });
+        // The caller stops using the connection by itself when its certificate ends; this is for one that does not.
+        let left = peer.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+        self.registered.retire_after(left + RETIRE_GRACE);
         let alpn = peer.alpn;
         self.caller.peer = Some(peer);
         match alpn {

@@ -33,6 +33,8 @@ pub struct MutualTls {
 pub struct Dialled {
     pub stream: Stream,
     pub peer: Option<Peer>,
+    /// When the certificate that we showed ends.
+    own_not_after: Option<SystemTime>,
 }
 
 /// One worker's way out. Bounds the handshakes that run at once.
@@ -101,7 +103,7 @@ impl Dialer {
             }
         };
         let Some(mutual) = &target.tls else {
-            return Ok(Dialled { stream: tcp.into(), peer: None });
+            return Ok(Dialled { stream: tcp.into(), peer: None, own_not_after: None });
         };
         let material = self.tls.current().ok_or_else(|| Error {
             retry: Retry::Never,
@@ -114,7 +116,10 @@ impl Dialer {
             crate::tls::connect(&material, tcp, alpn, mutual.sni.clone(), &mutual.expected, address).await
         };
         match tokio::time::timeout(self.handshake_timeout, handshake).await {
-            Ok(Ok((stream, peer))) => Ok(Dialled { stream: stream.into(), peer: Some(peer) }),
+            Ok(Ok((stream, peer))) => {
+                let own_not_after = Some(material.credential().not_after());
+                Ok(Dialled { stream: stream.into(), peer: Some(peer), own_not_after })
+            }
             Ok(Err(error)) => Err(failure(error.reason(), format!("{address}: {error}"))),
             Err(_) => {
                 let detail = format!("{address}: the TLS handshake took longer than {:?}", self.handshake_timeout);
@@ -125,9 +130,10 @@ impl Dialer {
 }
 
 impl Dialled {
-    /// When a pooled connection must no longer be used: the end of the peer's certificate.
+    /// When a pooled connection must no longer be used: the end of the peer's certificate or of our own, with which
+    /// the peer knows us, whichever is first.
     pub fn retire_at(&self) -> Option<SystemTime> {
-        self.peer.as_ref().map(|peer| peer.not_after)
+        self.peer.as_ref().map(|peer| self.own_not_after.map_or(peer.not_after, |own| own.min(peer.not_after)))
     }
 }
 
