@@ -315,8 +315,7 @@ impl Table {
                 }
                 State::Idle if idle > limits.client_idle => entry.ask(Command::Finish),
                 State::Head if idle > limits.head => entry.ask(Command::HeadTimeout),
-                // Each stream is watched by itself and gets an answer; this is for what that could not end.
-                State::Busy if idle > limits.stream_idle * 2 => entry.ask(Command::Close),
+                State::Busy if idle > limits.stream_idle => entry.ask(Command::Close),
                 State::Tunnel if idle > limits.tunnel_idle => entry.ask(Command::Close),
                 State::Idle | State::Head | State::Busy | State::Tunnel => {}
             }
