@@ -8,7 +8,7 @@ use outrigger_control_plane::admin::view::{Sidecar, Status};
 use outrigger_runtime::stdout;
 
 use crate::fetch;
-use crate::table::{Align, Table, span};
+use crate::table::{Align, Table, printable, span};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -76,7 +76,7 @@ fn text(status: &Status, now: u64) -> Vec<String> {
         lines.push(String::new());
         lines.extend(wrong);
     }
-    lines
+    lines.into_iter().map(printable).collect()
 }
 
 fn configuration(status: &Status) -> String {

@@ -23,7 +23,7 @@ impl Table {
 
     /// One text per column; what is missing is empty.
     pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        self.rows.push(cells.into_iter().collect());
+        self.rows.push(cells.into_iter().map(printable).collect());
     }
 
     /// The heading first, then a line per row, without line ends and without trailing blanks.
@@ -45,6 +45,11 @@ impl Table {
         });
         cells.collect::<Vec<_>>().join(GAP).trim_end().to_owned()
     }
+}
+
+/// What a sidecar said of itself may be anything; a terminal acts on control characters.
+pub(crate) fn printable(text: String) -> String {
+    if text.contains(char::is_control) { text.replace(char::is_control, "\u{fffd}") } else { text }
 }
 
 /// Seconds as a person reads them: `0.85 ms`, `12.3 ms`, `1.25 s`; `-` for what is not known.
@@ -91,6 +96,13 @@ mod tests {
         table.row(["load -> web".to_owned(), "50.0".to_owned(), "yes".to_owned()]);
         table.row(["a".to_owned(), "1000.0".to_owned()]);
         assert_eq!(table.lines(), ["EDGE           RATE  MTLS", "load -> web    50.0  yes", "a            1000.0"]);
+    }
+
+    #[test]
+    fn what_a_terminal_would_act_on_is_not_printed() {
+        let mut table = Table::new(&[("SIDECAR", Align::Left)]);
+        table.row(["a\u{1b}[2J\nb".to_owned()]);
+        assert_eq!(table.lines(), ["SIDECAR", "a\u{fffd}[2J\u{fffd}b"]);
     }
 
     #[test]

@@ -81,6 +81,9 @@ pub struct About {
     pub mtls: bool,
 }
 
+/// Interim answers that wait, in bytes: the largest head fits.
+const MAX_INTERIM: usize = 64 * 1024;
+
 /// One open connection. Shared between its task, the watchdog and the admin thread; every field that changes while
 /// requests flow is an atomic that only its own worker writes.
 #[derive(Debug)]
@@ -101,6 +104,8 @@ pub struct Entry {
     has_interim: AtomicBool,
     /// Requests that began on it.
     requests: AtomicU64,
+    /// Clock of the table, milliseconds: when the peer's proof of who it is ends.
+    retire_at: AtomicU64,
 }
 
 /// Milliseconds since the table began, set by the watchdog's tick, so that nobody on the walk reads a clock for it.
@@ -136,14 +141,14 @@ impl Entry {
         self.since.store(self.clock.now.load(Relaxed), Relaxed);
     }
 
-    pub fn describe(&self, change: impl FnOnce(&mut About)) {
-        change(&mut self.about.lock().unwrap_or_else(PoisonError::into_inner));
+    /// HTTP on this connection is to end, gracefully, after this time.
+    pub fn retire_after(&self, left: Duration) {
+        let left = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+        self.retire_at.store(self.clock.now.load(Relaxed).saturating_add(left), Relaxed);
     }
 
-    /// A mesh connection with HTTP/2 carries requests of many clients: closing it for one of them harms the others.
-    pub fn is_shared(&self) -> bool {
-        let about = self.about.lock().unwrap_or_else(PoisonError::into_inner);
-        about.mtls && about.protocol == "http2"
+    pub fn describe(&self, change: impl FnOnce(&mut About)) {
+        change(&mut self.about.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     pub fn command(&self) -> Command {
@@ -167,9 +172,15 @@ impl Entry {
         self.waker.register(waker);
     }
 
-    /// Queues an interim answer; written ahead of the final one.
+    /// Queues an interim answer; written ahead of the final one. What a client does not take is not kept for ever:
+    /// beyond a bound interim answers are left out.
     pub fn push_interim(&self, head: &[u8]) {
-        self.interim.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(head);
+        let mut interim = self.interim.lock().unwrap_or_else(PoisonError::into_inner);
+        if interim.len() + head.len() > MAX_INTERIM {
+            return;
+        }
+        interim.extend_from_slice(head);
+        drop(interim);
         self.has_interim.store(true, Relaxed);
         self.waker.wake();
     }
@@ -274,6 +285,7 @@ impl Table {
             interim: Mutex::default(),
             has_interim: AtomicBool::new(false),
             requests: AtomicU64::new(0),
+            retire_at: AtomicU64::new(u64::MAX),
         });
         self.entries().insert(entry.id, entry.clone());
         Some(Registered { entry, table: self.clone() })
@@ -295,6 +307,12 @@ impl Table {
             let idle = Duration::from_millis(now.saturating_sub(entry.since.load(Relaxed)));
             match entry.state() {
                 State::Opening => {}
+                // The watchdog goes on, for what does not finish.
+                State::Idle | State::Head | State::Busy
+                    if now > entry.retire_at.load(Relaxed) && entry.command() == Command::Run =>
+                {
+                    entry.ask(Command::Finish);
+                }
                 State::Idle if idle > limits.client_idle => entry.ask(Command::Finish),
                 State::Head if idle > limits.head => entry.ask(Command::HeadTimeout),
                 State::Busy if idle > limits.stream_idle => entry.ask(Command::Close),

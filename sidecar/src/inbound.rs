@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
 use http::{HeaderValue, Request, Response};
 use hyper::body::Incoming;
@@ -30,6 +30,9 @@ use crate::protocol::opaque::{self, CopyError};
 use crate::protocol::peek::{self, First, Peeked};
 use crate::telemetry::{self, Direction, Edge, EdgeLabels, TcpRecord, UNKNOWN, WireProtocol};
 use crate::tls::{self, Hello, MeshAlpn, Peer};
+
+/// How long after the end of the caller's certificate its connection is told to finish.
+const RETIRE_GRACE: Duration = Duration::from_secs(5);
 
 /// Serves one connection of a peer to the application at `application`.
 pub async fn serve(worker: Rc<Worker>, application: SocketAddr, stream: Stream, registered: Rc<Registered>) {
@@ -81,9 +84,23 @@ impl Walk {
         if self.mode == MtlsMode::Disable {
             return self.plaintext(stream).await;
         }
-        match self.hello(&mut stream).await {
-            Ok(Arrived::Mesh(hello)) => self.mutual(stream, *hello).await,
-            Ok(Arrived::ForeignTls) => {
+        let limits = self.worker.limits.clone();
+        let first = if self.mode == MtlsMode::Strict { limits.handshake_timeout } else { limits.detect_wait };
+        match self.hello(&mut stream, first).await {
+            Ok(Arrived::Silent) if self.mode == MtlsMode::Strict => {
+                let error = Error::downstream(Stage::Detect, Reason::MtlsRequired, "no ClientHello in time");
+                Err((error, Some(stream)))
+            }
+            Ok(Arrived::Silent) => self.late(stream).await,
+            Ok(arrived) => self.arrived(stream, arrived).await,
+            Err(error) => Err((error, Some(stream))),
+        }
+    }
+
+    async fn arrived(&mut self, mut stream: Stream, arrived: Arrived) -> Result<(), Refused> {
+        match arrived {
+            Arrived::Mesh(hello) => self.mutual(stream, *hello).await,
+            Arrived::ForeignTls => {
                 let permit = match policy::admit(self.mode, Arrival::ForeignTls) {
                     Ok(permit) => permit,
                     Err(error) => {
@@ -95,25 +112,21 @@ impl Walk {
                 self.count_detected(telemetry::Detected::Tls);
                 self.opaque(stream, WireProtocol::Tls, permit).await
             }
-            Ok(Arrived::Plaintext) => self.plaintext(stream).await,
-            Ok(Arrived::Left) => Ok(()),
-            Err(error) => Err((error, Some(stream))),
+            Arrived::Plaintext => self.plaintext(stream).await,
+            Arrived::Left | Arrived::Silent => Ok(()),
         }
     }
 
     /// Reads until it is known whether this is a sidecar's ClientHello. On a port that takes plaintext too, a silent
-    /// client is one that waits for the server.
-    async fn hello(&self, stream: &mut Stream) -> Result<Arrived, Error> {
-        let limits = &self.worker.limits;
-        let first = if self.mode == MtlsMode::Strict { limits.handshake_timeout } else { limits.detect_wait };
-        match tokio::time::timeout(first, stream.read_ahead()).await {
-            Ok(Ok(0)) => return Ok(Arrived::Left),
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => return Err(peek::left(&error)),
-            Err(_) if self.mode == MtlsMode::Strict => {
-                return Err(Error::downstream(Stage::Detect, Reason::MtlsRequired, "no ClientHello in time"));
+    /// client may be one that waits for the server, or a sidecar that is slow.
+    async fn hello(&self, stream: &mut Stream, first: Duration) -> Result<Arrived, Error> {
+        if stream.ahead().is_empty() {
+            match tokio::time::timeout(first, stream.read_ahead()).await {
+                Ok(Ok(0)) => return Ok(Arrived::Left),
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return Err(peek::left(&error)),
+                Err(_) => return Ok(Arrived::Silent),
             }
-            Err(_) => return Ok(Arrived::Plaintext),
         }
         let whole = async {
             loop {
@@ -129,9 +142,45 @@ impl Walk {
                 }
             }
         };
-        tokio::time::timeout(limits.handshake_timeout, whole).await.unwrap_or_else(|_| {
+        tokio::time::timeout(self.worker.limits.handshake_timeout, whole).await.unwrap_or_else(|_| {
             Err(Error::downstream(Stage::Detect, Reason::TlsHandshake, "the ClientHello did not end in time"))
         })
+    }
+
+    /// A client that was silent on a PERMISSIVE port. Where HTTP is declared it speaks first, whenever that is; else the
+    /// application may, and is opened. Whatever comes first from the client may still be a sidecar's hello.
+    async fn late(&mut self, mut stream: Stream) -> Result<(), Refused> {
+        if matches!(self.declared, Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc)) {
+            let idle = self.worker.limits.client_idle;
+            return match self.hello(&mut stream, idle).await {
+                Ok(arrived) => self.arrived(stream, arrived).await,
+                Err(error) => Err((error, Some(stream))),
+            };
+        }
+        let permit = match policy::admit(self.mode, Arrival::Plaintext) {
+            Ok(permit) => permit,
+            Err(error) => return Err((error, Some(stream))),
+        };
+        let mut upstream = match self.dial(permit).await {
+            Ok(upstream) => upstream,
+            Err(error) => return Err((error, Some(stream))),
+        };
+        match peek::who_speaks(&mut stream, &mut upstream, self.worker.limits.tunnel_idle).await {
+            Ok(First::Server) => {
+                self.count_detected(telemetry::Detected::ServerFirst);
+                let protocol = if self.declared == Some(Protocol::Tls) { WireProtocol::Tls } else { WireProtocol::Tcp };
+                self.copy(stream, upstream, protocol).await;
+                Ok(())
+            }
+            Ok(First::Client) => {
+                drop(upstream);
+                match self.hello(&mut stream, Duration::ZERO).await {
+                    Ok(arrived) => self.arrived(stream, arrived).await,
+                    Err(error) => Err((error, Some(stream))),
+                }
+            }
+            Ok(First::Nobody) | Err(_) => Ok(()),
+        }
     }
 
     /// A sidecar: prove who it is, then serve what its ALPN id says, as far as the port allows.
@@ -149,6 +198,9 @@ impl Walk {
             about.principal = Some(peer.identity.to_string());
             about.mtls = true;
         });
+        // The caller stops using the connection by itself when its certificate ends; this is for one that does not.
+        let left = peer.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+        self.registered.retire_after(left + RETIRE_GRACE);
         let alpn = peer.alpn;
         self.caller.peer = Some(peer);
         match alpn {
@@ -287,7 +339,7 @@ impl Walk {
             Ok(upstream) => upstream,
             Err(error) => return Err((error, Some(stream))),
         };
-        match peek::who_speaks(&mut stream, &mut upstream).await {
+        match peek::who_speaks(&mut stream, &mut upstream, self.worker.limits.tunnel_idle).await {
             Ok(First::Server) => {
                 self.count_detected(telemetry::Detected::ServerFirst);
                 self.copy(stream, upstream, WireProtocol::Tcp).await;
@@ -342,6 +394,8 @@ enum Arrived {
     Mesh(Box<Accepted>),
     ForeignTls,
     Plaintext,
+    /// Not a byte so far.
+    Silent,
     Left,
 }
 
@@ -401,7 +455,11 @@ async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<In
     let request = exchange.request(outgoing);
     match exchange.patiently(service.lane.send(request)).await {
         Ok(Ok(answered)) => exchange.answer(answered, None),
-        Ok(Err(Unsent { error, .. })) | Err(error) => exchange.refuse(&error),
+        Ok(Err(Unsent { error, .. })) => {
+            let error = exchange.fault(error);
+            exchange.refuse(&error)
+        }
+        Err(error) => exchange.refuse(&error),
     }
 }
 

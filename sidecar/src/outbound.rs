@@ -19,7 +19,7 @@ use crate::connect::lane::{Answered, Framing, Unsent};
 use crate::connect::worker::Worker;
 use crate::connection::{Registered, State};
 use crate::net::Stream;
-use crate::outcome::{Error, Reason, Retry, Stage};
+use crate::outcome::{Error, Reason, Retry, Side, Stage};
 use crate::policy::{self, Permit};
 use crate::protocol::detect::Detected;
 use crate::protocol::http::body::{Measured, ResponseBody};
@@ -183,11 +183,20 @@ async fn forward(
                 return Ok((answered, measured));
             }
             Err(Unsent { error, request: unsent }) => {
-                load.finish(worker.now(), exchange.elapsed(), Outcome::ConnectError);
+                let error = exchange.fault(error);
+                load.finish(worker.now(), exchange.elapsed(), blame(&error));
                 exchange.record.attempt_failed(error.reason, Instant::now());
                 request = tried.again(index, error, unsent)?;
             }
         }
+    }
+}
+
+/// Only what the endpoint did wrong counts against it.
+fn blame(error: &Error) -> Outcome {
+    match error.side {
+        Side::Upstream => Outcome::ConnectError,
+        Side::Downstream | Side::Own => Outcome::Cancelled,
     }
 }
 
@@ -276,7 +285,7 @@ async fn dial(worker: &Rc<Worker>, view: &View, _permit: Permit) -> Result<Opene
                 return Ok(Opened { dialled, slot, _load: load, _hold: worker.drain.hold() });
             }
             Err(error) => {
-                load.connected(worker.now(), Outcome::ConnectError);
+                load.connected(worker.now(), blame(&error));
                 tried.again(index, error, Some(()))?;
             }
         }
@@ -326,7 +335,7 @@ async fn silent(
         Ok(opened) => opened,
         Err(error) => return refuse_connection(worker, Some(&view), &stream, &error),
     };
-    match peek::who_speaks(&mut stream, &mut opened.dialled.stream).await {
+    match peek::who_speaks(&mut stream, &mut opened.dialled.stream, worker.limits.tunnel_idle).await {
         Ok(First::Server) => {
             worker.telemetry.detected(telemetry::Detected::ServerFirst);
             copy(worker, &view, stream, opened, registered, WireProtocol::Tcp).await;
@@ -453,8 +462,10 @@ async fn destination(worker: &Worker, parts: &http::request::Parts) -> Result<Rc
         return Err(Error::own(Stage::Lookup, Reason::NotRegistered, detail));
     }
     let unknown = |detail: String| Error::own(Stage::Lookup, Reason::UnknownDestination, detail);
-    let mut addresses =
-        tokio::net::lookup_host((host, port)).await.map_err(|error| unknown(format!("{host}: {error}")))?;
+    let budget = worker.limits.connect_budget;
+    let resolving = tokio::time::timeout(budget, tokio::net::lookup_host((host, port)));
+    let resolved = resolving.await.map_err(|_| unknown(format!("{host}: no answer within {budget:?}")))?;
+    let mut addresses = resolved.map_err(|error| unknown(format!("{host}: {error}")))?;
     let address = addresses.next().ok_or_else(|| unknown(format!("{host} has no address")))?;
     Ok(worker.backend(&Key::Address(address)))
 }

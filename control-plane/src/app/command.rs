@@ -46,7 +46,7 @@ pub fn command(
     let code = match runtime.block_on(run(&args)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(RunError::Start(error)) => complain(name, &error, error.exit_code()),
-        Err(RunError::Signals(error)) => complain(name, &error, 1),
+        Err(error @ (RunError::Signals(_) | RunError::Ended)) => complain(name, &error, 1),
     };
     end(&logs);
     code
@@ -58,19 +58,25 @@ enum RunError {
     Start(#[from] StartError),
     #[error("signals: {0}")]
     Signals(#[from] std::io::Error),
+    #[error("a part of the control plane ended before its time; the log says why")]
+    Ended,
 }
 
 async fn run(args: &Args) -> Result<(), RunError> {
     let mut signals = Signals::listen()?;
-    let control_plane = ControlPlane::start(args).await?;
+    let mut control_plane = ControlPlane::start(args).await?;
     stdout::listening("grpc", control_plane.grpc_address());
     stdout::listening("admin", control_plane.admin_address());
     stdout::ready();
     loop {
-        match signals.next().await {
-            Signal::Reload => control_plane.reload(),
-            Signal::Drain => break,
-            Signal::End => return Ok(()),
+        tokio::select! {
+            signal = signals.next() => match signal {
+                Signal::Reload => control_plane.reload(),
+                Signal::Drain => break,
+                Signal::End => return Ok(()),
+            },
+            // What started this process starts it again; without a listener it would only look alive.
+            () = control_plane.broken() => return Err(RunError::Ended),
         }
     }
     tokio::select! {

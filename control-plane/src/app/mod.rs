@@ -176,6 +176,13 @@ impl ControlPlane {
         self.refresh.notify_one();
     }
 
+    /// Resolves when one of the tasks that run to the end has ended, by a panic most likely. Cancel safe.
+    pub async fn broken(&mut self) {
+        if self.tasks.join_next().await.is_none() {
+            std::future::pending::<()>().await;
+        }
+    }
+
     /// Ends every stream, writes the leases and returns when everything has ended.
     pub async fn shutdown(mut self) {
         let _ = self.stop.send(true);

@@ -17,8 +17,9 @@ use super::server::{Control, Shared};
 use super::tls::{Peer, PeerCertificate};
 use crate::registry::InstanceId;
 
-/// Keys that one sidecar may subscribe to.
-const MAX_SUBSCRIPTIONS: usize = 10_000;
+/// Keys that one sidecar may subscribe to. More than the 10,000 destinations and the own workload that a sidecar knows
+/// at once: whoever exceeds it loses the stream, and would lose it again after each reconnect.
+const MAX_SUBSCRIPTIONS: usize = 16_384;
 /// Updates that wait for a sidecar's window; the rest waits as marks.
 const IN_FLIGHT: usize = 16;
 

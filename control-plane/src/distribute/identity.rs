@@ -107,6 +107,11 @@ fn prove(
     let trust_domain = control.authority.trust_domain();
     match &peer.certificate {
         Some(certificate) if proof.trim().is_empty() => {
+            // It was valid in the handshake; the connection may be older than its end.
+            if certificate.not_after <= now {
+                let message = "the certificate of this connection has expired; connect again, with a join token";
+                return Err(Refusal::new(Code::Unauthenticated, "certificate_expired", message));
+            }
             if certificate.workload != workload {
                 let message = format!(
                     "the current certificate is of workload {:?}; a renewal cannot be for {workload:?}",

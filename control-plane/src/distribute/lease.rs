@@ -71,6 +71,10 @@ async fn hold(
                     Ok(id) => id,
                     Err(status) => return Some(status),
                 };
+                // One stream holds one lease: under another name the first would be nobody's, and stay for ever.
+                if let Some(before) = registered.take_if(|before| *before != id) {
+                    control.publisher.withdraw(&before, number);
+                }
                 let answer = register(control, &id, certificate, peer, number, &registration);
                 *registered = Some(id);
                 answer

@@ -145,6 +145,13 @@ async fn from_token_to_endpoint_and_back() {
     assert_eq!(identity.as_str(), "spiffe://outrigger.local/ns/shop/sa/cart");
     watch.answer(&there, "no such protocol").await;
 
+    // The stream is one lease: under another name it leaves no ghost.
+    server.name = "cart-2".to_owned();
+    assert_eq!(lease.register(&server, "cart").await.refusal, "");
+    let renamed = |known: &snapshot::Destination| known.endpoints.iter().any(|one| one.instance == "cart-2");
+    let there = watch.until(|destination| destination.is_some_and(renamed)).await;
+    assert_eq!(destination(&there).unwrap().endpoints.len(), 1);
+
     lease.say(lease_request::Kind::Withdraw(Withdraw {})).await;
     let gone = watch.until(|destination| destination.is_some_and(|known| known.endpoints.is_empty())).await;
     assert!(gone.version > there.version);

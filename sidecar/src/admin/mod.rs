@@ -184,6 +184,7 @@ fn destination(key: &outrigger_api::snapshot::Key, known: &Known) -> Value {
     match known {
         Known::Pending => json!({"key": key.to_string(), "state": "pending"}),
         Known::Unregistered => json!({"key": key.to_string(), "state": "unregistered"}),
+        Known::Untold => json!({"key": key.to_string(), "state": "untold"}),
         Known::Registered(destination) => {
             let endpoints: Vec<_> = destination
                 .endpoints

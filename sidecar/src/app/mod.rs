@@ -40,6 +40,7 @@ pub struct Sidecar {
     budget: Budget,
     quit: Arc<Notify>,
     threads: Vec<JoinHandle<()>>,
+    ended: watch::Receiver<Option<String>>,
 }
 
 /// What is bound before anything runs.
@@ -106,7 +107,8 @@ impl Sidecar {
             drain: drain.handle(),
         };
         let lease = lease(&config, &bound);
-        let mut threads = start_workers(&shared, &tables, bound.data, &own_listeners, socket, &hearts)?;
+        let (ending, ended) = watch::channel(None);
+        let mut threads = start_workers(&shared, &tables, bound.data, &own_listeners, socket, &hearts, &ending)?;
         let renew = Arc::new(Notify::new());
         let quit = Arc::new(Notify::new());
         let admin = Admin {
@@ -135,8 +137,8 @@ impl Sidecar {
             admin,
             listeners: [bound.admin, bound.metrics, bound.health],
         };
-        threads.push(thread("control", move || control.run())?);
-        Ok(Sidecar { listening: bound.listening, readiness, drain, budget, quit, threads })
+        threads.push(thread("control", &ending, move || control.run())?);
+        Ok(Sidecar { listening: bound.listening, readiness, drain, budget, quit, threads, ended })
     }
 
     /// `name` and address of every listener, in the order of the documentation.
@@ -156,6 +158,21 @@ impl Sidecar {
     /// Resolves when `/quitquitquit` asks for the end.
     pub async fn asked_to_quit(&self) {
         self.quit.notified().await;
+    }
+
+    /// Resolves with its name when a thread has ended before its time.
+    pub async fn broken(&self) -> String {
+        let mut ended = self.ended.clone();
+        loop {
+            if let Some(name) = ended.borrow_and_update().clone()
+                && self.drain.handle().state() < State::Done
+            {
+                return name;
+            }
+            if ended.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
     }
 
     /// Drains within the budget. Says how many connections were cut.
@@ -242,6 +259,7 @@ fn start_workers(
     own_listeners: &OwnListeners,
     socket: SocketOptions,
     hearts: &Heartbeats,
+    ending: &watch::Sender<Option<String>>,
 ) -> anyhow::Result<Vec<JoinHandle<()>>> {
     let (inboxes, receivers): (Vec<_>, Vec<_>) = tables.iter().map(|_| mpsc::unbounded_channel()).unzip();
     let inboxes: Arc<[_]> = inboxes.into();
@@ -263,21 +281,37 @@ fn start_workers(
             socket,
             heart: hearts.register(name.clone()),
         };
-        threads.push(thread(&name, move || worker::run(start))?);
+        threads.push(thread(&name, ending, move || worker::run(start))?);
     }
     Ok(threads)
 }
 
-fn thread(name: &str, body: impl FnOnce() -> io::Result<()> + Send + 'static) -> anyhow::Result<JoinHandle<()>> {
-    let owned = name.to_owned();
+fn thread(
+    name: &str,
+    ending: &watch::Sender<Option<String>>,
+    body: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> anyhow::Result<JoinHandle<()>> {
+    let end = Ended { name: name.to_owned(), ending: ending.clone() };
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(move || {
             if let Err(error) = body() {
-                tracing::error!(%error, thread = owned, "a thread of the sidecar ended");
+                tracing::error!(%error, thread = end.name, "a thread of the sidecar ended");
             }
         })
         .with_context(|| format!("cannot start the thread {name}"))
+}
+
+/// Tells of a thread's end when it is dropped, also by a panic.
+struct Ended {
+    name: String,
+    ending: watch::Sender<Option<String>>,
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.ending.send_replace(Some(std::mem::take(&mut self.name)));
+    }
 }
 
 /// What runs beside the workers, on one thread of its own: certificates, discovery, admin, reports.

@@ -88,12 +88,15 @@ fn serve(config: Config, logs: Logs) -> anyhow::Result<()> {
                     Signal::End => return Ok(()),
                 },
                 () = sidecar.asked_to_quit() => break,
+                // What started this process starts it again; half a sidecar would only look alive.
+                thread = sidecar.broken() => anyhow::bail!("the thread {thread} ended; the log says why"),
             }
         }
         tracing::info!("draining");
+        let at_once = async { while signals.next().await == Signal::Reload {} };
         let cut = tokio::select! {
             cut = sidecar.drain() => cut,
-            _ = signals.next() => 0,
+            () = at_once => 0,
         };
         if cut > 0 {
             tracing::warn!(connections = cut, "ended before these were finished");

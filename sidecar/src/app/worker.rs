@@ -73,13 +73,16 @@ async fn serve(start: Start) -> io::Result<()> {
     let Start { shared, crew, mut inbox, listeners, own_listeners, socket, heart } = start;
     let dialer = Dialer::new(shared.tls.clone(), socket, &shared.limits, own_listeners);
     let worker = Worker::new(&shared, crew.tables[crew.own].clone(), dialer);
+    // A panic of a connection's task ends that connection. One of these ends the worker: without its watchdog or its
+    // listeners it would only look alive.
+    let mut vital = tokio::task::JoinSet::new();
     for (listener, purpose) in listeners {
         let listener = TcpListener::from_std(listener)?;
-        tokio::task::spawn_local(accept(worker.clone(), crew.clone(), listener, purpose));
+        vital.spawn_local(accept(worker.clone(), crew.clone(), listener, purpose));
     }
-    tokio::task::spawn_local(heart.keep_beating());
+    vital.spawn_local(heart.keep_beating());
     let receiving = worker.clone();
-    tokio::task::spawn_local(async move {
+    vital.spawn_local(async move {
         while let Some(handed) = inbox.recv().await {
             if let Ok(stream) = TcpStream::from_std(handed.stream) {
                 begin(&receiving, stream, handed.client, &handed.purpose);
@@ -87,7 +90,7 @@ async fn serve(start: Start) -> io::Result<()> {
         }
     });
     let watching = worker.clone();
-    tokio::task::spawn_local(async move {
+    vital.spawn_local(async move {
         let mut tick = tokio::time::interval(watching.tick());
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -95,13 +98,26 @@ async fn serve(start: Start) -> io::Result<()> {
             watching.sweep();
         }
     });
+    let broken = async {
+        while let Some(ended) = vital.join_next().await {
+            if ended.is_err_and(|error| error.is_panic()) {
+                return;
+            }
+        }
+        std::future::pending().await
+    };
     let drain = worker.drain.clone();
-    drain.reached(DrainState::Draining).await;
-    worker.table.ask_http2(Command::Finish);
-    drain.reached(DrainState::Closing).await;
-    worker.table.ask_all(Command::Finish, None);
-    drain.reached(DrainState::Done).await;
-    Ok(())
+    let to_the_end = async {
+        drain.reached(DrainState::Draining).await;
+        worker.table.ask_http2(Command::Finish);
+        drain.reached(DrainState::Closing).await;
+        worker.table.ask_all(Command::Finish, None);
+        drain.reached(DrainState::Done).await;
+    };
+    tokio::select! {
+        () = to_the_end => Ok(()),
+        () = broken => Err(io::Error::other("a part of this worker panicked")),
+    }
 }
 
 async fn accept(worker: Rc<Worker>, crew: Crew, listener: TcpListener, purpose: Purpose) {
@@ -118,7 +134,7 @@ async fn accept(worker: Rc<Worker>, crew: Crew, listener: TcpListener, purpose: 
         };
         match accepted {
             Ok((stream, client)) => match crew.less_busy() {
-                Some(other) => hand_over(&crew, other, stream, client, &purpose),
+                Some(other) => hand_over(&worker, &crew, other, stream, client, &purpose),
                 None => begin(&worker, stream, client, &purpose),
             },
             Err(error) => {
@@ -144,10 +160,15 @@ impl Crew {
     }
 }
 
-fn hand_over(crew: &Crew, other: usize, stream: TcpStream, client: SocketAddr, purpose: &Purpose) {
+fn hand_over(worker: &Rc<Worker>, crew: &Crew, other: usize, stream: TcpStream, client: SocketAddr, purpose: &Purpose) {
     let Ok(stream) = stream.into_std() else { return };
-    // A worker that is gone takes no more connections, nor does this process.
-    let _ = crew.inboxes[other].send(HandedOver { stream, client, purpose: purpose.clone() });
+    let handed = HandedOver { stream, client, purpose: purpose.clone() };
+    // A worker that is gone has no connections and would look like the least busy one.
+    if let Err(mpsc::error::SendError(handed)) = crew.inboxes[other].send(handed)
+        && let Ok(stream) = TcpStream::from_std(handed.stream)
+    {
+        begin(worker, stream, client, purpose);
+    }
 }
 
 fn begin(worker: &Rc<Worker>, stream: TcpStream, client: SocketAddr, purpose: &Purpose) {

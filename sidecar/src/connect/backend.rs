@@ -78,6 +78,10 @@ impl Backend {
                 let detail = format!("the control plane has not said yet who {} is", self.key);
                 Err(Error::own(Stage::Lookup, Reason::NotReady, detail))
             }
+            Known::Untold => {
+                let detail = format!("too many destinations are in use to look up {}", self.key);
+                Err(Error::own(Stage::Lookup, Reason::Overloaded, detail))
+            }
         };
         // A destination that is gone takes its endpoints with it.
         let view = view.inspect_err(|_| *self.view.borrow_mut() = None)?;
@@ -87,6 +91,10 @@ impl Backend {
     }
 
     async fn first_answer(&self, worker: &Worker) -> Result<Known, Error> {
+        if *self.known.borrow().borrow() == Known::Untold {
+            let again = worker.directory.destination(&self.key);
+            *self.known.borrow_mut() = again;
+        }
         let mut known = self.known.borrow().clone();
         let budget = worker.limits.connect_budget;
         // An elapsed wait leaves `Pending`, which the caller turns into an answer.
@@ -96,6 +104,12 @@ impl Backend {
 
     pub fn last_used(&self) -> Instant {
         self.used.get()
+    }
+
+    /// Nothing is pooled.
+    pub fn is_idle(&self) -> bool {
+        let view = self.view.borrow();
+        view.as_ref().is_none_or(|view| view.slots.iter().all(|slot| slot.http1.is_idle() && slot.http2.is_idle()))
     }
 
     /// The watchdog's tick. True when nothing is pooled.

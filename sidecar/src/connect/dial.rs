@@ -33,6 +33,8 @@ pub struct MutualTls {
 pub struct Dialled {
     pub stream: Stream,
     pub peer: Option<Peer>,
+    /// When the certificate that we showed ends.
+    own_not_after: Option<SystemTime>,
 }
 
 /// One worker's way out. Bounds the handshakes that run at once.
@@ -57,11 +59,13 @@ impl OwnListeners {
     /// True when a connection to `target` would end at this sidecar: a loop, or a way to its admin port.
     fn contain(&self, target: SocketAddr) -> bool {
         let listeners = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // An IPv4 address in IPv6 clothes leads to the same socket.
+        let ip = target.ip().to_canonical();
         listeners.iter().any(|own| {
             own.port() == target.port()
-                && (own.ip() == target.ip()
-                    || target.ip().is_unspecified()
-                    || (own.ip().is_unspecified() && net::is_local(target.ip())))
+                && (own.ip().to_canonical() == ip
+                    || ip.is_unspecified()
+                    || (own.ip().is_unspecified() && net::is_local(ip)))
         })
     }
 }
@@ -99,17 +103,23 @@ impl Dialer {
             }
         };
         let Some(mutual) = &target.tls else {
-            return Ok(Dialled { stream: tcp.into(), peer: None });
+            return Ok(Dialled { stream: tcp.into(), peer: None, own_not_after: None });
         };
         let material = self.tls.current().ok_or_else(|| Error {
             retry: Retry::Never,
             ..Error::own(Stage::Connect, Reason::NotReady, "no certificate yet")
         })?;
-        // The semaphore is never closed; a closed one would only mean no bound.
-        let _place = self.handshakes.acquire().await.ok();
-        let handshake = crate::tls::connect(&material, tcp, alpn, mutual.sni.clone(), &mutual.expected, address);
+        // Waiting for a place counts: endpoints that never finish a handshake must not hold up the others for ever.
+        let handshake = async {
+            // The semaphore is never closed; a closed one would only mean no bound.
+            let _place = self.handshakes.acquire().await.ok();
+            crate::tls::connect(&material, tcp, alpn, mutual.sni.clone(), &mutual.expected, address).await
+        };
         match tokio::time::timeout(self.handshake_timeout, handshake).await {
-            Ok(Ok((stream, peer))) => Ok(Dialled { stream: stream.into(), peer: Some(peer) }),
+            Ok(Ok((stream, peer))) => {
+                let own_not_after = Some(material.credential().not_after());
+                Ok(Dialled { stream: stream.into(), peer: Some(peer), own_not_after })
+            }
             Ok(Err(error)) => {
                 // An endpoint that proves nothing is not the one that was meant: no fault of the caller's.
                 let reason = match error.reason() {
@@ -128,9 +138,10 @@ impl Dialer {
 }
 
 impl Dialled {
-    /// When a pooled connection must no longer be used: the end of the peer's certificate.
+    /// When a pooled connection must no longer be used: the end of the peer's certificate or of our own, with which
+    /// the peer knows us, whichever is first.
     pub fn retire_at(&self) -> Option<SystemTime> {
-        self.peer.as_ref().map(|peer| peer.not_after)
+        self.peer.as_ref().map(|peer| self.own_not_after.map_or(peer.not_after, |own| own.min(peer.not_after)))
     }
 }
 
@@ -140,6 +151,10 @@ fn failure(reason: Reason, detail: String) -> Error {
 
 fn refused(address: SocketAddr, error: &std::io::Error) -> Error {
     use std::io::ErrorKind;
+    // What this machine has run out of, descriptors or memory, says nothing about the endpoint.
+    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)) {
+        return Error::own(Stage::Connect, Reason::Overloaded, format!("{address}: {error}"));
+    }
     let reason = match error.kind() {
         ErrorKind::ConnectionRefused => Reason::ConnectionRefused,
         ErrorKind::TimedOut => Reason::ConnectTimeout,

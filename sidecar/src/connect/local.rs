@@ -2,6 +2,8 @@
 
 use std::future::Future;
 
+use super::streams::StreamTask;
+
 /// The executor that HTTP/2 connections get: never another thread, so nothing needs to be `Send`.
 #[derive(Clone, Copy, Debug)]
 pub struct Local;
@@ -12,6 +14,6 @@ where
     F::Output: 'static,
 {
     fn execute(&self, future: F) {
-        tokio::task::spawn_local(future);
+        tokio::task::spawn_local(StreamTask::new(future));
     }
 }

@@ -57,7 +57,10 @@ impl Body for RequestBody {
         let Some(frame) = ready!(Pin::new(&mut body.incoming).poll_frame(cx)) else { return Poll::Ready(None) };
         let mut frame = match frame {
             Ok(frame) => frame,
-            Err(error) => return Poll::Ready(Some(Err(error))),
+            Err(error) => {
+                body.progress.broke_off();
+                return Poll::Ready(Some(Err(error)));
+            }
         };
         body.progress.moved();
         if let Some(data) = frame.data_ref() {

@@ -1,10 +1,12 @@
 //! The requests in flight on one worker, so that one on which nothing moves is ended. Its task is woken and ends the
-//! stream; where the task cannot (it waits for a downstream that takes nothing) the downstream connection is closed.
+//! stream; where the task cannot, because it waits for a downstream that takes nothing, its task is ended (HTTP/2: the
+//! other streams of a shared connection go on) or the downstream connection is closed (HTTP/1).
 
 use std::cell::{Cell, RefCell};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Waker};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use outrigger_runtime::drain::{DrainHandle, Hold};
@@ -24,11 +26,28 @@ struct Activity {
     still_since: Cell<Option<Instant>>,
     expired: Cell<bool>,
     waker: RefCell<Option<Waker>>,
+    /// The task of an HTTP/2 stream, which can be ended alone.
+    task: Cell<Task>,
+    /// The downstream broke off its request.
+    broken: Cell<bool>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Task {
+    /// That of the connection.
+    Shared,
+    Own,
+    Ended,
+}
+
+thread_local! {
+    /// The stream that began while the task that is being polled was polled.
+    static BEGUN: Cell<Option<Rc<Activity>>> = const { Cell::new(None) };
 }
 
 impl Streams {
-    /// A request begins on `entry`.
-    pub fn begin(&self, entry: &Arc<Entry>) -> Stream {
+    /// A request begins on `entry`; `own_task` when nothing but this request runs on the current task.
+    pub fn begin(&self, entry: &Arc<Entry>, own_task: bool) -> Stream {
         let mut live = self.0.borrow_mut();
         let activity = Rc::new(Activity {
             entry: entry.clone(),
@@ -37,8 +56,13 @@ impl Streams {
             still_since: Cell::new(None),
             expired: Cell::new(false),
             waker: RefCell::default(),
+            task: Cell::new(Task::Shared),
+            broken: Cell::new(false),
         });
         live.push(activity.clone());
+        if own_task {
+            BEGUN.set(Some(activity.clone()));
+        }
         Stream { activity, streams: self.clone() }
     }
 
@@ -63,19 +87,89 @@ impl Streams {
                 continue;
             }
             let still = activity.still_since.get().map_or(Duration::ZERO, |since| now.duration_since(since));
-            if activity.expired.get() {
-                // It was told a tick ago and is still here: its downstream takes nothing. Where others share the
-                // connection the peer's own watchdog comes first.
-                if still > 2 * limit || !activity.entry.is_shared() {
-                    activity.entry.ask(Command::Close);
+            if !activity.expired.get() {
+                if still > limit {
+                    activity.expired.set(true);
+                    activity.wake();
                 }
-            } else if still > limit {
-                activity.expired.set(true);
-                if let Some(waker) = activity.waker.take() {
-                    waker.wake();
-                }
+            } else if activity.task.get() == Task::Own {
+                // It was told a tick ago and is still here: its downstream takes nothing.
+                activity.task.set(Task::Ended);
+                activity.wake();
+            } else {
+                activity.entry.ask(Command::Close);
             }
         }
+    }
+}
+
+impl Activity {
+    fn wake(&self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    fn listen(&self, cx: &Context<'_>) {
+        let mut waker = self.waker.borrow_mut();
+        if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            *waker = Some(cx.waker().clone());
+        }
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// The task of one HTTP/2 stream (or of a connection, which is never ended from here).
+    pub struct StreamTask<F> {
+        #[pin]
+        future: Option<F>,
+        activity: Option<Rc<Activity>>,
+    }
+}
+
+impl<F> StreamTask<F> {
+    pub fn new(future: F) -> StreamTask<F> {
+        StreamTask { future: Some(future), activity: None }
+    }
+}
+
+impl<F: Future> Future for StreamTask<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut this = self.project();
+        let ended = this.activity.as_ref().is_some_and(|activity| activity.task.get() == Task::Ended);
+        let Some(future) = this.future.as_mut().as_pin_mut().filter(|_| !ended) else {
+            // Dropping it resets the stream.
+            this.future.set(None);
+            return Poll::Ready(());
+        };
+        let done = future.poll(cx).is_ready();
+        if let Some(begun) = BEGUN.take() {
+            begun.task.set(Task::Own);
+            *this.activity = Some(begun);
+        }
+        if done {
+            return Poll::Ready(());
+        }
+        if let Some(activity) = this.activity {
+            activity.listen(cx);
+        }
+        Poll::Pending
+    }
+}
+
+/// Tells of a stream from beside it: held by the request's body.
+pub struct Progress(Rc<Activity>);
+
+impl Progress {
+    pub fn moved(&self) {
+        self.0.moved.set(true);
+    }
+
+    /// The downstream broke off its request.
+    pub fn broke_off(&self) {
+        self.0.broken.set(true);
     }
 }
 
@@ -99,20 +193,18 @@ impl Stream {
         if self.activity.expired.get() {
             return true;
         }
-        let mut waker = self.activity.waker.borrow_mut();
-        if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
-            *waker = Some(cx.waker().clone());
-        }
+        self.activity.listen(cx);
         false
     }
-}
 
-/// What moves a stream that somebody else holds: the body of its request.
-pub struct Progress(Rc<Activity>);
+    /// Nothing moved for too long.
+    pub fn has_expired(&self) -> bool {
+        self.activity.expired.get()
+    }
 
-impl Progress {
-    pub fn moved(&self) {
-        self.0.moved.set(true);
+    /// The downstream broke off its request.
+    pub fn is_broken_off(&self) -> bool {
+        self.activity.broken.get()
     }
 }
 

@@ -1,7 +1,7 @@
 //! What one data thread has: the shared parts that it reads, and its own pools. Everything in here is used on that
 //! thread only; what is shared between threads is shared by the parts themselves.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -57,6 +57,8 @@ pub struct Worker {
     pub streams: super::streams::Streams,
     epoch: Instant,
     backends: RefCell<HashMap<Key, Rc<Backend>>>,
+    /// When room was looked for last.
+    looked: Cell<Option<Instant>>,
     application: RefCell<HashMap<ApplicationKey, Rc<Lane>>>,
 }
 
@@ -71,6 +73,11 @@ struct ApplicationKey {
 
 /// A destination that was not used for this long is forgotten.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
+/// Destinations that one worker remembers: a client of the forward proxy may name anything. Fewer than the process
+/// knows, so that some of those are always free to be forgotten.
+const MAX_BACKENDS: usize = crate::discovery::MAX_DESTINATIONS / 4;
+/// How long it lasts when there was nothing to forget.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 impl Worker {
     pub fn new(shared: &Shared, table: Arc<Table>, dialer: Rc<Dialer>) -> Rc<Worker> {
@@ -88,6 +95,7 @@ impl Worker {
             streams: super::streams::Streams::default(),
             epoch: shared.epoch,
             backends: RefCell::default(),
+            looked: Cell::new(None),
             application: RefCell::default(),
         })
     }
@@ -111,8 +119,34 @@ impl Worker {
             return backend.clone();
         }
         let backend = Rc::new(Backend::new(self, key.clone()));
-        self.backends.borrow_mut().insert(key.clone(), backend.clone());
+        let mut backends = self.backends.borrow_mut();
+        if backends.len() >= MAX_BACKENDS {
+            self.make_room(&mut backends);
+        }
+        // Else it lives as long as the one who asked uses it.
+        if backends.len() < MAX_BACKENDS {
+            backends.insert(key.clone(), backend.clone());
+        }
         backend
+    }
+
+    /// Forgets the tenth of the destinations that was unused for the longest.
+    fn make_room(&self, backends: &mut HashMap<Key, Rc<Backend>>) {
+        let now = Instant::now();
+        if self.looked.get().is_some_and(|looked| now.duration_since(looked) < LOOK_AGAIN) {
+            return;
+        }
+        let unused = |backend: &Rc<Backend>| Rc::strong_count(backend) == 1 && backend.is_idle();
+        let mut unused: Vec<(Instant, Key)> = backends
+            .iter()
+            .filter(|(_, backend)| unused(backend))
+            .map(|(key, backend)| (backend.last_used(), key.clone()))
+            .collect();
+        self.looked.set(unused.is_empty().then_some(now));
+        unused.sort_unstable_by_key(|(used, _)| *used);
+        for (_, key) in unused.into_iter().take(MAX_BACKENDS / 10) {
+            backends.remove(&key);
+        }
     }
 
     /// The lane to the application for one caller. Callers that proved nothing share none: they get a lane of their

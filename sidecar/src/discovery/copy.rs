@@ -31,7 +31,7 @@ pub(super) fn encode(directory: &Directory) -> Vec<u8> {
         (Key::Own, version, Resource::Workload(wire::Workload::encode(&own, TrustBundle::default())))
     });
     let destinations = destinations.into_iter().filter_map(|(key, version, known)| match known {
-        Known::Pending => None,
+        Known::Pending | Known::Untold => None,
         Known::Unregistered => Some((key, version, Resource::Unregistered(wire::Unregistered {}))),
         Known::Registered(destination) => Some((key, version, Resource::Destination((&*destination).into()))),
     });

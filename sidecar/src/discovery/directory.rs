@@ -25,8 +25,11 @@ const EVICTED_AT_ONCE: usize = MAX_DESTINATIONS / 10;
 pub enum Known {
     /// The control plane has not answered yet.
     Pending,
-    /// Nobody registered it (or this sidecar knows too many destinations already). It may be registered later.
+    /// Nobody registered it. It may be registered later.
     Unregistered,
+    /// This sidecar knows too many destinations to ask for one more. It may well be registered, so it must not be
+    /// taken for unregistered and dialled in plaintext. To be asked for again.
+    Untold,
     Registered(Arc<Destination>),
 }
 
@@ -60,7 +63,7 @@ struct Shared {
     /// Taken by the discovery task.
     changes_receiver: Mutex<Option<mpsc::UnboundedReceiver<Change>>>,
     /// Answers for what cannot be known here; never sent to.
-    unregistered: watch::Sender<Known>,
+    untold: watch::Sender<Known>,
     /// When an attempt to make room was made last and found nothing, in milliseconds since `start`.
     full_since: AtomicU64,
     confirmed: Mutex<Option<SystemTime>>,
@@ -105,7 +108,7 @@ impl Directory {
             destinations: RwLock::default(),
             changes,
             changes_receiver: Mutex::new(Some(changes_receiver)),
-            unregistered: watch::Sender::new(Known::Unregistered),
+            untold: watch::Sender::new(Known::Untold),
             full_since: AtomicU64::new(0),
             confirmed: Mutex::default(),
             clock,
@@ -132,14 +135,14 @@ impl Directory {
 
     fn subscribe(&self, key: &Key, now: u64) -> watch::Receiver<Known> {
         if *key == Key::Own {
-            return self.0.unregistered.subscribe();
+            return self.0.untold.subscribe();
         }
         let mut destinations = self.0.destinations.write().unwrap_or_else(PoisonError::into_inner);
         if destinations.len() >= MAX_DESTINATIONS && !destinations.contains_key(key) {
             self.make_room(&mut destinations, now);
         }
         if destinations.len() >= MAX_DESTINATIONS && !destinations.contains_key(key) {
-            return self.0.unregistered.subscribe();
+            return self.0.untold.subscribe();
         }
         match destinations.entry(key.clone()) {
             Slot::Occupied(slot) => slot.get().known.subscribe(),

@@ -176,7 +176,7 @@ async fn until<T: Clone>(receiver: &mut watch::Receiver<T>, so: impl FnMut(&T) -
 fn endpoints(known: &Known) -> usize {
     match known {
         Known::Registered(destination) => destination.endpoints.len(),
-        Known::Pending | Known::Unregistered => 0,
+        Known::Pending | Known::Unregistered | Known::Untold => 0,
     }
 }
 
@@ -496,7 +496,7 @@ async fn there_is_an_end_to_what_is_known() {
     }
     // When all are held, the next one is not known.
     let all: Vec<_> = (0..MAX_DESTINATIONS + 5).map(|number| directory.destination(&numbered(number))).collect();
-    let refused = all.iter().filter(|receiver| *receiver.borrow() == Known::Unregistered).count();
+    let refused = all.iter().filter(|receiver| *receiver.borrow() == Known::Untold).count();
     assert_eq!((refused, directory.keys().len()), (5, MAX_DESTINATIONS));
     drop(all);
     tokio::time::advance(Duration::from_secs(2)).await;
@@ -515,7 +515,7 @@ fn versions_only_grow() {
     directory.forget_versions();
     assert_eq!(directory.set_destination(&key("pay"), 1, Known::Unregistered), Applied::New);
     assert_eq!(*pay.borrow(), Known::Unregistered);
-    assert_eq!(*directory.destination(&Key::Own).borrow(), Known::Unregistered);
+    assert_eq!(*directory.destination(&Key::Own).borrow(), Known::Untold);
     assert!(directory.snapshot_age().is_none());
     directory.set_confirmed(SystemTime::now());
     assert!(directory.snapshot_age().is_some());

@@ -73,14 +73,14 @@ pub enum First {
     Nobody,
 }
 
-/// Waits for the first byte of either side.
-pub async fn who_speaks(downstream: &mut Stream, upstream: &mut Stream) -> io::Result<First> {
-    std::future::poll_fn(|cx| {
+/// Waits for the first byte of either side, but no longer than `patience`.
+pub async fn who_speaks(downstream: &mut Stream, upstream: &mut Stream, patience: Duration) -> io::Result<First> {
+    let first = std::future::poll_fn(|cx| {
         // The client first: when both have spoken, its bytes decide.
         if let Poll::Ready(read) = downstream.poll_read_ahead(cx) {
             return Poll::Ready(read.map(|count| if count == 0 { First::Nobody } else { First::Client }));
         }
         upstream.poll_read_ahead(cx).map_ok(|count| if count == 0 { First::Nobody } else { First::Server })
-    })
-    .await
+    });
+    tokio::time::timeout(patience, first).await.unwrap_or(Ok(First::Nobody))
 }

@@ -97,6 +97,15 @@ impl ResponseBody {
     }
 }
 
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        // Its task was ended because the downstream took nothing.
+        if self.held.is_some() && self.stream.has_expired() {
+            self.record.failed(Reason::StreamIdleTimeout, String::new);
+        }
+    }
+}
+
 impl Upstream {
     /// The answer is whole.
     fn end(&mut self) {

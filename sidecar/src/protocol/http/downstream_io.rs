@@ -41,7 +41,7 @@ struct Http1 {
     queue: VecDeque<u8>,
     /// The library's own refusal was replaced; nothing of it may follow.
     refused: bool,
-    /// Requests that had begun at the last write: a write with no new one is not the beginning of an answer.
+    /// Requests whose answers are written and flushed to the end.
     answered: u64,
 }
 
@@ -66,26 +66,28 @@ impl DownstreamIo {
     /// Writes what is queued. Ready when the queue is empty.
     fn poll_queue(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Some(http1) = &mut self.http1 else { return Poll::Ready(Ok(())) };
-        if let Some(interim) = self.entry.take_interim() {
-            http1.queue.extend(interim);
-        }
-        while !http1.queue.is_empty() {
-            let (bytes, _) = http1.queue.as_slices();
-            let count = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
-            if count == 0 {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        loop {
+            while !http1.queue.is_empty() {
+                let (bytes, _) = http1.queue.as_slices();
+                let count = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
+                if count == 0 {
+                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+                }
+                http1.queue.drain(..count);
             }
-            http1.queue.drain(..count);
+            // Only now: for a client that reads nothing, interim answers must not pile up here.
+            match self.entry.take_interim() {
+                Some(interim) => http1.queue.extend(interim),
+                None => return Poll::Ready(Ok(())),
+            }
         }
-        Poll::Ready(Ok(()))
     }
 
-    /// A write while no request runs is the parser refusing a head: `HTTP/1.1 4xx ...`. Says the status.
-    fn parser_refusal(&mut self, bytes: &[u8]) -> Option<u16> {
-        let http1 = self.http1.as_mut()?;
-        let requests = self.entry.requests();
-        let answers = std::mem::replace(&mut http1.answered, requests) != requests;
-        if answers || !matches!(self.entry.state(), State::Idle | State::Head) {
+    /// A write while no request runs and every answer is flushed is the parser refusing a head: `HTTP/1.1 4xx ...`.
+    /// Says the status.
+    fn parser_refusal(&self, bytes: &[u8]) -> Option<u16> {
+        let http1 = self.http1.as_ref()?;
+        if http1.answered != self.entry.requests() || !matches!(self.entry.state(), State::Idle | State::Head) {
             return None;
         }
         let status = bytes.strip_prefix(b"HTTP/1.1 ").or_else(|| bytes.strip_prefix(b"HTTP/1.0 "))?.get(..3)?;
@@ -192,7 +194,14 @@ impl AsyncWrite for DownstreamIo {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_queue(cx))?;
-        Pin::new(&mut self.stream).poll_flush(cx)
+        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+        let this = &mut *self;
+        if let Some(http1) = &mut this.http1
+            && matches!(this.entry.state(), State::Idle | State::Head)
+        {
+            http1.answered = this.entry.requests();
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -83,7 +83,7 @@ impl Exchange {
             protocol,
             begun,
             version: parts.version,
-            stream: worker.streams.begin(&session.entry),
+            stream: worker.streams.begin(&session.entry, session.http2),
             busy: Busy::begin(&session.entry, &session.running, &worker.drain),
             upgrade: None,
         };
@@ -125,7 +125,8 @@ impl Exchange {
             None => RequestBody::Empty,
         };
         let mut request = Request::from_parts(outgoing.parts, body);
-        if !self.session.http2 {
+        // A client of HTTP/1.0 knows no interim answers (RFC 9110 section 15.2).
+        if self.version == Version::HTTP_11 {
             self.pass_interim(&mut request);
         }
         request
@@ -155,6 +156,15 @@ impl Exchange {
     /// Waits for an upstream, but no longer than a stream may stand still.
     pub fn patiently<F: Future>(&self, waiting: F) -> Patiently<'_, F> {
         Patiently { waiting, stream: &self.stream }
+    }
+
+    /// What a failed exchange with an upstream was: one that failed because the client broke off its request says
+    /// nothing about the upstream.
+    pub fn fault(&self, error: Error) -> Error {
+        if !self.stream.is_broken_off() {
+            return error;
+        }
+        Error::downstream(Stage::Forward, Reason::ClientClosed, "the client broke off its request")
     }
 
     /// Since the request began.
