@@ -18,7 +18,7 @@ use crate::connect::lane::{Answered, Framing, Unsent};
 use crate::connect::worker::Worker;
 use crate::connection::{Registered, State};
 use crate::net::Stream;
-use crate::outcome::{Error, Reason, Retry, Stage};
+use crate::outcome::{Error, Reason, Retry, Side, Stage};
 use crate::policy::{self, Permit};
 use crate::protocol::detect::Detected;
 use crate::protocol::http::body::{Measured, ResponseBody};
@@ -180,7 +180,11 @@ async fn forward(
                 return Ok((answered, measured));
             }
             Err(Unsent { error, request: unsent }) => {
-                load.finish(worker.now(), exchange.elapsed(), Outcome::ConnectError);
+                if error.side == Side::Downstream {
+                    drop(load);
+                } else {
+                    load.finish(worker.now(), exchange.elapsed(), Outcome::ConnectError);
+                }
                 exchange.record.attempt_failed(error.reason, Instant::now());
                 request = tried.again(index, error, unsent)?;
             }

@@ -2,12 +2,14 @@
 
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
+use crate::connection::{Command, Entry};
 use crate::telemetry::{GrpcFrames, HttpRecord};
 
 /// Removes what a trailer section must not carry on this hop.
@@ -24,15 +26,32 @@ pub struct Streaming {
     record: Rc<HttpRecord>,
     grpc: Option<GrpcFrames>,
     trailers: TrailerFilter,
+    /// The connection that it comes on, when that speaks HTTP/1.
+    http1: Option<Arc<Entry>>,
+}
+
+/// Why a request's body ended early; the request's own fault.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestBroke {
+    #[error(transparent)]
+    Incoming(#[from] hyper::Error),
+    #[error("the trailer section begins with a bare line feed")]
+    BareLineFeed,
 }
 
 impl RequestBody {
-    pub fn new(incoming: Incoming, record: &Rc<HttpRecord>, grpc: bool, trailers: TrailerFilter) -> RequestBody {
+    pub fn new(
+        incoming: Incoming,
+        record: &Rc<HttpRecord>,
+        grpc: bool,
+        trailers: TrailerFilter,
+        http1: Option<Arc<Entry>>,
+    ) -> RequestBody {
         if incoming.is_end_stream() {
             return RequestBody::Empty;
         }
         let grpc = grpc.then(GrpcFrames::default);
-        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers })
+        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers, http1 })
     }
 
     pub fn is_empty(&self) -> bool {
@@ -42,14 +61,14 @@ impl RequestBody {
 
 impl Body for RequestBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = RequestBroke;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RequestBroke>>> {
         let RequestBody::Streaming(body) = &mut *self else { return Poll::Ready(None) };
         let Some(frame) = ready!(Pin::new(&mut body.incoming).poll_frame(cx)) else { return Poll::Ready(None) };
         let mut frame = match frame {
             Ok(frame) => frame,
-            Err(error) => return Poll::Ready(Some(Err(error))),
+            Err(error) => return Poll::Ready(Some(Err(error.into()))),
         };
         if let Some(data) = frame.data_ref() {
             body.record.add_request_bytes(data.len() as u64);
@@ -57,6 +76,14 @@ impl Body for RequestBody {
                 body.record.add_grpc_messages(grpc.feed(data));
             }
         } else if let Some(trailers) = frame.trailers_mut() {
+            if let Some(entry) = &body.http1 {
+                // The library forgives a bare LF here and swallows what follows it up to the next empty line, which
+                // a peer may have meant as a request: nothing after trailers is believed.
+                entry.ask(Command::Finish);
+                if trailers.is_empty() {
+                    return Poll::Ready(Some(Err(RequestBroke::BareLineFeed)));
+                }
+            }
             (body.trailers)(trailers);
         }
         Poll::Ready(Some(Ok(frame)))

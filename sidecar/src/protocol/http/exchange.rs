@@ -5,10 +5,14 @@
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use futures_util::task::AtomicWaker;
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Version, header};
+use http_body::Body;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 
@@ -20,7 +24,7 @@ use crate::connect::request_body::RequestBody;
 use crate::connect::streams::{Busy, Stream};
 use crate::connect::worker::Worker;
 use crate::connection::{Entry, Registered};
-use crate::outcome::{Error, Reason, Stage};
+use crate::outcome::{Error, Reason, Retry, Side, Stage};
 use crate::telemetry::{Edge, GrpcFrames, HttpRecord, WireProtocol};
 
 /// What stays the same for all requests of one downstream connection.
@@ -58,6 +62,34 @@ pub struct Exchange {
     stream: Stream,
     busy: Busy,
     upgrade: Option<OnUpgrade>,
+    interim: Arc<Interim>,
+}
+
+/// How many interim answers a request may get. Each is passed on; endless ones would be held for a client that does not
+/// read.
+const MOST_INTERIM: u32 = 64;
+
+/// Interim answers so far; written by the upstream connection's task.
+#[derive(Default)]
+struct Interim {
+    count: AtomicU32,
+    waker: AtomicWaker,
+}
+
+impl Interim {
+    /// Counts one; false when it is one too many.
+    fn count(&self) -> bool {
+        let within = self.count.fetch_add(1, Relaxed) < MOST_INTERIM;
+        if !within {
+            self.waker.wake();
+        }
+        within
+    }
+
+    fn too_many(&self, cx: &Context<'_>) -> bool {
+        self.waker.register(cx.waker());
+        self.count.load(Relaxed) > MOST_INTERIM
+    }
 }
 
 /// The head on its way, and the body that follows it.
@@ -84,6 +116,7 @@ impl Exchange {
             stream: worker.streams.begin(&session.entry),
             busy: Busy::begin(&session.entry, &session.running, &worker.drain),
             upgrade: None,
+            interim: Arc::default(),
         };
         (exchange, Outgoing { parts, body: Some(body) })
     }
@@ -118,12 +151,18 @@ impl Exchange {
         let body = match outgoing.body {
             Some(body) => {
                 let grpc = self.protocol == WireProtocol::Grpc;
-                RequestBody::new(body, &self.record, grpc, headers::clean_trailers)
+                let http1 = (!self.session.http2).then(|| self.session.entry.clone());
+                RequestBody::new(body, &self.record, grpc, headers::clean_trailers, http1)
             }
             None => RequestBody::Empty,
         };
         let mut request = Request::from_parts(outgoing.parts, body);
         if !self.session.http2 {
+            if !request.body().is_empty() && request.body().size_hint().exact().is_none() {
+                // Without it the library sends a GET or HEAD with a body as one that has none.
+                let chunked = http::HeaderValue::from_static("chunked");
+                request.headers_mut().insert(header::TRANSFER_ENCODING, chunked);
+            }
             self.pass_interim(&mut request);
         }
         request
@@ -133,8 +172,9 @@ impl Exchange {
     /// body is asked for; 101 is no interim answer.
     fn pass_interim(&self, request: &mut Request<RequestBody>) {
         let entry = self.session.entry.clone();
+        let count = self.interim.clone();
         hyper::ext::on_informational(request, move |interim| {
-            if matches!(interim.status(), StatusCode::CONTINUE | StatusCode::SWITCHING_PROTOCOLS) {
+            if !count.count() || matches!(interim.status(), StatusCode::CONTINUE | StatusCode::SWITCHING_PROTOCOLS) {
                 return;
             }
             let phrase = interim.status().canonical_reason().unwrap_or("Interim");
@@ -154,14 +194,14 @@ impl Exchange {
     pub async fn patiently<T>(&self, waiting: impl Future<Output = T>) -> Result<T, Error> {
         let mut waiting = std::pin::pin!(waiting);
         std::future::poll_fn(|cx| match waiting.as_mut().poll(cx) {
-            std::task::Poll::Ready(done) => std::task::Poll::Ready(Ok(done)),
-            std::task::Poll::Pending if self.stream.is_expired(cx) => std::task::Poll::Ready(Err(Error::upstream(
-                Stage::Forward,
-                Reason::StreamIdleTimeout,
-                crate::outcome::Retry::Never,
-                "no answer",
-            ))),
-            std::task::Poll::Pending => std::task::Poll::Pending,
+            Poll::Ready(done) => Poll::Ready(Ok(done)),
+            Poll::Pending if self.interim.too_many(cx) => {
+                Poll::Ready(Err(upstream_protocol("endless interim answers")))
+            }
+            Poll::Pending if self.stream.is_expired(cx) => {
+                Poll::Ready(Err(Error::upstream(Stage::Forward, Reason::StreamIdleTimeout, Retry::Never, "no answer")))
+            }
+            Poll::Pending => Poll::Pending,
         })
         .await
     }
@@ -182,8 +222,13 @@ impl Exchange {
             return match self.upgrade.take() {
                 Some(downstream) => self.switch(downstream, response, held),
                 // Raw bytes flow only after a 101 that was asked for.
-                None => self.refuse(&unasked_switch()),
+                None => self.refuse(&upstream_protocol("101 without a request to switch protocols")),
             };
+        }
+        let status = response.status();
+        if let Err(wrong) = head::check_answer(status, response.headers_mut()) {
+            // What `held` holds is not given back: nobody knows where the next answer begins.
+            return self.refuse(&upstream_protocol(wrong));
         }
         headers::clean(response.headers_mut(), Strip::HopByHop, false);
         self.record.answered(response.status().as_u16());
@@ -218,6 +263,10 @@ impl Exchange {
             self.record.grpc_status(error.reason.row().grpc);
         }
         self.close_when_draining(response.headers_mut());
+        if !self.session.http2 && error.side == Side::Downstream {
+            // Who sends what is refused may not agree with us on where it ends.
+            response.headers_mut().insert(header::CONNECTION, http::HeaderValue::from_static("close"));
+        }
         // The rest of a request that was not read must not be taken for the next one: hyper closes after a body that
         // was left unread.
         response.map(|body| body.recorded(Ending { record: self.record, busy: Some(self.busy) }))
@@ -244,13 +293,8 @@ impl Exchange {
     }
 }
 
-fn unasked_switch() -> Error {
-    Error::upstream(
-        Stage::Forward,
-        Reason::UpstreamProtocol,
-        crate::outcome::Retry::Never,
-        "101 without a request to switch protocols",
-    )
+fn upstream_protocol(detail: &'static str) -> Error {
+    Error::upstream(Stage::Forward, Reason::UpstreamProtocol, Retry::Never, detail)
 }
 
 fn protocol(http2: bool, headers: &http::HeaderMap) -> WireProtocol {
