@@ -235,6 +235,60 @@ mod tests {
     }
 
     #[test]
+    fn framing_rules() {
+        let cases: &[(&str, &str, bool)] = &[
+            ("transfer-encoding", "chunked", true),
+            ("transfer-encoding", "Chunked ", true),
+            ("transfer-encoding", "gzip, chunked", false),
+            ("transfer-encoding", "chunked, chunked", false),
+            ("expect", "100-Continue", true),
+            ("expect", "y 100-continue", false),
+            ("content-length", "0", true),
+            ("content-length", "10", true),
+            ("content-length", "010", false),
+            ("content-length", "9223372036854775807", true),
+            ("content-length", "9223372036854775808", false),
+            ("content-length", "+1", false),
+            ("content_length", "1", false),
+            ("transfer_encoding", "x", false),
+        ];
+        for (name, value, good) in cases {
+            let mut headers = HeaderMap::new();
+            headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+            assert_eq!(check_framing(&headers).is_ok(), *good, "{name}: {value}");
+        }
+    }
+
+    #[test]
+    fn answer_rules() {
+        let cases: &[(u16, &[(&'static str, &'static str)], Option<Option<&str>>)] = &[
+            (200, &[("content-length", "5")], Some(Some("5"))),
+            (200, &[("content-length", "5"), ("content-length", "5")], Some(Some("5"))),
+            (200, &[("content-length", "5, 05")], Some(Some("5"))),
+            (200, &[("content-length", "5, 6")], None),
+            (200, &[("content-length", "-5")], None),
+            (200, &[("content-length", "")], None),
+            (204, &[("content-length", "5")], Some(None)),
+            (304, &[("content-length", "5")], Some(Some("5"))),
+            (200, &[("transfer-encoding", "chunked")], Some(None)),
+            (200, &[("transfer-encoding", "gzip")], None),
+            (200, &[("transfer-encoding", "chunked"), ("content-length", "5")], None),
+        ];
+        for (status, fields, expected) in cases {
+            let mut headers = HeaderMap::new();
+            for (name, value) in *fields {
+                headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+            }
+            let checked = check_answer(StatusCode::from_u16(*status).unwrap(), &mut headers).is_ok();
+            assert_eq!(checked, expected.is_some(), "{fields:?}");
+            if let Some(length) = expected {
+                let got: Vec<_> = headers.get_all("content-length").iter().map(|v| v.to_str().unwrap()).collect();
+                assert_eq!(got, length.iter().copied().collect::<Vec<_>>(), "{fields:?}");
+            }
+        }
+    }
+
+    #[test]
     fn host_rules() {
         let cases: &[(&str, Version, &[&str], Option<&str>)] = &[
             ("/", Version::HTTP_11, &["a"], Some("a")),
