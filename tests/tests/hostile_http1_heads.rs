@@ -10,6 +10,10 @@ use field::{Field, PLACES, Place, resident};
 use outrigger_tests::Connection;
 use outrigger_tests::application::Backend;
 use outrigger_tests::eventually::soon;
+use tokio::sync::Mutex;
+
+/// What measures memory runs one at a time.
+static ALONE: Mutex<()> = Mutex::const_new(());
 
 const MIB: usize = 1024 * 1024;
 const SMUGGLED: &str = "GET /smuggled HTTP/1.1\r\nHost: catalog\r\n\r\n";
@@ -206,6 +210,7 @@ async fn a_switch_that_was_not_asked_for() {
 
 #[tokio::test]
 async fn sizes() {
+    let _alone = ALONE.lock().await;
     let field = Field::new().await;
     for place in PLACES {
         let head = |target: &str, fields: &str| format!("GET {target} HTTP/1.1\r\nHost: catalog\r\n{fields}\r\n");
@@ -255,6 +260,7 @@ async fn sizes() {
 
 #[tokio::test]
 async fn slowness() {
+    let _alone = ALONE.lock().await;
     let field = Field::with(|limits| limits.head_timeout = Duration::from_millis(1500)).await;
     for place in PLACES {
         let before = resident();
