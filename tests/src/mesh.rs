@@ -83,7 +83,13 @@ impl Mesh {
         log();
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("config")).unwrap();
-        let mut mesh = Mesh { directory, grpc: ([127, 0, 0, 1], 0).into(), running: Mutex::new(None), written: AtomicBool::new(false), settled: AtomicUsize::new(0) };
+        let mut mesh = Mesh {
+            directory,
+            grpc: ([127, 0, 0, 1], 0).into(),
+            running: Mutex::new(None),
+            written: AtomicBool::new(false),
+            settled: AtomicUsize::new(0),
+        };
         mesh.write("mesh.yaml", &options.yaml);
         if let Some(lifetime) = options.leaf_lifetime {
             let text = format!(

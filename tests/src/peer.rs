@@ -14,6 +14,7 @@ use rcgen::{
 };
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, Error, ServerConfig, SignatureScheme};
 use tokio::net::TcpStream;
@@ -150,6 +151,14 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         let certificate = params.self_signed(&key).unwrap().der().clone();
         Authority { issuer: Issuer::new(params, key), certificate }
+    }
+
+    /// The mesh's own, with the keys of its state directory: for certificates that it would never make.
+    pub fn of(mesh: &Mesh) -> Authority {
+        let read = |name: &str| std::fs::read_to_string(mesh.path("control-plane/ca").join(name)).unwrap();
+        let key = KeyPair::from_pem(&read("intermediate.key")).unwrap();
+        let certificate = CertificateDer::from_pem_slice(read("intermediate.pem").as_bytes()).unwrap();
+        Authority { issuer: Issuer::from_ca_cert_der(&certificate, key).unwrap(), certificate }
     }
 
     /// A leaf as the mesh's own look, for these URIs; `change` may make it another.

@@ -241,7 +241,8 @@ async fn a_bad_token_is_told_in_ready_and_a_good_one_heals() {
 #[tokio::test]
 async fn another_identity_than_the_tokens_is_refused() {
     let mesh = Mesh::start(MeshOptions::default()).await;
-    let sidecar = mesh.sidecar("cart-1").service_account("admin").token(&mesh.token("shop", "cart", &[])).start_unready();
+    let sidecar =
+        mesh.sidecar("cart-1").service_account("admin").token(&mesh.token("shop", "cart", &[])).start_unready();
     let body = eventually("/ready tells", async || {
         let (status, body) = sidecar.health("/ready").await;
         (status == 503 && body["reason"] != "certificate_pending").then_some(body)
@@ -254,10 +255,7 @@ async fn another_identity_than_the_tokens_is_refused() {
 async fn a_wrong_trust_bundle_is_told() {
     let mesh = Mesh::start(MeshOptions::default()).await;
     let other = Mesh::start(MeshOptions::default()).await;
-    let sidecar = mesh
-        .sidecar("cart-1")
-        .config(|config| config.trust_bundle = other.trust_bundle())
-        .start_unready();
+    let sidecar = mesh.sidecar("cart-1").config(|config| config.trust_bundle = other.trust_bundle()).start_unready();
     let body = eventually("/ready tells", async || {
         let (status, body) = sidecar.health("/ready").await;
         (status == 503 && body["reason"] != "certificate_pending").then_some(body)

@@ -23,6 +23,9 @@ const FLOW_CONTROL_ERROR: u32 = 3;
 const REFUSED_STREAM: u32 = 7;
 const CANCEL: [u8; 4] = 8_u32.to_be_bytes();
 
+/// How long a flood may go on before it must have been stopped; long, because a busy machine stops it late.
+const FLOOD: Duration = Duration::from_secs(30);
+
 /// Sends until the other side ends it or the time is over; says whether it ended.
 async fn flood(field: &Field, client: &mut Client, time: Duration, mut next: impl FnMut() -> Vec<u8>) -> bool {
     let begun = Instant::now();
@@ -38,6 +41,9 @@ async fn flood(field: &Field, client: &mut Client, time: Duration, mut next: imp
     assert!(most <= Place::Mesh.streams(), "{most} requests in flight at the application");
     false
 }
+
+/// The frames of one stream.
+type Attack<'a> = &'a dyn Fn(u32) -> Vec<u8>;
 
 fn odd(count: &mut u32) -> u32 {
     let stream = *count;
@@ -89,7 +95,7 @@ async fn made_you_reset_is_told_to_calm_down() {
     let field = Field::new().await;
     let open = |stream| frame(HEADERS, END_HEADERS, stream, request("POST", "/hold"));
     // Of two of them the library ends the connection at the first.
-    let attacks: [(&str, u32, &dyn Fn(u32) -> Vec<u8>); 4] = [
+    let attacks: [(&str, u32, Attack); 4] = [
         ("WINDOW_UPDATE 0", PROTOCOL_ERROR, &|stream| [open(stream), frame(WINDOW_UPDATE, 0, stream, [0; 4])].concat()),
         ("WINDOW_UPDATE overflow", ENHANCE_YOUR_CALM, &|stream| {
             [open(stream), frame(WINDOW_UPDATE, 0, stream, 0x7fff_ffff_u32.to_be_bytes())].concat()
@@ -107,7 +113,7 @@ async fn made_you_reset_is_told_to_calm_down() {
             let bystander = Bystander::start(&field).await;
             let mut client = field.client(place).await;
             let mut stream = 1;
-            let ended = flood(&field, &mut client, Duration::from_secs(4), || attack(odd(&mut stream))).await;
+            let ended = flood(&field, &mut client, FLOOD, || attack(odd(&mut stream))).await;
             assert!(ended, "{place:?}: {name} goes on after {stream}");
             let heard = client.until(&format!("{place:?} {name}: the end"), |heard| heard.ended).await;
             assert_eq!(heard.goaway, Some(code), "{place:?} {name}: {heard:?}");
@@ -131,7 +137,7 @@ async fn endless_header_blocks_end_the_connection() {
             // A literal whose value is always still to come.
             let piece = vec![0x40; piece];
             let next = || frame(CONTINUATION, 0, 1, &piece);
-            assert!(flood(&field, &mut client, Duration::from_secs(4), next).await, "{place:?}: {name}");
+            assert!(flood(&field, &mut client, FLOOD, next).await, "{place:?}: {name}");
             client.until(&format!("{place:?} {name}: closed"), |heard| heard.ended).await;
             bystander.was_served(name).await;
         }
@@ -165,7 +171,7 @@ async fn control_frames_without_end_are_bounded() {
                 client.send(frame(SETTINGS, ACK, 0, [])).await;
                 client.send(frame(HEADERS, END_HEADERS, 1, request("POST", "/hold"))).await;
                 let burst = frames.repeat(64);
-                let ended = flood(&field, &mut client, Duration::from_secs(4), || burst.clone()).await;
+                let ended = flood(&field, &mut client, FLOOD, || burst.clone()).await;
                 assert!(ended, "{place:?}: {name} goes on, {:?}", client.heard());
                 if hears {
                     let heard = client.until(&format!("{place:?} {name}: closed"), |heard| heard.ended).await;

@@ -63,7 +63,8 @@ async fn a_tunnel_carries_http_and_grpc_with_mutual_tls() {
     let stream = tunnel(&pair, "catalog:80").await.into_tcp();
     let http2 = Http2::over(stream).await;
     assert_eq!(http2.unary("Unary", b"hi").await.unwrap().messages(), ["hi"]);
-    let labels = [("direction", "outbound"), ("protocol", "grpc"), ("destination_service", "catalog.shop"), ("mtls", "true")];
+    let labels =
+        [("direction", "outbound"), ("protocol", "grpc"), ("destination_service", "catalog.shop"), ("mtls", "true")];
     eventually("counted as gRPC", async || {
         (pair.near.metrics().await.sum("outrigger_http_requests_total", &labels) == 1.0).then_some(())
     })

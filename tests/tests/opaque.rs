@@ -142,8 +142,16 @@ async fn both_sides_count_bytes_as_caller_to_service_and_back() {
         })
         .await;
         assert_eq!(samples.sum("outrigger_tcp_connections_opened_total", &[("direction", direction)]), 1.0);
-        assert_eq!(samples.sum("outrigger_tcp_received_bytes_total", &[("direction", direction)]), 1000.0, "{direction}");
-        assert_eq!(samples.sum("outrigger_tcp_sent_bytes_total", &[("direction", direction)]), 250_000.0, "{direction}");
+        assert_eq!(
+            samples.sum("outrigger_tcp_received_bytes_total", &[("direction", direction)]),
+            1000.0,
+            "{direction}"
+        );
+        assert_eq!(
+            samples.sum("outrigger_tcp_sent_bytes_total", &[("direction", direction)]),
+            250_000.0,
+            "{direction}"
+        );
         assert_eq!(samples.sum("outrigger_tcp_connection_duration_seconds_count", &[]), 1.0);
     }
 }

@@ -68,8 +68,10 @@ async fn a_service_that_appears_is_reached_and_one_that_goes_is_not() {
     pair.mesh.service("stock.shop", 80, pair.app.port(), Some("http"));
     within(SOON, "the new service", async || (wire::get(stock, "/").await.status == 200).then_some(())).await;
     pair.mesh.remove("service-stock.shop.yaml");
-    within(SOON, "the service is gone", async || (wire::get(stock, "/").await.reason() == "not_registered").then_some(()))
-        .await;
+    within(SOON, "the service is gone", async || {
+        (wire::get(stock, "/").await.reason() == "not_registered").then_some(())
+    })
+    .await;
     assert_eq!(wire::get(pair.near.outbound(), "/").await.status, 200);
     drop(other);
 }
@@ -92,8 +94,10 @@ async fn a_bad_file_keeps_the_last_good_state_and_is_reported_with_its_place() {
     let message = error["message"].as_str().unwrap();
     assert!(message.contains("mod") && message.contains("mode"), "names the field and the nearest: {message}");
     let stock = pair.near.address("outbound:stock.shop:80");
-    within(SOON, "the other file", async || (wire::get(stock, "/").await.reason() == "destination_unavailable").then_some(()))
-        .await;
+    within(SOON, "the other file", async || {
+        (wire::get(stock, "/").await.reason() == "destination_unavailable").then_some(())
+    })
+    .await;
     assert!(!plaintext_is_served(&pair).await, "STRICT as before");
     assert_eq!(wire::get(pair.near.outbound(), "/").await.status, 200);
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use outrigger_tests::application::Backend;
 use outrigger_tests::wire::{self, Connection};
-use outrigger_tests::{Application, Mesh, MeshOptions, Sidecar, eventually};
+use outrigger_tests::{Application, Mesh, MeshOptions, PATIENCE, Sidecar, eventually};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
@@ -39,8 +39,11 @@ async fn closing_after(idle: Duration, answered: Arc<AtomicUsize>) -> SocketAddr
             let answered = answered.clone();
             tokio::spawn(async move {
                 let mut buffer = Vec::new();
+                // As servers do: the keep-alive time begins with the first answer.
+                let mut patience = PATIENCE;
                 loop {
-                    let read = tokio::time::timeout(idle, stream.read_buf(&mut buffer)).await;
+                    let read = tokio::time::timeout(patience, stream.read_buf(&mut buffer)).await;
+                    patience = idle;
                     if !matches!(read, Ok(Ok(count)) if count > 0) {
                         return;
                     }
@@ -60,7 +63,7 @@ async fn closing_after(idle: Duration, answered: Arc<AtomicUsize>) -> SocketAddr
 
 #[tokio::test]
 async fn six_hundred_gets_at_the_closing_instant_and_none_fails() {
-    let idle = Duration::from_millis(50);
+    let idle = Duration::from_millis(20);
     let answered = Arc::new(AtomicUsize::new(0));
     let pair = pair(closing_after(idle, answered.clone()).await).await;
     let clients = (0..30).map(|_| {
@@ -151,7 +154,11 @@ async fn an_upstream_that_closes_before_answering_is_502_at_once() {
         let mut app = backend.accept().await;
         app.take_until(b"\r\n\r\n").await;
         let begun = Instant::now();
-        if end == "reset" { app.reset() } else { drop(app) }
+        if end == "reset" {
+            app.reset()
+        } else {
+            drop(app)
+        }
         let answer = client.response(false).await;
         let reason = answer.reason();
         assert_eq!(answer.status, 502, "{request} {end}");
@@ -165,7 +172,11 @@ async fn an_upstream_that_closes_before_answering_is_502_at_once() {
 async fn nonsense_from_the_upstream_is_502() {
     let backend = Backend::start().await;
     let pair = pair(backend.address()).await;
-    for nonsense in ["SSH-2.0-OpenSSH_9.2\r\n\r\n", "HTTP/1.1 abc\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab"] {
+    for nonsense in [
+        "SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        "HTTP/1.1 abc\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    ] {
         let mut client = Connection::open(pair.near.outbound()).await;
         client.send(GET).await;
         let mut app = backend.accept().await;
@@ -290,8 +301,10 @@ async fn an_endpoint_that_swallows_connects_costs_at_most_three_seconds() {
     // With another endpoint beside it every request is answered, at the worst a connect timeout later.
     let alive = Application::start_at("alive", SocketAddr::new([127, 0, 0, 9].into(), hole.address.port())).await;
     mesh.write("alive.yaml", &workload("alive", "far", alive.address()));
-    eventually("the other endpoint is known", async || (wire::get(near.outbound(), "/").await.status == 200).then_some(()))
-        .await;
+    eventually("the other endpoint is known", async || {
+        (wire::get(near.outbound(), "/").await.status == 200).then_some(())
+    })
+    .await;
     for _ in 0..10 {
         let begun = Instant::now();
         assert_eq!(wire::get(near.outbound(), "/").await.status, 200);

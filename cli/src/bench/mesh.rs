@@ -24,12 +24,7 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    pub fn start(
-        application: &Child,
-        directory: &Path,
-        layout: Layout,
-        wrap: Option<&str>,
-    ) -> anyhow::Result<Mesh> {
+    pub fn start(application: &Child, directory: &Path, layout: Layout, wrap: Option<&str>) -> anyhow::Result<Mesh> {
         let ports = Ports {
             http1: application.address("http1")?,
             http2: application.address("http2")?,

@@ -48,7 +48,8 @@ pub fn run(settings: &Settings) -> anyhow::Result<()> {
     let program = std::env::current_exe()?;
     let application =
         Child::start("application", &program, ["bench", "serve"], layout.others, directory.path())?.ready()?;
-    let mesh = Mesh::start(&application, directory.path(), layout, settings.wrap.as_deref()).context("the mesh did not start")?;
+    let mesh = Mesh::start(&application, directory.path(), layout, settings.wrap.as_deref())
+        .context("the mesh did not start")?;
     let nginx = match nginx::find().filter(|_| !settings.no_nginx) {
         Some(program) => Some(Nginx::start(&program, application.address("http1")?, directory.path(), layout)?),
         None => None,

@@ -32,6 +32,8 @@ const WATCH_VERSION: &str = "watch-version";
 const VERSION_RESERVE: u64 = 1 << 32;
 /// Leases that change together are written together.
 const LEASE_DEBOUNCE: Duration = Duration::from_millis(500);
+/// Longer than sidecars take to come back: they dial again within five seconds.
+const SETTLE: Duration = Duration::from_secs(7);
 const MAINTENANCE: Duration = Duration::from_secs(30);
 /// Streams end at once when told to; this is for a peer that does not read.
 const STOP_TIMEOUT: Duration = Duration::from_secs(3);
@@ -201,6 +203,7 @@ fn open(
     let authority = Arc::new(Authority::open(state, &trust_domain, now)?);
     let serving = Arc::new(ServingCertificate::new(&authority, now)?);
     let metrics = Arc::new(metrics()?);
+    let restarted = matches!(state.read(WATCH_VERSION), Ok(Some(_)));
     let publisher = Publisher::new(
         Catalog::new(resources, trust_domain),
         restored(state),
@@ -208,6 +211,9 @@ fn open(
         first_version(state, now),
         metrics.clone(),
     );
+    if restarted {
+        publisher.settle_for(SETTLE);
+    }
     let control = Control {
         authority,
         tokens: TokenKey::open(state)?,
@@ -242,16 +248,16 @@ async fn configure(publisher: Arc<Publisher>, mut configuration: watch::Receiver
     }
 }
 
-/// Keeps the leases on disk, a moment after they changed.
+/// Keeps the leases on disk: the first change at once, what follows it together.
 async fn keep_leases(publisher: Arc<Publisher>, state: State) {
     loop {
         publisher.leases_changed.notified().await;
-        tokio::time::sleep(LEASE_DEBOUNCE).await;
         let (publisher, state) = (publisher.clone(), state.clone());
         let saved = tokio::task::spawn_blocking(move || save_leases(&publisher, &state)).await;
         if let Ok(Err(error)) = saved {
             tracing::error!("the leases would not survive a restart now: {error}");
         }
+        tokio::time::sleep(LEASE_DEBOUNCE).await;
     }
 }
 

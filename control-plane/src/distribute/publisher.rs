@@ -53,11 +53,14 @@ struct Inner {
     scope: Scope,
     version: u64,
     subscribers: HashMap<u64, Arc<Subscriber>>,
+    /// Until then sidecars are still coming back after a restart: see [`Publisher::settle_for`].
+    settles: Option<tokio::time::Instant>,
 }
 
 /// One topic that somebody subscribed to.
 struct Entry {
-    message: Arc<wire::WatchResponse>,
+    /// None: withheld until the registry has settled.
+    message: Option<Arc<wire::WatchResponse>>,
     subscribers: HashMap<u64, Arc<Subscriber>>,
     /// For a workload's own topic: labels to go by until it has a lease.
     granted: Labels,
@@ -81,15 +84,22 @@ impl Publisher {
             scope: Scope::default(),
             version,
             subscribers: HashMap::new(),
+            settles: None,
         };
         Publisher { inner: Mutex::new(inner), changed: Notify::new(), leases_changed: Notify::new(), metrics }
+    }
+
+    /// After a restart: a destination without endpoints is not told for this long. Its endpoints may be on their way
+    /// back, and the sidecars that ask have a last good answer.
+    pub fn settle_for(&self, time: Duration) {
+        self.lock().settles = Some(tokio::time::Instant::now() + time);
     }
 
     /// Publishes what changes and lets go of lost leases, until the task is dropped.
     pub async fn run(&self) {
         let mut wait = COALESCE;
         loop {
-            let next = self.lock().registry.next_sweep().map(tokio::time::Instant::from_std);
+            let next = self.lock().next_due();
             let due = async {
                 match next {
                     Some(next) => tokio::time::sleep_until(next).await,
@@ -101,6 +111,7 @@ impl Publisher {
                 () = due => {}
             }
             self.sweep(tokio::time::Instant::now().into_std());
+            self.lock().settle(tokio::time::Instant::now());
             let began = Instant::now();
             self.publish();
             wait = (began.elapsed() * 4).clamp(COALESCE, MAX_COALESCE);
@@ -197,7 +208,7 @@ impl Publisher {
         let mut inner = self.lock();
         if !inner.entries.contains_key(topic) {
             let resource = inner.compute(topic, granted);
-            let message = inner.next_message(topic, resource);
+            let message = (!inner.withholds(&resource)).then(|| inner.next_message(topic, resource));
             let entry = Entry { message, subscribers: HashMap::new(), granted: granted.clone() };
             inner.entries.insert(topic.clone(), entry);
         }
@@ -214,7 +225,7 @@ impl Publisher {
 
     /// What a topic says now.
     pub fn message(&self, topic: &Topic) -> Option<Arc<wire::WatchResponse>> {
-        self.lock().entries.get(topic).map(|entry| entry.message.clone())
+        self.lock().entries.get(topic).and_then(|entry| entry.message.clone())
     }
 
     /// Computes what may have changed and wakes those for whom it did.
@@ -231,14 +242,14 @@ impl Publisher {
             .map(|(topic, entry)| (topic.clone(), entry.granted.clone()))
             .collect();
         for (topic, granted) in concerned {
-            let resource = Some(inner.compute(&topic, &granted));
-            if inner.entries.get(&topic).is_none_or(|entry| entry.message.resource == resource) {
+            let resource = inner.compute(&topic, &granted);
+            let told = inner.entries.get(&topic).and_then(|entry| entry.message.as_ref()?.resource.as_ref());
+            if told == Some(&resource) || inner.withholds(&resource) {
                 continue;
             }
-            let Some(resource) = resource else { continue };
             let message = inner.next_message(&topic, resource);
             if let MapEntry::Occupied(mut entry) = inner.entries.entry(topic) {
-                entry.get_mut().message = message;
+                entry.get_mut().message = Some(message);
                 let topic = entry.key();
                 for subscriber in entry.get().subscribers.values() {
                     self.metrics.pushes.inc();
@@ -306,6 +317,27 @@ impl Inner {
                 Some(destination) => watch_response::Resource::Destination((&destination).into()),
                 None => watch_response::Resource::Unregistered(wire::Unregistered {}),
             },
+        }
+    }
+
+    fn withholds(&self, resource: &watch_response::Resource) -> bool {
+        let empty = match resource {
+            watch_response::Resource::Destination(destination) => destination.endpoints.is_empty(),
+            watch_response::Resource::Workload(_) | watch_response::Resource::Unregistered(_) => false,
+        };
+        empty && self.settles.is_some()
+    }
+
+    /// When something happens by itself next.
+    fn next_due(&self) -> Option<tokio::time::Instant> {
+        let sweep = self.registry.next_sweep().map(tokio::time::Instant::from_std);
+        sweep.into_iter().chain(self.settles).min()
+    }
+
+    fn settle(&mut self, now: tokio::time::Instant) {
+        if self.settles.is_some_and(|settles| settles <= now) {
+            self.settles = None;
+            self.scope.everything();
         }
     }
 

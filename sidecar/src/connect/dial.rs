@@ -110,7 +110,15 @@ impl Dialer {
         let handshake = crate::tls::connect(&material, tcp, alpn, mutual.sni.clone(), &mutual.expected, address);
         match tokio::time::timeout(self.handshake_timeout, handshake).await {
             Ok(Ok((stream, peer))) => Ok(Dialled { stream: stream.into(), peer: Some(peer) }),
-            Ok(Err(error)) => Err(failure(error.reason(), format!("{address}: {error}"))),
+            Ok(Err(error)) => {
+                // An endpoint that proves nothing is not the one that was meant: no fault of the caller's.
+                let reason = match error.reason() {
+                    Reason::PeerCertificate => Reason::IdentityMismatch,
+                    Reason::MtlsRequired => Reason::TlsHandshake,
+                    reason => reason,
+                };
+                Err(failure(reason, format!("{address}: {error}")))
+            }
             Err(_) => {
                 let detail = format!("{address}: the TLS handshake took longer than {:?}", self.handshake_timeout);
                 Err(failure(Reason::ConnectTimeout, detail))

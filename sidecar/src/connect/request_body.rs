@@ -9,6 +9,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
+use super::streams::Progress;
 use crate::connection::{Command, Entry};
 use crate::telemetry::{GrpcFrames, HttpRecord};
 
@@ -26,6 +27,7 @@ pub struct Streaming {
     record: Rc<HttpRecord>,
     grpc: Option<GrpcFrames>,
     trailers: TrailerFilter,
+    progress: Progress,
     /// The connection that it comes on, when that speaks HTTP/1.
     http1: Option<Arc<Entry>>,
 }
@@ -45,13 +47,14 @@ impl RequestBody {
         record: &Rc<HttpRecord>,
         grpc: bool,
         trailers: TrailerFilter,
+        progress: Progress,
         http1: Option<Arc<Entry>>,
     ) -> RequestBody {
         if incoming.is_end_stream() {
             return RequestBody::Empty;
         }
         let grpc = grpc.then(GrpcFrames::default);
-        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers, http1 })
+        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers, progress, http1 })
     }
 
     pub fn is_empty(&self) -> bool {
@@ -70,6 +73,7 @@ impl Body for RequestBody {
             Ok(frame) => frame,
             Err(error) => return Poll::Ready(Some(Err(error.into()))),
         };
+        body.progress.moved();
         if let Some(data) = frame.data_ref() {
             body.record.add_request_bytes(data.len() as u64);
             if let Some(grpc) = &mut body.grpc {

@@ -64,8 +64,11 @@ impl Streams {
             }
             let still = activity.still_since.get().map_or(Duration::ZERO, |since| now.duration_since(since));
             if activity.expired.get() {
-                // It was told a tick ago and is still here: its downstream takes nothing.
-                activity.entry.ask(Command::Close);
+                // It was told a tick ago and is still here: its downstream takes nothing. Where others share the
+                // connection the peer's own watchdog comes first.
+                if still > 2 * limit || !activity.entry.is_shared() {
+                    activity.entry.ask(Command::Close);
+                }
             } else if still > limit {
                 activity.expired.set(true);
                 if let Some(waker) = activity.waker.take() {
@@ -87,6 +90,10 @@ impl Stream {
         self.activity.moved.set(true);
     }
 
+    pub fn progress(&self) -> Progress {
+        Progress(self.activity.clone())
+    }
+
     /// True when the stream is to be ended; else the task is woken when it is.
     pub fn is_expired(&self, cx: &Context<'_>) -> bool {
         if self.activity.expired.get() {
@@ -97,6 +104,15 @@ impl Stream {
             *waker = Some(cx.waker().clone());
         }
         false
+    }
+}
+
+/// What moves a stream that somebody else holds: the body of its request.
+pub struct Progress(Rc<Activity>);
+
+impl Progress {
+    pub fn moved(&self) {
+        self.0.moved.set(true);
     }
 }
 

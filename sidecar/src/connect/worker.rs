@@ -139,7 +139,8 @@ impl Worker {
         self.table.sweep(&IdleLimits {
             head: self.limits.head_timeout,
             client_idle: self.limits.client_idle,
-            stream_idle: self.limits.stream_idle,
+            // The streams come first: they can still answer. What is left then is a downstream that takes nothing.
+            stream_idle: self.limits.stream_idle + 4 * self.tick(),
             tunnel_idle: self.limits.tunnel_idle,
         });
         self.streams.sweep(self.limits.stream_idle);

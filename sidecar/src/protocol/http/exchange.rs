@@ -3,6 +3,7 @@
 //! direction does: policy, route, balance, connect.
 
 use std::cell::Cell;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -71,7 +72,7 @@ const MOST_INTERIM: u32 = 64;
 
 /// Interim answers so far; written by the upstream connection's task.
 #[derive(Default)]
-struct Interim {
+pub struct Interim {
     count: AtomicU32,
     waker: AtomicWaker,
 }
@@ -152,7 +153,8 @@ impl Exchange {
             Some(body) => {
                 let grpc = self.protocol == WireProtocol::Grpc;
                 let http1 = (!self.session.http2).then(|| self.session.entry.clone());
-                RequestBody::new(body, &self.record, grpc, headers::clean_trailers, http1)
+                let progress = self.stream.progress();
+                RequestBody::new(body, &self.record, grpc, headers::clean_trailers, progress, http1)
             }
             None => RequestBody::Empty,
         };
@@ -191,19 +193,8 @@ impl Exchange {
     }
 
     /// Waits for an upstream, but no longer than a stream may stand still.
-    pub async fn patiently<T>(&self, waiting: impl Future<Output = T>) -> Result<T, Error> {
-        let mut waiting = std::pin::pin!(waiting);
-        std::future::poll_fn(|cx| match waiting.as_mut().poll(cx) {
-            Poll::Ready(done) => Poll::Ready(Ok(done)),
-            Poll::Pending if self.interim.too_many(cx) => {
-                Poll::Ready(Err(upstream_protocol("endless interim answers")))
-            }
-            Poll::Pending if self.stream.is_expired(cx) => {
-                Poll::Ready(Err(Error::upstream(Stage::Forward, Reason::StreamIdleTimeout, Retry::Never, "no answer")))
-            }
-            Poll::Pending => Poll::Pending,
-        })
-        .await
+    pub fn patiently<F: Future>(&self, waiting: F) -> Patiently<'_, F> {
+        Patiently { waiting, stream: &self.stream, interim: &self.interim }
     }
 
     /// Since the request began.
@@ -295,6 +286,34 @@ impl Exchange {
 
 fn upstream_protocol(detail: &'static str) -> Error {
     Error::upstream(Stage::Forward, Reason::UpstreamProtocol, Retry::Never, detail)
+}
+
+pin_project_lite::pin_project! {
+    /// [`Exchange::patiently`]; by hand, because an async fn would hold what it waits for twice.
+    pub struct Patiently<'a, F> {
+        #[pin]
+        waiting: F,
+        stream: &'a Stream,
+        interim: &'a Interim,
+    }
+}
+
+impl<F: Future> Future for Patiently<'_, F> {
+    type Output = Result<F::Output, Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<F::Output, Error>> {
+        let this = self.project();
+        match this.waiting.poll(cx) {
+            Poll::Ready(done) => Poll::Ready(Ok(done)),
+            Poll::Pending if this.interim.too_many(cx) => {
+                Poll::Ready(Err(upstream_protocol("endless interim answers")))
+            }
+            Poll::Pending if this.stream.is_expired(cx) => {
+                Poll::Ready(Err(Error::upstream(Stage::Forward, Reason::StreamIdleTimeout, Retry::Never, "no answer")))
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
 }
 
 fn protocol(http2: bool, headers: &http::HeaderMap) -> WireProtocol {

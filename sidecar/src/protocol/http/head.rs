@@ -261,7 +261,8 @@ mod tests {
 
     #[test]
     fn answer_rules() {
-        let cases: &[(u16, &[(&'static str, &'static str)], Option<Option<&str>>)] = &[
+        type Case<'a> = (u16, &'a [(&'static str, &'static str)], Option<Option<&'a str>>);
+        let cases: &[Case<'_>] = &[
             (200, &[("content-length", "5")], Some(Some("5"))),
             (200, &[("content-length", "5"), ("content-length", "5")], Some(Some("5"))),
             (200, &[("content-length", "5, 05")], Some(Some("5"))),

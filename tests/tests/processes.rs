@@ -1,0 +1,197 @@
+//! Promise: the binaries do what their command lines say: a mesh of processes from `token create` to the first request,
+//! stdout with nothing but listeners and `ready`, exit codes 0, 1 and 2, mistakes told all at once, a killed control
+//! plane that comes back with what it had.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use outrigger_tests::process::{Process, Program, command};
+use outrigger_tests::{Application, Mesh, MeshOptions, eventually, under_test, wire};
+
+const ENDS: Duration = Duration::from_secs(10);
+
+/// Runs to the end: exit code, stdout, stderr.
+fn run(program: Program, arguments: &[&str]) -> (i32, String, String) {
+    finish(command(under_test!(), program).args(arguments))
+}
+
+fn finish(command: &mut Command) -> (i32, String, String) {
+    let output = command.output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().expect("ended by itself"), text(output.stdout), text(output.stderr))
+}
+
+fn control_plane(directory: &Path, listen: &str) -> Process {
+    let config = directory.join("config").display().to_string();
+    let state = directory.join("state").display().to_string();
+    let flags = ["--config", &config, "--state", &state, "--listen", listen, "--admin-listen", "127.0.0.1:0"];
+    Process::run(under_test!(), Program::ControlPlane, flags)
+}
+
+fn token(directory: &Path, account: &str, labels: &[&str]) -> String {
+    let state = directory.join("state").display().to_string();
+    let mut arguments = vec!["token", "create", "--state", &state, "--namespace", "shop", "--service-account", account];
+    labels.iter().for_each(|label| arguments.extend(["--label", label]));
+    let (code, stdout, stderr) = run(Program::Outrigger, &arguments);
+    assert_eq!(code, 0, "{stderr}");
+    assert_eq!(stdout.lines().count(), 1, "the token alone: {stdout:?}");
+    stdout.trim().to_owned()
+}
+
+struct Side<'a> {
+    directory: &'a Path,
+    control_plane: String,
+}
+
+impl Side<'_> {
+    fn run(&self, name: &str, account: &str, labels: &[&str], more: &[&str]) -> Process {
+        let file = self.directory.join(format!("{name}.token"));
+        std::fs::write(&file, token(self.directory, account, labels) + "\n").unwrap();
+        let bundle = self.directory.join("state/trust-bundle.pem");
+        let (file, bundle) = (file.display().to_string(), bundle.display().to_string());
+        let mut flags = vec!["run", "--control-plane", &self.control_plane, "--trust-bundle", &bundle];
+        flags.extend(["--token-file", &file, "--name", name, "--namespace", "shop", "--service-account", account]);
+        flags.extend([
+            "--admin-listen",
+            "127.0.0.1:0",
+            "--metrics-listen",
+            "127.0.0.1:0",
+            "--health-listen",
+            "127.0.0.1:0",
+        ]);
+        labels.iter().for_each(|label| flags.extend(["--label", label]));
+        flags.extend(more);
+        Process::run(under_test!(), Program::Sidecar, flags)
+    }
+}
+
+#[tokio::test]
+async fn a_mesh_of_processes_survives_a_killed_control_plane() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::create_dir(directory.path().join("config")).unwrap();
+    let app = Application::start("catalog").await;
+    let service = format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: catalog, namespace: shop}}\nspec:\n  selector: {{app: \
+         catalog}}\n  ports: [{{port: 80, targetPort: {}}}]\n---\n{}",
+        app.port(),
+        outrigger_tests::mesh::STRICT
+    );
+    std::fs::write(directory.path().join("config/mesh.yaml"), service).unwrap();
+    let mut plane = control_plane(directory.path(), "127.0.0.1:0");
+    plane.ready().await;
+    let grpc = plane.address("grpc").await.to_string();
+    let side = Side { directory: directory.path(), control_plane: grpc.clone() };
+    let inbound = format!("127.0.0.1:0={}", app.address());
+    let mut far = side.run("catalog-1", "catalog", &["app=catalog"], &["--inbound", &inbound]);
+    far.ready().await;
+    let more = ["--outbound", "127.0.0.1:0=catalog:80", "--http-proxy", "127.0.0.1:0", "--drain-delay", "0s"];
+    let mut near = side.run("cart-1", "cart", &[], &more);
+    near.ready().await;
+    let lines = near.stdout();
+    assert!(lines.lines().all(|line| line == "ready" || line.starts_with("listening ")), "{lines}");
+    assert_eq!(lines.lines().last(), Some("ready"), "{lines}");
+    for name in ["admin", "metrics", "health", "outbound:catalog.shop:80", "http-proxy"] {
+        assert!(near.addresses().contains_key(name), "{name} in {lines}");
+    }
+    let outbound = near.address("outbound:catalog.shop:80").await;
+    assert_eq!(wire::get(outbound, "/").await.status, 200);
+
+    let bundle = std::fs::read(directory.path().join("state/trust-bundle.pem")).unwrap();
+    plane.signal("KILL");
+    plane.wait(ENDS).await;
+    assert_eq!(wire::get(outbound, "/").await.status, 200);
+    let mut plane = control_plane(directory.path(), &grpc);
+    plane.ready().await;
+    assert_eq!(std::fs::read(directory.path().join("state/trust-bundle.pem")).unwrap(), bundle);
+    let metrics = near.address("metrics").await;
+    eventually("connected again", async || {
+        let samples = outrigger_tests::metrics::Samples::parse(&wire::get(metrics, "/metrics").await.text());
+        (samples.sum("outrigger_control_plane_connected", &[]) == 1.0).then_some(())
+    })
+    .await;
+    let answer = wire::get(outbound, "/").await;
+    assert_eq!(answer.status, 200, "{}\n{}", answer.text(), plane.stderr());
+
+    // Killed without a word, a sidecar breaks its own connections only.
+    far.signal("KILL");
+    far.wait(ENDS).await;
+    let answer = wire::get(outbound, "/").await;
+    assert_eq!(answer.status, 503, "{}", answer.text());
+    for process in [&mut near, &mut plane] {
+        process.signal("TERM");
+        assert_eq!(process.wait(ENDS).await.code(), Some(0), "{}", process.stderr());
+    }
+}
+
+#[tokio::test]
+async fn wrong_command_lines_end_with_2_and_name_every_mistake() {
+    let (code, stdout, stderr) =
+        run(Program::Sidecar, &["run", "--name", "A_B", "--inbound", "x", "--drain-delay", "5"]);
+    assert_eq!((code, stdout.as_str()), (2, ""), "{stderr}");
+    for flag in [
+        "--name",
+        "--inbound",
+        "--drain-delay",
+        "--control-plane",
+        "--trust-bundle",
+        "--namespace",
+        "--service-account",
+    ] {
+        assert!(stderr.contains(flag), "{flag} in {stderr}");
+    }
+    assert!(stderr.contains("A_B"), "with its value: {stderr}");
+    let (code, _, stderr) =
+        run(Program::ControlPlane, &["--config", "/nowhere/at/all", "--state", "/tmp", "--lisen", "x"]);
+    assert_eq!(code, 2, "{stderr}");
+    let unknown = finish(command(under_test!(), Program::Sidecar).args(["run"]).env("OUTRIGGER_NAMES", "x"));
+    assert!(unknown.0 == 2 && unknown.2.contains("OUTRIGGER_NAMES"), "{}", unknown.2);
+    let missing = run(Program::ControlPlane, &["--config", "/nowhere/at/all", "--state", "/tmp/x-outrigger-none"]);
+    assert!(missing.0 == 2 && missing.2.contains("/nowhere/at/all"), "{missing:?}");
+}
+
+#[tokio::test]
+async fn a_port_in_use_ends_with_1_and_names_the_address() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = holder.local_addr().unwrap();
+    let builder = mesh.sidecar("cart-1").config(|config| config.admin_listen = taken);
+    let mut sidecar = builder.spawn(under_test!()).await;
+    assert_eq!(sidecar.wait(ENDS).await.code(), Some(1));
+    eventually("the address is named", async || sidecar.stderr().contains(&taken.to_string()).then_some(())).await;
+    assert_eq!(sidecar.stdout(), "");
+
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::create_dir(directory.path().join("config")).unwrap();
+    let mut plane = control_plane(directory.path(), &taken.to_string());
+    assert_eq!(plane.wait(ENDS).await.code(), Some(1));
+    eventually("the address is named", async || plane.stderr().contains(&taken.to_string()).then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_sidecar_without_a_control_plane_runs_unready_and_says_why() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    mesh.stop_control_plane().await;
+    let mut sidecar = mesh.sidecar("cart-1").outbound("catalog:80").spawn(under_test!()).await;
+    let health = sidecar.address("health").await;
+    let hint = eventually("/ready tells", async || {
+        let answer = wire::get(health, "/ready").await;
+        let body: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+        (answer.status == 503 && body["reason"] != "certificate_pending").then(|| body["hint"].to_string())
+    })
+    .await;
+    assert!(hint.contains(&mesh.control_plane().to_string()), "{hint}");
+    eventually("and so does stderr", async || {
+        sidecar.stderr().contains(&mesh.control_plane().to_string()).then_some(())
+    })
+    .await;
+    let answer = wire::get(sidecar.address("outbound:catalog.shop:80").await, "/").await;
+    assert_eq!((answer.status, answer.reason().as_str()), (503, "not_ready"));
+    assert!(!sidecar.stdout().contains("ready"));
+    mesh.start_control_plane().await;
+    sidecar.ready().await;
+    let begun = Instant::now();
+    sidecar.signal("INT");
+    assert_eq!(sidecar.wait(ENDS).await.code(), Some(0), "{}", sidecar.stderr());
+    assert!(begun.elapsed() < Duration::from_secs(3));
+}
