@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 
 use super::dial::{Dialer, Target};
 use super::local::Local;
-use super::request_body::RequestBody;
+use super::request_body::{RequestBody, RequestBroke};
 use super::upstream_io::{Probe, UpstreamIo};
 use crate::config::limits::Limits;
 use crate::outcome::{Error, Reason, Retry, Stage};
@@ -252,7 +252,7 @@ impl Lane {
         let mut builder = http1::Builder::new();
         builder
             .preserve_header_case(true)
-            .max_header_size(self.limits.head_bytes)
+            // Not max_header_size: that would be the bound of trailers, too, whose own is the library's 16 KiB.
             .max_buf_size(self.limits.head_bytes.max(8192));
         let (sender, connection) = builder
             .handshake::<_, RequestBody>(TokioIo::new(io))
@@ -383,6 +383,9 @@ impl Lane {
 
     /// What a failed exchange means. The library's error is looked at once, here.
     fn closed(&self, error: &hyper::Error, retry: Retry) -> Error {
+        if error.is_user() {
+            return request_broke(error);
+        }
         let reason = if error.is_parse() || error.is_parse_too_large() {
             Reason::UpstreamProtocol
         } else if has_reset(error) {
@@ -441,6 +444,15 @@ fn replayable(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
     *copy.headers_mut() = request.headers().clone();
     *copy.extensions_mut() = request.extensions().clone();
     Some(copy)
+}
+
+/// The request's own body ended it; the endpoint is not to blame.
+fn request_broke(error: &hyper::Error) -> Error {
+    use std::io::ErrorKind::{InvalidData, InvalidInput};
+    let unreadable = matches!(source::<RequestBroke>(error), Some(RequestBroke::BareLineFeed))
+        || source::<std::io::Error>(error).is_some_and(|error| matches!(error.kind(), InvalidData | InvalidInput));
+    let reason = if unreadable { Reason::BadRequest } else { Reason::ClientClosed };
+    Error::downstream(Stage::Forward, reason, Chain(error).to_string())
 }
 
 /// REFUSED_STREAM, or a GOAWAY that did not cover the stream: the peer promises that it did nothing (RFC 9113 8.7).

@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -9,6 +10,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use super::streams::Progress;
+use crate::connection::{Command, Entry};
 use crate::telemetry::{GrpcFrames, HttpRecord};
 
 /// Removes what a trailer section must not carry on this hop.
@@ -26,6 +28,17 @@ pub struct Streaming {
     grpc: Option<GrpcFrames>,
     trailers: TrailerFilter,
     progress: Progress,
+    /// The connection that it comes on, when that speaks HTTP/1.
+    http1: Option<Arc<Entry>>,
+}
+
+/// Why a request's body ended early; the request's own fault.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestBroke {
+    #[error(transparent)]
+    Incoming(#[from] hyper::Error),
+    #[error("the trailer section begins with a bare line feed")]
+    BareLineFeed,
 }
 
 impl RequestBody {
@@ -35,12 +48,13 @@ impl RequestBody {
         grpc: bool,
         trailers: TrailerFilter,
         progress: Progress,
+        http1: Option<Arc<Entry>>,
     ) -> RequestBody {
         if incoming.is_end_stream() {
             return RequestBody::Empty;
         }
         let grpc = grpc.then(GrpcFrames::default);
-        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers, progress })
+        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers, progress, http1 })
     }
 
     pub fn is_empty(&self) -> bool {
@@ -50,16 +64,16 @@ impl RequestBody {
 
 impl Body for RequestBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = RequestBroke;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RequestBroke>>> {
         let RequestBody::Streaming(body) = &mut *self else { return Poll::Ready(None) };
         let Some(frame) = ready!(Pin::new(&mut body.incoming).poll_frame(cx)) else { return Poll::Ready(None) };
         let mut frame = match frame {
             Ok(frame) => frame,
             Err(error) => {
                 body.progress.broke_off();
-                return Poll::Ready(Some(Err(error)));
+                return Poll::Ready(Some(Err(error.into())));
             }
         };
         body.progress.moved();
@@ -69,6 +83,14 @@ impl Body for RequestBody {
                 body.record.add_grpc_messages(grpc.feed(data));
             }
         } else if let Some(trailers) = frame.trailers_mut() {
+            if let Some(entry) = &body.http1 {
+                // The library forgives a bare LF here and swallows what follows it up to the next empty line, which
+                // a peer may have meant as a request: nothing after trailers is believed.
+                entry.ask(Command::Finish);
+                if trailers.is_empty() {
+                    return Poll::Ready(Some(Err(RequestBroke::BareLineFeed)));
+                }
+            }
             (body.trailers)(trailers);
         }
         Poll::Ready(Some(Ok(frame)))

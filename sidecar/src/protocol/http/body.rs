@@ -57,6 +57,8 @@ pub struct Measured {
 pub enum BodyError {
     #[error("the upstream's answer ended before it was complete")]
     Truncated(#[source] hyper::Error),
+    #[error("the trailer section of the upstream's answer begins with a bare line feed")]
+    BareLineFeed,
     #[error("nothing moved on the stream for too long")]
     Idle,
 }
@@ -142,6 +144,11 @@ impl Upstream {
                     }
                 }
                 let last = if let Some(trailers) = frame.trailers_mut() {
+                    if trailers.is_empty() && matches!(self.held, Some(Held::Http1(_))) {
+                        // The library forgives a bare LF here and swallows what follows it.
+                        self.record.failed(Reason::UpstreamTruncated, || BodyError::BareLineFeed.to_string());
+                        return Poll::Ready(Some(Err(BodyError::BareLineFeed)));
+                    }
                     clean_trailers(trailers);
                     note_grpc_status(&self.record, trailers);
                     true

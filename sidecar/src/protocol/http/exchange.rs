@@ -6,11 +6,14 @@ use std::cell::Cell;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use futures_util::task::AtomicWaker;
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Version, header};
+use http_body::Body;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 
@@ -22,7 +25,7 @@ use crate::connect::request_body::RequestBody;
 use crate::connect::streams::{Busy, Stream};
 use crate::connect::worker::Worker;
 use crate::connection::{Entry, Registered};
-use crate::outcome::{Error, Reason, Stage};
+use crate::outcome::{Error, Reason, Retry, Side, Stage};
 use crate::telemetry::{Edge, GrpcFrames, HttpRecord, WireProtocol};
 
 /// What stays the same for all requests of one downstream connection.
@@ -60,6 +63,34 @@ pub struct Exchange {
     stream: Stream,
     busy: Busy,
     upgrade: Option<OnUpgrade>,
+    interim: Arc<Interim>,
+}
+
+/// How many interim answers a request may get. Each is passed on; endless ones would be held for a client that does not
+/// read.
+const MOST_INTERIM: u32 = 64;
+
+/// Interim answers so far; written by the upstream connection's task.
+#[derive(Default)]
+pub struct Interim {
+    count: AtomicU32,
+    waker: AtomicWaker,
+}
+
+impl Interim {
+    /// Counts one; false when it is one too many.
+    fn count(&self) -> bool {
+        let within = self.count.fetch_add(1, Relaxed) < MOST_INTERIM;
+        if !within {
+            self.waker.wake();
+        }
+        within
+    }
+
+    fn too_many(&self, cx: &Context<'_>) -> bool {
+        self.waker.register(cx.waker());
+        self.count.load(Relaxed) > MOST_INTERIM
+    }
 }
 
 /// The head on its way, and the body that follows it.
@@ -86,6 +117,7 @@ impl Exchange {
             stream: worker.streams.begin(&session.entry, session.http2),
             busy: Busy::begin(&session.entry, &session.running, &worker.drain),
             upgrade: None,
+            interim: Arc::default(),
         };
         (exchange, Outgoing { parts, body: Some(body) })
     }
@@ -120,11 +152,18 @@ impl Exchange {
         let body = match outgoing.body {
             Some(body) => {
                 let grpc = self.protocol == WireProtocol::Grpc;
-                RequestBody::new(body, &self.record, grpc, headers::clean_trailers, self.stream.progress())
+                let http1 = (!self.session.http2).then(|| self.session.entry.clone());
+                let progress = self.stream.progress();
+                RequestBody::new(body, &self.record, grpc, headers::clean_trailers, progress, http1)
             }
             None => RequestBody::Empty,
         };
         let mut request = Request::from_parts(outgoing.parts, body);
+        if !self.session.http2 && !request.body().is_empty() && request.body().size_hint().exact().is_none() {
+            // Without it the library sends a GET or HEAD with a body as one that has none.
+            let chunked = http::HeaderValue::from_static("chunked");
+            request.headers_mut().insert(header::TRANSFER_ENCODING, chunked);
+        }
         // A client of HTTP/1.0 knows no interim answers (RFC 9110 section 15.2).
         if self.version == Version::HTTP_11 {
             self.pass_interim(&mut request);
@@ -136,8 +175,9 @@ impl Exchange {
     /// body is asked for; 101 is no interim answer.
     fn pass_interim(&self, request: &mut Request<RequestBody>) {
         let entry = self.session.entry.clone();
+        let count = self.interim.clone();
         hyper::ext::on_informational(request, move |interim| {
-            if matches!(interim.status(), StatusCode::CONTINUE | StatusCode::SWITCHING_PROTOCOLS) {
+            if !count.count() || matches!(interim.status(), StatusCode::CONTINUE | StatusCode::SWITCHING_PROTOCOLS) {
                 return;
             }
             let phrase = interim.status().canonical_reason().unwrap_or("Interim");
@@ -155,13 +195,13 @@ impl Exchange {
 
     /// Waits for an upstream, but no longer than a stream may stand still.
     pub fn patiently<F: Future>(&self, waiting: F) -> Patiently<'_, F> {
-        Patiently { waiting, stream: &self.stream }
+        Patiently { waiting, stream: &self.stream, interim: &self.interim }
     }
 
     /// What a failed exchange with an upstream was: one that failed because the client broke off its request says
     /// nothing about the upstream.
     pub fn fault(&self, error: Error) -> Error {
-        if !self.stream.is_broken_off() {
+        if error.side == Side::Downstream || !self.stream.is_broken_off() {
             return error;
         }
         Error::downstream(Stage::Forward, Reason::ClientClosed, "the client broke off its request")
@@ -183,8 +223,13 @@ impl Exchange {
             return match self.upgrade.take() {
                 Some(downstream) => self.switch(downstream, response, held),
                 // Raw bytes flow only after a 101 that was asked for.
-                None => self.refuse(&unasked_switch()),
+                None => self.refuse(&upstream_protocol("101 without a request to switch protocols")),
             };
+        }
+        let status = response.status();
+        if let Err(wrong) = head::check_answer(status, response.headers_mut()) {
+            // What `held` holds is not given back: nobody knows where the next answer begins.
+            return self.refuse(&upstream_protocol(wrong));
         }
         headers::clean(response.headers_mut(), Strip::HopByHop, false);
         self.record.answered(response.status().as_u16());
@@ -219,6 +264,10 @@ impl Exchange {
             self.record.grpc_status(error.reason.row().grpc);
         }
         self.close_when_draining(response.headers_mut());
+        if !self.session.http2 && error.side == Side::Downstream {
+            // Who sends what is refused may not agree with us on where it ends.
+            response.headers_mut().insert(header::CONNECTION, http::HeaderValue::from_static("close"));
+        }
         // The rest of a request that was not read must not be taken for the next one: hyper closes after a body that
         // was left unread.
         response.map(|body| body.recorded(Ending { record: self.record, busy: Some(self.busy) }))
@@ -245,12 +294,17 @@ impl Exchange {
     }
 }
 
+fn upstream_protocol(detail: &'static str) -> Error {
+    Error::upstream(Stage::Forward, Reason::UpstreamProtocol, Retry::Never, detail)
+}
+
 pin_project_lite::pin_project! {
     /// [`Exchange::patiently`]; by hand, because an async fn would hold what it waits for twice.
     pub struct Patiently<'a, F> {
         #[pin]
         waiting: F,
         stream: &'a Stream,
+        interim: &'a Interim,
     }
 }
 
@@ -261,22 +315,15 @@ impl<F: Future> Future for Patiently<'_, F> {
         let this = self.project();
         match this.waiting.poll(cx) {
             Poll::Ready(done) => Poll::Ready(Ok(done)),
+            Poll::Pending if this.interim.too_many(cx) => {
+                Poll::Ready(Err(upstream_protocol("endless interim answers")))
+            }
             Poll::Pending if this.stream.is_expired(cx) => {
-                let (reason, retry) = (Reason::StreamIdleTimeout, crate::outcome::Retry::Never);
-                Poll::Ready(Err(Error::upstream(Stage::Forward, reason, retry, "no answer")))
+                Poll::Ready(Err(Error::upstream(Stage::Forward, Reason::StreamIdleTimeout, Retry::Never, "no answer")))
             }
             Poll::Pending => Poll::Pending,
         }
     }
-}
-
-fn unasked_switch() -> Error {
-    Error::upstream(
-        Stage::Forward,
-        Reason::UpstreamProtocol,
-        crate::outcome::Retry::Never,
-        "101 without a request to switch protocols",
-    )
 }
 
 fn protocol(http2: bool, headers: &http::HeaderMap) -> WireProtocol {

@@ -3,7 +3,7 @@
 
 use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Uri};
-use http::{HeaderValue, Method, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 
 use crate::outcome::Reason;
 
@@ -18,6 +18,7 @@ pub fn check_http1(
     authority: impl FnOnce() -> String,
 ) -> Result<(), Refusal> {
     check_target(&parts.uri, longest_target)?;
+    check_framing(&parts.headers)?;
     let mut hosts = parts.headers.get_all(header::HOST).iter();
     let host = hosts.next();
     if hosts.next().is_some() {
@@ -32,6 +33,9 @@ pub fn check_http1(
         return Err((Reason::BadRequest, "no Host field"));
     }
     if let Some(target) = parts.uri.authority().cloned() {
+        if parts.uri.scheme().is_none() {
+            return Err((Reason::BadRequest, "an authority alone is a target for CONNECT only"));
+        }
         if has_userinfo(&target) {
             return Err((Reason::BadRequest, "the target has user information"));
         }
@@ -57,6 +61,7 @@ pub fn check_http2(
     authority: impl FnOnce() -> String,
 ) -> Result<(), Refusal> {
     check_target(&parts.uri, longest_target)?;
+    check_framing(&parts.headers)?;
     let mut hosts = parts.headers.get_all(header::HOST).iter();
     let host = hosts.next().cloned();
     if hosts.next().is_some() {
@@ -78,6 +83,85 @@ pub fn check_http2(
             with_authority(parts, target)
         }
     }
+}
+
+/// Fields that say where a message ends, or that a server may take for such. The library takes the last coding of the
+/// last line for the whole of Transfer-Encoding and ignores an Expect that it does not know.
+fn check_framing(headers: &HeaderMap) -> Result<(), Refusal> {
+    if !only(headers, &header::TRANSFER_ENCODING, "chunked") {
+        return Err((Reason::BadRequest, "a Transfer-Encoding that is not chunked alone"));
+    }
+    if headers.get(header::CONTENT_LENGTH).is_some_and(|length| !is_plain_length(length.as_bytes())) {
+        return Err((Reason::BadRequest, "a Content-Length that not every server reads alike"));
+    }
+    if !only(headers, &header::EXPECT, "100-continue") {
+        return Err((Reason::BadRequest, "an Expect that is not 100-continue alone"));
+    }
+    if TWINS.iter().any(|twin| headers.contains_key(*twin)) {
+        return Err((Reason::BadRequest, "a framing field spelled with an underscore"));
+    }
+    Ok(())
+}
+
+/// A number without leading zeros that fits into a signed one.
+fn is_plain_length(length: &[u8]) -> bool {
+    let number = std::str::from_utf8(length).ok().and_then(|text| text.parse::<i64>().ok());
+    number.is_some() && length.iter().all(u8::is_ascii_digit) && (length.len() == 1 || length[0] != b'0')
+}
+
+/// What servers that read `_` as `-` would take for framing fields.
+const TWINS: [&str; 2] = ["transfer_encoding", "content_length"];
+
+/// True without such a field, or when there is one and it has this value.
+fn only(headers: &HeaderMap, name: &HeaderName, expected: &str) -> bool {
+    let mut values = headers.get_all(name).iter();
+    match (values.next(), values.next()) {
+        (None, _) => true,
+        (Some(value), None) => value.as_bytes().trim_ascii().eq_ignore_ascii_case(expected.as_bytes()),
+        (Some(_), Some(_)) => false,
+    }
+}
+
+/// Checks an answer's framing. What is wrong with it, else: a Content-Length in its one plain form, and none where an
+/// answer has no body. The library takes an answer with both framings, and reads one in an unknown coding to the end.
+pub fn check_answer(status: StatusCode, headers: &mut HeaderMap) -> Result<(), &'static str> {
+    let codings = headers.contains_key(header::TRANSFER_ENCODING);
+    if codings && !only(headers, &header::TRANSFER_ENCODING, "chunked") {
+        return Err("a Transfer-Encoding that is not chunked alone");
+    }
+    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+    let Some(first) = lengths.next() else { return Ok(()) };
+    if codings {
+        return Err("Transfer-Encoding and Content-Length");
+    }
+    let several = lengths.next().is_some();
+    if several || !is_plain_length(first.as_bytes()) {
+        let length = one_length(headers).ok_or("a Content-Length that is no number, or several that differ")?;
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    if status == StatusCode::NO_CONTENT {
+        headers.remove(header::CONTENT_LENGTH);
+    }
+    Ok(())
+}
+
+/// The number on which all lines and list members agree.
+fn one_length(headers: &HeaderMap) -> Option<i64> {
+    let mut one = None;
+    for value in headers.get_all(header::CONTENT_LENGTH) {
+        for member in value.to_str().ok()?.split(',') {
+            let member = member.trim_matches([' ', '\t']);
+            if !member.bytes().all(|byte| byte.is_ascii_digit()) {
+                return None;
+            }
+            // Signed: nothing larger is meant, and some would read it as negative.
+            let length = member.parse::<i64>().ok()?;
+            if one.replace(length).is_some_and(|before| before != length) {
+                return None;
+            }
+        }
+    }
+    one
 }
 
 fn with_authority(parts: &mut Parts, authority: Authority) -> Result<(), Refusal> {
@@ -148,6 +232,61 @@ mod tests {
             request = request.header("host", *host);
         }
         request.body(()).unwrap().into_parts().0
+    }
+
+    #[test]
+    fn framing_rules() {
+        let cases: &[(&str, &str, bool)] = &[
+            ("transfer-encoding", "chunked", true),
+            ("transfer-encoding", "Chunked ", true),
+            ("transfer-encoding", "gzip, chunked", false),
+            ("transfer-encoding", "chunked, chunked", false),
+            ("expect", "100-Continue", true),
+            ("expect", "y 100-continue", false),
+            ("content-length", "0", true),
+            ("content-length", "10", true),
+            ("content-length", "010", false),
+            ("content-length", "9223372036854775807", true),
+            ("content-length", "9223372036854775808", false),
+            ("content-length", "+1", false),
+            ("content_length", "1", false),
+            ("transfer_encoding", "x", false),
+        ];
+        for (name, value, good) in cases {
+            let mut headers = HeaderMap::new();
+            headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+            assert_eq!(check_framing(&headers).is_ok(), *good, "{name}: {value}");
+        }
+    }
+
+    #[test]
+    fn answer_rules() {
+        type Case<'a> = (u16, &'a [(&'static str, &'static str)], Option<Option<&'a str>>);
+        let cases: &[Case<'_>] = &[
+            (200, &[("content-length", "5")], Some(Some("5"))),
+            (200, &[("content-length", "5"), ("content-length", "5")], Some(Some("5"))),
+            (200, &[("content-length", "5, 05")], Some(Some("5"))),
+            (200, &[("content-length", "5, 6")], None),
+            (200, &[("content-length", "-5")], None),
+            (200, &[("content-length", "")], None),
+            (204, &[("content-length", "5")], Some(None)),
+            (304, &[("content-length", "5")], Some(Some("5"))),
+            (200, &[("transfer-encoding", "chunked")], Some(None)),
+            (200, &[("transfer-encoding", "gzip")], None),
+            (200, &[("transfer-encoding", "chunked"), ("content-length", "5")], None),
+        ];
+        for (status, fields, expected) in cases {
+            let mut headers = HeaderMap::new();
+            for (name, value) in *fields {
+                headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+            }
+            let checked = check_answer(StatusCode::from_u16(*status).unwrap(), &mut headers).is_ok();
+            assert_eq!(checked, expected.is_some(), "{fields:?}");
+            if let Some(length) = expected {
+                let got: Vec<_> = headers.get_all("content-length").iter().map(|v| v.to_str().unwrap()).collect();
+                assert_eq!(got, length.iter().copied().collect::<Vec<_>>(), "{fields:?}");
+            }
+        }
     }
 
     #[test]

@@ -46,7 +46,7 @@ pub async fn http1<F>(
     let connection = http1::Builder::new()
         .preserve_header_case(true)
         .auto_date_header(false)
-        .max_header_size(limits.head_bytes)
+        // Not max_header_size: that would be the bound of trailers, too, whose own is the library's 16 KiB.
         .max_buf_size(limits.head_bytes.max(8192))
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();
