@@ -64,8 +64,11 @@ impl Streams {
             }
             let still = activity.still_since.get().map_or(Duration::ZERO, |since| now.duration_since(since));
             if activity.expired.get() {
-                // It was told a tick ago and is still here: its downstream takes nothing.
-                activity.entry.ask(Command::Close);
+                // It was told a tick ago and is still here: its downstream takes nothing. Where others share the
+                // connection the peer's own watchdog comes first.
+                if still > 2 * limit || !activity.entry.is_shared() {
+                    activity.entry.ask(Command::Close);
+                }
             } else if still > limit {
                 activity.expired.set(true);
                 if let Some(waker) = activity.waker.take() {
