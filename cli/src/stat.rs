@@ -92,7 +92,8 @@ fn row(name: &Name, sides: &[&Edge]) -> [String; 8] {
     let seen = if outbound.is_empty() { of(Direction::Inbound) } else { outbound };
     let rate: f64 = seen.iter().map(|edge| edge.requests_per_second).sum();
     // By requests over the destination's workloads; a quantile of the slowest of them.
-    let answered: f64 = seen.iter().filter_map(|edge| Some(edge.success_percent? * edge.requests_per_second)).sum();
+    let failed: f64 =
+        seen.iter().filter_map(|edge| Some((100.0 - edge.success_percent?) * edge.requests_per_second)).sum();
     let slowest = |quantile: fn(&Edge) -> Option<f64>| seen.iter().filter_map(|edge| quantile(edge)).reduce(f64::max);
     [
         name.source.clone(),
@@ -100,7 +101,7 @@ fn row(name: &Name, sides: &[&Edge]) -> [String; 8] {
         if name.destination.is_empty() { "(unknown)".to_owned() } else { name.destination.clone() },
         name.protocol.clone(),
         format!("{rate:.1}"),
-        percent((rate > 0.0).then(|| answered / rate)),
+        percent((rate > 0.0).then(|| 100.0 - failed / rate)),
         seconds(slowest(|edge| edge.p50)),
         seconds(slowest(|edge| edge.p99)),
         yes_no(sides.iter().all(|edge| edge.mtls)),
@@ -139,6 +140,8 @@ mod tests {
         assert_eq!(lines[1], "web.shop  cart.shop  http1      20.0   99.5 %  2.00 ms  20.0 ms  yes");
         let lines = text(&[edge(Direction::Inbound, 100.0, false), edge(Direction::Outbound, 100.0, true)]);
         assert!(lines[1].ends_with("100.0 %  2.00 ms  20.0 ms  no"), "{lines:?}");
+        let odd = Edge { requests_per_second: 99.068_832_496_155_05, ..edge(Direction::Outbound, 100.0, true) };
+        assert!(text(&[odd])[1].contains("100.0 %"), "nothing failed");
         assert_eq!(text(&[]).len(), 1);
     }
 }

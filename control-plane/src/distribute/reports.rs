@@ -58,7 +58,8 @@ impl EdgeStats {
     /// 0 to 100; None when nothing was asked.
     pub fn success_percent(&self) -> Option<f64> {
         let requests = self.requests_per_second;
-        (requests > 0.0).then(|| (100.0 * (requests - self.failures_per_second) / requests).clamp(0.0, 100.0))
+        // In this order no failure is exactly 100, whatever the rounding.
+        (requests > 0.0).then(|| (100.0 - 100.0 * self.failures_per_second / requests).clamp(0.0, 100.0))
     }
 
     /// Seconds below which a share (0 to 1) of the requests ended, by linear interpolation within a bucket as
@@ -185,6 +186,12 @@ mod tests {
         assert_eq!(stats.requests_per_second, 20.0);
         assert_eq!(stats.success_percent(), Some(95.0));
         assert!(reports.edges(at(100)).is_empty());
+    }
+
+    #[test]
+    fn no_failure_is_exactly_all() {
+        let stats = EdgeStats { requests_per_second: 99.068_832_496_155_05, ..EdgeStats::default() };
+        assert_eq!(stats.success_percent(), Some(100.0));
     }
 
     #[test]
