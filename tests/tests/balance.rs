@@ -138,7 +138,8 @@ async fn workloads(addresses: &[(SocketAddr, u32)], balancer: &str) -> (Sidecar,
 
 #[tokio::test]
 async fn weights_divide_the_requests() {
-    for balancer in ["RoundRobin", "Random", "LeastRequest"] {
+    // LeastRequest goes by latency, too, which depends on the machine; its weights are tested beside it.
+    for balancer in ["RoundRobin", "Random"] {
         let apps = Application::replicas::<2>("catalog").await;
         let (near, _mesh) = workloads(&[(apps[0].address(), 1), (apps[1].address(), 3)], balancer).await;
         let mut client = Connection::open(near.outbound()).await;

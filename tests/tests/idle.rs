@@ -72,6 +72,32 @@ async fn a_body_that_stands_still_is_cut_and_one_that_moves_is_not() {
     .await;
 }
 
+/// The mesh connection between the two carries both clients' streams: one that is not read is not its end.
+#[tokio::test]
+async fn a_stalled_stream_does_not_close_what_others_share() {
+    const LIMIT: Duration = Duration::from_secs(1);
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let app = Application::start("catalog").await;
+    mesh.service("catalog.shop", 80, app.port(), Some("http"));
+    let builder = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app.address());
+    let short = |limits: &mut Limits| {
+        limits.head_timeout = Duration::from_millis(200);
+        limits.stream_idle = LIMIT;
+    };
+    let _far = builder.limits(short).start().await;
+    let near = mesh.sidecar("cart-1").outbound("catalog:80").start().await;
+    let (stalled, other) = (Http2::open(near.outbound()).await, Http2::open(near.outbound()).await);
+    let unread = stalled.begin(http::Request::get("http://test/bytes/9000000").body(()).unwrap(), true).await.unwrap();
+    let _unread = unread.answer().await.unwrap();
+    let begun = std::time::Instant::now();
+    let (mut answer, mut send) = other.call("Bidi", &[]).await.unwrap().answer_keeping().await.unwrap();
+    while begun.elapsed() < LIMIT * 7 / 4 {
+        send.send_data(outrigger_tests::grpc::frame(b"x"), false).unwrap();
+        assert!(answer.data().await.unwrap().is_some(), "cut after {:?}", begun.elapsed());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// An upload may take as long as it likes as long as it moves, though no answer has begun.
 #[tokio::test]
 async fn an_upload_that_moves_is_waited_for() {
