@@ -65,6 +65,16 @@ pub struct MeshSettings {
     /// Cap on label sets per metric.
     pub max_series: u32,
     pub leaf_lifetime_seconds: u64,
+    pub key_algorithm: KeyAlgorithm,
+}
+
+/// What kind of key a leaf has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Deserialize)]
+pub enum KeyAlgorithm {
+    #[default]
+    #[serde(rename = "ECDSA-P256")]
+    EcdsaP256,
+    Ed25519,
 }
 
 /// Cap on label sets per metric when MeshConfig does not say.
@@ -81,6 +91,7 @@ impl Default for MeshSettings {
             access_log: AccessLog::Failures,
             max_series: DEFAULT_MAX_SERIES,
             leaf_lifetime_seconds: DEFAULT_LEAF_LIFETIME_SECONDS,
+            key_algorithm: KeyAlgorithm::default(),
         }
     }
 }

@@ -194,6 +194,11 @@ impl From<&snapshot::MeshSettings> for MeshSettings {
             .into(),
             max_series: mesh.max_series,
             leaf_lifetime_seconds: mesh.leaf_lifetime_seconds,
+            key_algorithm: match mesh.key_algorithm {
+                snapshot::KeyAlgorithm::EcdsaP256 => KeyAlgorithm::EcdsaP256,
+                snapshot::KeyAlgorithm::Ed25519 => KeyAlgorithm::Ed25519,
+            }
+            .into(),
         }
     }
 }
@@ -226,6 +231,11 @@ impl TryFrom<&MeshSettings> for snapshot::MeshSettings {
             },
             max_series: if mesh.max_series == 0 { snapshot::DEFAULT_MAX_SERIES } else { mesh.max_series },
             leaf_lifetime_seconds: mesh.leaf_lifetime_seconds,
+            key_algorithm: match KeyAlgorithm::try_from(mesh.key_algorithm) {
+                Ok(KeyAlgorithm::Unspecified | KeyAlgorithm::EcdsaP256) => snapshot::KeyAlgorithm::EcdsaP256,
+                Ok(KeyAlgorithm::Ed25519) => snapshot::KeyAlgorithm::Ed25519,
+                Err(_) => return Err(WireError::Unknown { field: "key_algorithm", value: mesh.key_algorithm }),
+            },
         })
     }
 }

@@ -151,6 +151,12 @@ impl Entry {
         change(&mut self.about.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// A mesh connection with HTTP/2 carries requests of many clients: closing it for one of them harms the others.
+    pub fn is_shared(&self) -> bool {
+        let about = self.about.lock().unwrap_or_else(PoisonError::into_inner);
+        about.mtls && about.protocol == "http2"
+    }
+
     pub fn command(&self) -> Command {
         match self.command.load(Relaxed) {
             1 => Command::Finish,

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use http::{Method, Request, Response};
@@ -12,7 +13,7 @@ use outrigger_api::snapshot::Key;
 use outrigger_runtime::drain::Hold;
 
 use crate::balance::{Kind, Outcome};
-use crate::connect::backend::{Backend, View, lost_edge};
+use crate::connect::backend::{Backend, Slot, View, lost_edge};
 use crate::connect::dial::Dialled;
 use crate::connect::lane::{Answered, Framing, Unsent};
 use crate::connect::worker::Worker;
@@ -27,7 +28,7 @@ use crate::protocol::http::headers::Strip;
 use crate::protocol::http::{serve, tunnel};
 use crate::protocol::opaque::{self, CopyError};
 use crate::protocol::peek::{self, First, Peeked};
-use crate::telemetry::{self, TcpRecord, WireProtocol};
+use crate::telemetry::{self, Edge, TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
 
 /// Serves one connection of the application to one destination.
@@ -52,8 +53,9 @@ async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, re
         }
         None => counted(worker, peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await),
     };
+    let known = view.as_deref().ok();
     match peeked {
-        Ok(Peeked::Speaks(Detected::Http1)) => http1(worker, backend, stream, registered, permit).await,
+        Ok(Peeked::Speaks(Detected::Http1)) => http1(worker, backend, known, stream, registered, permit).await,
         Ok(Peeked::Speaks(Detected::Http2)) => http2(worker, backend, stream, registered, permit).await,
         Ok(Peeked::Speaks(Detected::Tls)) if declared.is_none() => {
             opaque(worker, view, stream, registered, WireProtocol::Tls, permit).await;
@@ -62,7 +64,7 @@ async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, re
             opaque(worker, view, stream, registered, WireProtocol::Tcp, permit).await;
         }
         // Not HTTP on a port that declares it: the parser says what is wrong with it.
-        Ok(Peeked::Speaks(Detected::Opaque)) => http1(worker, backend, stream, registered, permit).await,
+        Ok(Peeked::Speaks(Detected::Opaque)) => http1(worker, backend, known, stream, registered, permit).await,
         Ok(Peeked::Speaks(Detected::Tls)) => {
             let error = Error::downstream(Stage::Detect, Reason::ProtocolMismatch, "TLS on a port declared as HTTP");
             refuse_connection(worker, view.ok().as_deref(), &stream, &error);
@@ -88,13 +90,14 @@ fn counted(worker: &Worker, peeked: Result<Peeked, Error>) -> Result<Peeked, Err
 async fn http1(
     worker: &Rc<Worker>,
     backend: &Rc<Backend>,
+    known: Option<&View>,
     stream: Stream,
     registered: &Rc<Registered>,
     permit: Permit,
 ) {
     registered.describe(|about| about.protocol = "http1");
     let session = Session::new(worker, registered, false, Strip::HopByHop);
-    let on_refusal = head_refusals(worker);
+    let on_refusal = head_refusals(worker, known);
     let respond = |request| respond(session.clone(), backend.clone(), request, permit);
     serve::http1(&session, stream, on_refusal, respond).await;
 }
@@ -255,28 +258,21 @@ async fn opaque(
         Ok(view) => view,
         Err(error) => return refuse_connection(worker, None, &stream, &error),
     };
-    match dial(worker, &view, protocol, permit).await {
-        Ok(opened) => copy(stream, opened, registered, protocol).await,
+    match dial(worker, &view, permit).await {
+        Ok(opened) => copy(worker, &view, stream, opened, registered, protocol).await,
         Err(error) => refuse_connection(worker, Some(&view), &stream, &error),
     }
 }
 
-/// An open upstream and what is counted as long as it is.
+/// An open upstream. It counts as an opaque connection only when it turns out to be one: see [`copy`].
 struct Opened {
     dialled: Dialled,
-    record: TcpRecord,
+    slot: Rc<Slot>,
     _load: crate::balance::Open,
     _hold: Hold,
 }
 
-impl Opened {
-    /// It was opened because the client might have waited for the server; it did not.
-    fn unneeded(self) {
-        self.record.discard();
-    }
-}
-
-async fn dial(worker: &Rc<Worker>, view: &View, protocol: WireProtocol, _permit: Permit) -> Result<Opened, Error> {
+async fn dial(worker: &Rc<Worker>, view: &View, _permit: Permit) -> Result<Opened, Error> {
     let mut tried = Tried::new(worker);
     loop {
         let Some((index, slot)) = view.pick(worker, Kind::Tcp, tried.indices()) else {
@@ -286,10 +282,7 @@ async fn dial(worker: &Rc<Worker>, view: &View, protocol: WireProtocol, _permit:
         match worker.dialer.dial(&slot.target, MeshAlpn::Tcp).await {
             Ok(dialled) => {
                 load.connected(worker.now(), Outcome::Success);
-                let edge = view.edge(worker, &slot, protocol);
-                let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
-                record.upstream(slot.target.address);
-                return Ok(Opened { dialled, record, _load: load, _hold: worker.drain.hold() });
+                return Ok(Opened { dialled, slot, _load: load, _hold: worker.drain.hold() });
             }
             Err(error) => {
                 load.connected(worker.now(), blame(&error));
@@ -299,13 +292,22 @@ async fn dial(worker: &Rc<Worker>, view: &View, protocol: WireProtocol, _permit:
     }
 }
 
-async fn copy(stream: Stream, opened: Opened, registered: &Registered, protocol: WireProtocol) {
+async fn copy(
+    worker: &Rc<Worker>,
+    view: &View,
+    stream: Stream,
+    opened: Opened,
+    registered: &Registered,
+    protocol: WireProtocol,
+) {
     registered.describe(|about| {
         about.protocol = protocol.as_str();
         about.mtls = opened.dialled.peer.is_some();
     });
     registered.enter(State::Tunnel);
-    let record = &opened.record;
+    let edge = view.edge(worker, &opened.slot, protocol);
+    let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
+    record.upstream(opened.slot.target.address);
     record.downstream(registered.client);
     let forth = |count| record.add_received(count);
     let back = |count| record.add_sent(count);
@@ -329,29 +331,29 @@ async fn silent(
         Ok(view) => view,
         Err(error) => return refuse_connection(worker, None, &stream, &error),
     };
-    let mut opened = match dial(worker, &view, WireProtocol::Tcp, permit).await {
+    let mut opened = match dial(worker, &view, permit).await {
         Ok(opened) => opened,
         Err(error) => return refuse_connection(worker, Some(&view), &stream, &error),
     };
     match peek::who_speaks(&mut stream, &mut opened.dialled.stream, worker.limits.tunnel_idle).await {
         Ok(First::Server) => {
             worker.telemetry.detected(telemetry::Detected::ServerFirst);
-            copy(stream, opened, registered, WireProtocol::Tcp).await;
+            copy(worker, &view, stream, opened, registered, WireProtocol::Tcp).await;
         }
         Ok(First::Client) => match counted(worker, peek::speaks(&mut stream, worker.limits.head_timeout).await) {
             Ok(Peeked::Speaks(Detected::Http1)) => {
-                opened.unneeded();
-                http1(worker, backend, stream, registered, permit).await;
+                drop(opened);
+                http1(worker, backend, Some(&view), stream, registered, permit).await;
             }
             Ok(Peeked::Speaks(Detected::Http2)) => {
-                opened.unneeded();
+                drop(opened);
                 http2(worker, backend, stream, registered, permit).await;
             }
-            Ok(_) => copy(stream, opened, registered, WireProtocol::Tcp).await,
-            Err(error) => {
-                opened.unneeded();
-                refuse_head(worker, Some(&view), stream, &error).await;
+            Ok(Peeked::Speaks(Detected::Tls)) => {
+                copy(worker, &view, stream, opened, registered, WireProtocol::Tls).await;
             }
+            Ok(_) => copy(worker, &view, stream, opened, registered, WireProtocol::Tcp).await,
+            Err(error) => refuse_head(worker, Some(&view), stream, &error).await,
         },
         Ok(First::Nobody) | Err(_) => {}
     }
@@ -362,7 +364,7 @@ async fn silent(
 /// Counts a connection that ends before anything was forwarded, and closes it so that it looks like an error.
 fn refuse_connection(worker: &Worker, view: Option<&View>, stream: &Stream, error: &Error) {
     let protocol = WireProtocol::Tcp;
-    let edge = view.map_or_else(|| lost_edge(worker, protocol), |view| view.unpicked_edge(worker, protocol));
+    let edge = unpicked(worker, view, protocol);
     let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
     record.failed(error.reason, || error.to_string());
     stream.reset_on_close();
@@ -374,15 +376,20 @@ async fn refuse_head(worker: &Worker, view: Option<&View>, mut stream: Stream, e
         serve::refuse_head(&mut stream, error.reason, &worker.own.instance).await;
     }
     let protocol = WireProtocol::Http1;
-    let edge = view.map_or_else(|| lost_edge(worker, protocol), |view| view.unpicked_edge(worker, protocol));
+    let edge = unpicked(worker, view, protocol);
     serve::count_refused_head(&worker.telemetry, &edge, error.reason);
 }
 
-/// Counts heads that the parser refused.
-fn head_refusals(worker: &Rc<Worker>) -> Box<dyn Fn(Reason) + Send> {
-    let edge = lost_edge(worker, WireProtocol::Http1);
+/// Counts heads that the parser refused, for the service of the listener if it has one.
+fn head_refusals(worker: &Rc<Worker>, view: Option<&View>) -> Box<dyn Fn(Reason) + Send> {
+    let edge = unpicked(worker, view, WireProtocol::Http1);
     let telemetry = worker.telemetry.clone();
     Box::new(move |reason| serve::count_refused_head(&telemetry, &edge, reason))
+}
+
+/// The edge of what ends before an endpoint is picked.
+fn unpicked(worker: &Worker, view: Option<&View>, protocol: WireProtocol) -> Arc<Edge> {
+    view.map_or_else(|| lost_edge(worker, protocol), |view| view.unpicked_edge(worker, protocol))
 }
 
 // --- the forward proxy --------------------------------------------------------------------------------------------
@@ -393,7 +400,7 @@ pub async fn serve_proxy(worker: Rc<Worker>, stream: Stream, registered: Rc<Regi
     let session = Session::new(&worker, &registered, false, Strip::HopByHop);
     let permit = policy::admit_outbound();
     let respond = |request| proxy(session.clone(), request, permit);
-    serve::http1(&session, stream, head_refusals(&worker), respond).await;
+    serve::http1(&session, stream, head_refusals(&worker, None), respond).await;
 }
 
 async fn proxy(session: Rc<Session>, request: Request<Incoming>, permit: Permit) -> Response<ResponseBody> {

@@ -98,17 +98,15 @@ async fn curl_speaks_every_version() {
     let app = Application::start("catalog").await;
     let pair = pair(app.address(), None).await;
     let out = pair.mesh.path("body").to_str().unwrap().to_owned();
-    for (flag, version, arrives) in [
-        ("--http1.0", "1.0", "HTTP/1.1"),
-        ("--http1.1", "1.1", "HTTP/1.1"),
-        ("--http2-prior-knowledge", "2", "HTTP/2.0"),
-    ] {
+    for (flag, version, arrives) in
+        [("--http1.0", "1", "HTTP/1.1"), ("--http1.1", "1.1", "HTTP/1.1"), ("--http2-prior-knowledge", "2", "HTTP/2.0")]
+    {
         let shown = curl(STATUS, [flag, "-o", &out, &pair.url("/bytes/300")]).await;
         let answered = shown.split(' ').next().unwrap().to_owned();
-        assert!(answered == version || (version == "1.0" && answered == "1.1"), "{flag}: {shown}");
+        assert!(answered == version || (version == "1" && answered == "1.1"), "{flag}: {shown}");
         assert!(shown.ends_with(" 200 300"), "{flag}: {shown}");
         assert_eq!(app.last().version, arrives, "{flag}");
-        let shown = curl(STATUS, [flag, "-I", "-o", &out, &pair.url("/bytes/300")]).await;
+        let shown = curl(STATUS, [flag, "-I", "-o", &out, &pair.url("/status/200")]).await;
         assert!(shown.ends_with(" 200 0"), "{flag}: {shown}");
         let shown = curl(STATUS, [flag, "-X", "DELETE", "-o", &out, &pair.url("/status/204")]).await;
         assert!(shown.ends_with(" 204 0"), "{flag}: {shown}");
@@ -168,11 +166,14 @@ async fn curl_reuses_its_connection() {
     let app = Application::start("catalog").await;
     let pair = pair(app.address(), None).await;
     let out = pair.mesh.path("out").to_str().unwrap().to_owned();
-    for version in ["--http1.1", "--http2-prior-knowledge"] {
-        let urls: Vec<String> =
-            (0..5).flat_map(|n| ["-o".to_owned(), out.clone(), pair.url(&format!("/{n}"))]).collect();
-        let shown = curl("%{num_connects}", std::iter::once(version.to_owned()).chain(urls)).await;
-        assert_eq!(shown, "1\n0\n0\n0\n0", "{version}");
+    // HTTP/1.1 only: curl 7.88 fails its second request with prior knowledge of HTTP/2 on one connection against any
+    // server. grpcio below has all its calls on one.
+    let local = (0..5).map(|n| pair.url(&format!("/{n}")));
+    let proxied = (0..5).map(|n| format!("http://catalog.shop/{n}"));
+    for (proxy, urls) in [(String::new(), local.collect::<Vec<_>>()), (pair.proxy(), proxied.collect())] {
+        let arguments = ["--http1.1", "-x", &proxy].map(str::to_owned).into_iter();
+        let urls = urls.into_iter().flat_map(|url| ["-o".to_owned(), out.clone(), url]);
+        assert_eq!(curl("%{num_connects}", arguments.chain(urls)).await, "1\n0\n0\n0\n0");
     }
 }
 

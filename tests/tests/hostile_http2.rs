@@ -42,6 +42,9 @@ async fn flood(field: &Field, client: &mut Client, time: Duration, mut next: imp
     false
 }
 
+/// The frames of one stream.
+type Attack<'a> = &'a dyn Fn(u32) -> Vec<u8>;
+
 fn odd(count: &mut u32) -> u32 {
     let stream = *count;
     *count += 2;
@@ -92,7 +95,7 @@ async fn made_you_reset_is_told_to_calm_down() {
     let field = Field::new().await;
     let open = |stream| frame(HEADERS, END_HEADERS, stream, request("POST", "/hold"));
     // Of two of them the library ends the connection at the first.
-    let attacks: [(&str, u32, &dyn Fn(u32) -> Vec<u8>); 4] = [
+    let attacks: [(&str, u32, Attack); 4] = [
         ("WINDOW_UPDATE 0", PROTOCOL_ERROR, &|stream| [open(stream), frame(WINDOW_UPDATE, 0, stream, [0; 4])].concat()),
         ("WINDOW_UPDATE overflow", ENHANCE_YOUR_CALM, &|stream| {
             [open(stream), frame(WINDOW_UPDATE, 0, stream, 0x7fff_ffff_u32.to_be_bytes())].concat()

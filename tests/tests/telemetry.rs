@@ -11,8 +11,9 @@ use outrigger_api::name::Protocol;
 use outrigger_tests::application::{Backend, nobody};
 use outrigger_tests::grpc::{Http2, frame};
 use outrigger_tests::metrics::Samples;
+use outrigger_tests::peer;
 use outrigger_tests::wire::{self, Connection, End};
-use outrigger_tests::{Application, Mesh, MeshOptions, Sidecar, eventually};
+use outrigger_tests::{Application, Mesh, MeshOptions, Peer, Sidecar, eventually};
 
 const CART: &str = "spiffe://outrigger.local/ns/shop/sa/cart";
 
@@ -118,6 +119,7 @@ fn label_sets(samples: &Samples, names: &[&str], expected: &str) {
 #[tokio::test]
 async fn http1_is_counted_by_body_bytes_method_and_code() {
     let app = Application::start("catalog").await;
+    app.release();
     let pair = pair(app.address(), None).await;
     let mut client = Connection::open(pair.near.outbound()).await;
     let mut asked = async |text: &str| {
@@ -131,6 +133,11 @@ async fn http1_is_counted_by_body_bytes_method_and_code() {
     assert_eq!(asked("GET /status/404 HTTP/1.1\r\nHost: c\r\n\r\n").await, (404, 0));
     assert_eq!(asked("GET /status/500 HTTP/1.1\r\nHost: c\r\n\r\n").await, (500, 0));
     assert_eq!(asked("GET /status/204 HTTP/1.1\r\nHost: c\r\n\r\n").await, (204, 0));
+    assert_eq!(asked("OPTIONS /trailers HTTP/1.1\r\nHost: c\r\nTE: trailers\r\n\r\n").await, (200, 5));
+    assert_eq!(asked("PATCH /trailers HTTP/1.1\r\nHost: c\r\n\r\n").await, (200, 5));
+    assert_eq!(asked("TRACE /hints HTTP/1.1\r\nHost: c\r\n\r\n").await, (200, 4));
+    // Closed afterwards, because its body has no other end.
+    assert_eq!(asked("PUT /chunked/500 HTTP/1.0\r\nHost: c\r\nContent-Length: 0\r\n\r\n").await, (200, 500));
     for (method, code, request_bytes, response_bytes) in [
         ("POST", "200", 7.0, 2500.0),
         ("HEAD", "200", 0.0, 0.0),
@@ -138,16 +145,20 @@ async fn http1_is_counted_by_body_bytes_method_and_code() {
         ("GET", "404", 0.0, 0.0),
         ("GET", "500", 0.0, 0.0),
         ("GET", "204", 0.0, 0.0),
+        ("OPTIONS", "200", 0.0, 5.0),
+        ("PATCH", "200", 0.0, 5.0),
+        ("TRACE", "200", 0.0, 4.0),
+        ("PUT", "200", 0.0, 500.0),
     ] {
         let outcome =
             [("source_principal", CART), ("method", method), ("code", code), ("grpc_status", ""), ("reason", "")];
         let values = [(REQUESTS, 1.0), (REQUEST_BYTES, request_bytes), (RESPONSE_BYTES, response_bytes)];
         pair.both("http1", &outcome, &values).await;
     }
-    pair.both("http1", &[], &[(IN_FLIGHT, 0.0), ("outrigger_http_request_duration_seconds_count", 6.0)]).await;
+    pair.both("http1", &[], &[(IN_FLIGHT, 0.0), ("outrigger_http_request_duration_seconds_count", 10.0)]).await;
     for (_, sidecar) in pair.sides() {
         let samples = sidecar.metrics().await;
-        assert_eq!(samples.sum(REQUESTS, &[]), 6.0, "{}: each counted once", sidecar.name);
+        assert_eq!(samples.sum(REQUESTS, &[]), 10.0, "{}: each counted once", sidecar.name);
         label_sets(&samples, &[REQUESTS, REQUEST_BYTES, RESPONSE_BYTES], HTTP);
         label_sets(&samples, &["outrigger_http_request_duration_seconds_bucket"], HTTP_HISTOGRAM);
         let buckets = samples.values("outrigger_http_request_duration_seconds_bucket", "le");
@@ -289,6 +300,82 @@ async fn opaque_bytes_are_counted_from_caller_to_service_on_both_sides() {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn an_applications_own_tls_is_a_connection_of_protocol_tls() {
+    for declared in [Some(Protocol::Tls), None] {
+        let app = Backend::start().await;
+        let pair = pair(app.address(), declared).await;
+        let (caller, service) = (Peer::without_certificate(), peer::self_signed("spiffe://elsewhere/service"));
+        let serve = async {
+            let mut served = service.accept(app.accept().await, &["h2"]).await.unwrap();
+            assert_eq!(served.take(5).await, b"hello");
+        };
+        let call = async {
+            let mut client = caller.connect(pair.near.outbound(), &["h2"]).await.unwrap();
+            client.send(b"hello").await;
+            client.take_to_end().await;
+        };
+        tokio::join!(serve, call);
+        pair.both("tls", &[("reason", "")], &[(OPENED, 1.0)]).await;
+        for (_, sidecar) in pair.sides() {
+            let samples = sidecar.metrics().await;
+            assert_eq!(samples.sum(OPENED, &[]), 1.0, "{}", sidecar.name);
+            let found = samples.sum("outrigger_detect_total", &[("outcome", "tls")]);
+            assert!(found == 1.0 || declared.is_some(), "{}", sidecar.name);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_hesitates_before_its_request_is_no_opaque_connection() {
+    let app = Application::start("catalog").await;
+    let pair = pair(app.address(), None).await;
+    let mut client = Connection::open(pair.near.outbound()).await;
+    // Longer than detection waits: the upstream is opened speculatively.
+    eventually("the speculative upstream", async || (app.connections() > 0).then_some(())).await;
+    assert_eq!(client.ask("GET / HTTP/1.1\r\nHost: c\r\n\r\n").await.status, 200);
+    pair.both("http1", &[("code", "200"), ("reason", "")], &[(REQUESTS, 1.0)]).await;
+    for (_, sidecar) in pair.sides() {
+        assert_eq!(sidecar.metrics().await.sum(OPENED, &[]), 0.0, "{}", sidecar.name);
+    }
+}
+
+#[tokio::test]
+async fn a_head_that_is_refused_counts_for_the_service_it_was_sent_to() {
+    let app = Application::start("catalog").await;
+    let pair = pair(app.address(), None).await;
+    let mut client = Connection::open(pair.near.outbound()).await;
+    assert_eq!(client.ask("GET / HTTP/1.1\r\nHost : c\r\n\r\n").await.status, 400);
+    let labels = [
+        ("direction", "outbound"),
+        ("source_workload", "cart-web"),
+        ("destination_service", "catalog.shop"),
+        ("code", "400"),
+        ("reason", "bad_request"),
+    ];
+    counts(&pair.near, &labels, &[(REQUESTS, 1.0)]).await;
+    assert_eq!(app.count(), 0);
+}
+
+#[tokio::test]
+async fn a_destination_that_nobody_registered_is_unknown() {
+    let app = Application::start("outside").await;
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let near = mesh.sidecar("cart-1").workload("cart-web").http_proxy().start().await;
+    let target = app.address();
+    let request = format!("GET http://{target}/ HTTP/1.1\r\nHost: {target}\r\n\r\n");
+    assert_eq!(Connection::open(near.http_proxy()).await.ask(request).await.status, 200);
+    let labels = [
+        ("source_workload", "cart-web"),
+        ("destination_service", ""),
+        ("destination_workload", "unknown"),
+        ("destination_namespace", "unknown"),
+        ("mtls", "false"),
+        ("code", "200"),
+    ];
+    counts(&near, &labels, &[(REQUESTS, 1.0)]).await;
 }
 
 #[tokio::test]

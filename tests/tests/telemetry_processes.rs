@@ -138,8 +138,32 @@ async fn the_access_log_says_what_failed_and_why() {
 }
 
 #[tokio::test]
+async fn a_refusal_names_its_trace_also_where_traces_are_exported() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    mesh.service("gone.shop", 80, 8080, Some("http"));
+    let config = "apiVersion: outrigger.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: default, namespace: \
+                  outrigger-system}\nspec: {tracing: {otlpEndpoint: 'http://127.0.0.1:1'}}\n";
+    mesh.write("mesh-config.yaml", config);
+    let near = sidecar(&mesh, "cart-1", &["--outbound", "127.0.0.1:0=gone:80"]).await;
+    let gone = near.address("outbound:gone.shop:80").await;
+    let admin = near.address("admin").await;
+    eventually("traces are on", async || {
+        let request = "GET /config HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+        let config: Value = serde_json::from_slice(&wire::ask(admin, request).await.body).unwrap();
+        (config["workload"]["otlp_endpoint"] == "http://127.0.0.1:1").then_some(())
+    })
+    .await;
+    assert_eq!(get(gone, "/").await, 503);
+    let line = logged(&near, "the refusal", |line| line["status"] == 503).await;
+    assert_eq!((&line["trace_id"], &line["reason"]), (&TRACE.into(), &"destination_unavailable".into()));
+}
+
+#[tokio::test]
 async fn stat_shows_an_edge_within_seconds() {
     let mesh = Mesh::start(MeshOptions::default()).await;
+    let quiet = "apiVersion: outrigger.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: default, namespace: \
+                 outrigger-system}\nspec: {accessLog: Off}\n";
+    mesh.write("mesh-config.yaml", quiet);
     let app = Application::start("catalog").await;
     mesh.service("catalog.shop", 80, app.port(), Some("http"));
     let _far =

@@ -29,13 +29,7 @@ pub struct MeshConfig {
     pub defaults: Defaults,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
-pub enum KeyAlgorithm {
-    #[default]
-    #[serde(rename = "ECDSA-P256")]
-    EcdsaP256,
-    Ed25519,
-}
+pub use crate::snapshot::KeyAlgorithm;
 
 /// `outbound.mode`
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::child::{Child, rss};
+use super::child::{Child, private, rss};
 use super::load::{Mode, Settings};
 use super::rounds::{Contender, start_load};
 
@@ -17,6 +17,7 @@ const FIRST: u16 = 16;
 pub struct Weight {
     pub process: &'static str,
     pub idle: u64,
+    pub idle_private: u64,
     /// With this many idle connections more, and what each of them added.
     pub connections: u16,
     pub with_connections: u64,
@@ -25,22 +26,23 @@ pub struct Weight {
 
 /// Memory of each proxy of a contender, idle and with `connections` open.
 pub fn measure(contender: &Contender, connections: u16, bench: &super::rounds::Bench) -> anyhow::Result<Vec<Weight>> {
-    let idle: Vec<u64> = contender.proxies.iter().map(|proxy| rss(proxy.pid)).collect();
+    let idle: Vec<_> = contender.proxies.iter().map(|proxy| (rss(proxy.pid), private(proxy.pid))).collect();
     let first = hold(contender, FIRST, bench)?;
-    let before: Vec<u64> = contender.proxies.iter().map(|proxy| rss(proxy.pid)).collect();
+    let before: Vec<u64> = contender.proxies.iter().map(|proxy| private(proxy.pid)).collect();
     let more = hold(contender, connections, bench)?;
     let weights = contender
         .proxies
         .iter()
         .zip(idle.iter().zip(&before))
         .map(|(proxy, (idle, before))| {
-            let after = rss(proxy.pid);
+            let added = private(proxy.pid).saturating_sub(*before);
             Weight {
                 process: proxy.name,
-                idle: *idle,
+                idle: idle.0,
+                idle_private: idle.1,
                 connections,
-                with_connections: after,
-                per_connection: after.saturating_sub(*before) as f64 / f64::from(connections),
+                with_connections: rss(proxy.pid),
+                per_connection: added as f64 / f64::from(connections),
             }
         })
         .collect();

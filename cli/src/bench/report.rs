@@ -160,12 +160,18 @@ impl Report {
 fn weights(title: &str, weights: &[Weight]) -> String {
     let Some(first) = weights.first() else { return String::new() };
     let with = format!("with {} MiB", first.connections);
-    let mut text = format!("\n{title}\n{:24}{:>16}{with:>16}{:>16}\n", "", "RSS MiB", "KiB/connection");
+    let mut text = format!("\n{title}\n{:24}", "");
+    for name in ["RSS MiB", "private MiB", &with, "KiB/connection"] {
+        let _ = write!(text, "{name:>16}");
+    }
+    text.push('\n');
     let mib = |bytes: u64| bytes as f64 / 1024.0 / 1024.0;
     for weight in weights {
-        let per_connection = weight.per_connection / 1024.0;
-        let (idle, with) = (mib(weight.idle), mib(weight.with_connections));
-        let _ = writeln!(text, "{:24}{idle:>16.1}{with:>16.1}{per_connection:>16.1}", weight.process);
+        let _ = write!(text, "{:24}", weight.process);
+        for bytes in [weight.idle, weight.idle_private, weight.with_connections] {
+            let _ = write!(text, "{:>16.1}", mib(bytes));
+        }
+        let _ = writeln!(text, "{:>16.1}", weight.per_connection / 1024.0);
     }
     text
 }

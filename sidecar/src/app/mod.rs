@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use outrigger_api::identity::SpiffeId;
-use outrigger_api::snapshot::Key;
+use outrigger_api::snapshot::{Key, KeyAlgorithm, Workload};
 use outrigger_runtime::drain::{Budget, Drain, DrainHandle, State};
 use outrigger_runtime::heartbeat::Heartbeats;
 use outrigger_runtime::logging::Logs;
@@ -348,6 +348,7 @@ impl Control {
             admin,
             listeners,
         } = self;
+        let (algorithm, key_algorithm) = watch::channel(KeyAlgorithm::default());
         let identity = IdentitySettings {
             control_plane: config.control_plane.clone(),
             trust_bundle: config.trust_bundle.clone(),
@@ -357,7 +358,7 @@ impl Control {
             service_account: config.service_account.clone(),
             trust_domain: config.trust_domain.clone(),
             state: config.state.clone(),
-            key_algorithm: identity::KeyAlgorithm::default(),
+            key_algorithm,
         };
         let discovery = DiscoverySettings {
             control_plane: config.control_plane.clone(),
@@ -371,7 +372,8 @@ impl Control {
         if config.state.is_none() {
             tracing::info!("without --state nothing survives a restart: a new join token will be needed then");
         }
-        tokio::spawn(identity::run(identity, tls.clone(), renew, identity_status));
+        tokio::spawn(identity::run(identity, tls.clone(), renew.clone(), identity_status));
+        tokio::spawn(follow_algorithm(directory.own(), algorithm, renew));
         let reports = Reports { telemetry: telemetry.clone(), tables };
         let withdraw = drain.when(State::Draining);
         tokio::spawn(discovery::run(discovery, tls.clone(), lease, directory.clone(), reports.source(), withdraw));
@@ -409,6 +411,25 @@ async fn follow(workload: String, directory: Directory, telemetry: Arc<Telemetry
             let service = current.ports.values().find_map(|port| port.service.as_ref());
             let name = service.map_or(workload.as_str(), |service| &service.name);
             telemetry.configure(&current.mesh, name);
+        }
+        if own.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A key of another kind is wanted: the next certificate has it, and it comes now.
+async fn follow_algorithm(
+    mut own: watch::Receiver<Option<Arc<Workload>>>,
+    algorithm: watch::Sender<KeyAlgorithm>,
+    renew: Arc<Notify>,
+) {
+    loop {
+        let wanted = own.borrow_and_update().as_ref().map(|own| own.mesh.key_algorithm);
+        if let Some(wanted) = wanted
+            && algorithm.send_replace(wanted) != wanted
+        {
+            renew.notify_one();
         }
         if own.changed().await.is_err() {
             return;

@@ -43,7 +43,9 @@ pub struct Limits {
     pub h2_pending_resets: usize,
     /// Streams that the peer made us reset; beyond is GOAWAY (MadeYouReset, CVE-2025-8671).
     pub h2_local_resets: usize,
-    /// Answers to PING and SETTINGS that wait to be written; beyond, the connection is closed.
+    /// Control frames (PING, SETTINGS, window updates ...) that a connection may send at once beyond what its requests
+    /// and bytes account for, and again each second; beyond is GOAWAY. One answer at most waits to be written: h2 reads
+    /// no further before it is.
     pub h2_control_frames: usize,
 
     // --- Accepting --------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ impl Backend {
         {
             return Ok(view);
         }
-        let known = self.first_answer(worker).await?;
+        let known = Box::pin(self.first_answer(worker)).await?;
         let previous = self.view.borrow().clone();
         let view = match &known {
             Known::Registered(destination) => Ok(View::registered(worker, destination, previous.as_deref())),

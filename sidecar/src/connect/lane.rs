@@ -174,7 +174,8 @@ impl Lane {
             let is_reused = reused.is_some();
             let mut connection = match reused {
                 Some(connection) => connection,
-                None => match self.open_http1().await {
+                // Boxed: a handshake's state is 11 KiB, and every request's future would be as large to be moved and kept.
+                None => match Box::pin(self.open_http1()).await {
                     Ok(connection) => connection,
                     Err(error) => return Err(Unsent { error, request: Some(request) }),
                 },
@@ -329,7 +330,7 @@ impl Lane {
                 continue;
             }
             let guard = OpeningGuard::new(self);
-            let opened = self.open_http2().await;
+            let opened = Box::pin(self.open_http2()).await;
             guard.end(&opened);
             let shared = opened?;
             self.shared.borrow_mut().push(shared);

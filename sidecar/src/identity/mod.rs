@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use outrigger_api::identity::TrustDomain;
+use outrigger_api::snapshot::KeyAlgorithm;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
 
@@ -44,15 +45,14 @@ pub struct IdentitySettings {
     pub trust_domain: TrustDomain,
     /// `--state`: where certificate and key survive a restart.
     pub state: Option<PathBuf>,
-    pub key_algorithm: KeyAlgorithm,
+    /// What kind of key the next certificate gets; follows the mesh's settings.
+    pub key_algorithm: watch::Receiver<KeyAlgorithm>,
 }
 
-/// What kind of key is made.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum KeyAlgorithm {
-    #[default]
-    EcdsaP256,
-    Ed25519,
+impl IdentitySettings {
+    fn algorithm(&self) -> KeyAlgorithm {
+        *self.key_algorithm.borrow()
+    }
 }
 
 /// How things stand, for `/ready`, `/certs` and metrics.

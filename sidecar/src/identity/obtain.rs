@@ -46,7 +46,7 @@ impl Obtainer {
         let Some(state) = self.state.clone() else { return Ok(()) };
         let trust_domain = self.settings.trust_domain.clone();
         let pending = state.pending_key();
-        self.pending = pending.and_then(|pem| Request::from_pem(&pem, self.settings.key_algorithm));
+        self.pending = pending.and_then(|pem| Request::from_pem(&pem, self.settings.algorithm()));
         self.bootstrap = state.bootstrap(&trust_domain);
         let loaded = blocking(move || state.load(&trust_domain)).await?;
         let Some(credential) = loaded else { return Ok(()) };
@@ -110,7 +110,7 @@ impl Obtainer {
     /// By certificate, with a key of its own: a key lives no longer than its leaf.
     async fn renew(&mut self, own: &Credential) -> Result<(Credential, String), IssueError> {
         let channel = dial(&self.settings.control_plane, own.bundle(), Some(own), self.tls.clock()).await?;
-        let request = Request::new(self.settings.key_algorithm)?;
+        let request = Request::new(self.settings.algorithm())?;
         let credential = request.issue(channel, String::new(), &self.settings, self.tls.clock()).await?;
         Ok((credential, request.key_pem()))
     }
@@ -121,7 +121,7 @@ impl Obtainer {
         let channel = dial(&self.settings.control_plane, roots, None, self.tls.clock()).await?;
         let request = match self.pending.take() {
             Some(request) => request,
-            None => Request::new(self.settings.key_algorithm)?,
+            None => Request::new(self.settings.algorithm())?,
         };
         let key_pem = request.key_pem();
         if let Some(state) = self.state.clone() {

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use outrigger_api::identity::SpiffeId;
+use outrigger_api::snapshot::KeyAlgorithm;
 use outrigger_api::wire::identity_client::IdentityClient;
 use outrigger_api::wire::{IssueRequest, IssueResponse};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair};
@@ -11,8 +12,8 @@ use rustls::AlertDescription;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::time::timeout;
 
+use super::IdentitySettings;
 use super::channel::{DialError, Dialled};
-use super::{IdentitySettings, KeyAlgorithm};
 use crate::tls::{Bundle, Clock, Credential, CredentialError, PeerFault};
 
 const ANSWER: Duration = Duration::from_secs(15);

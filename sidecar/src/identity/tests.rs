@@ -35,7 +35,7 @@ impl Fixture {
             service_account: "cart".to_owned(),
             trust_domain: TrustDomain::new("outrigger.local").unwrap(),
             state: None,
-            key_algorithm: KeyAlgorithm::default(),
+            key_algorithm: watch::channel(KeyAlgorithm::default()).1,
         };
         let (sender, status) = watch::channel(IdentityStatus::default());
         let fixture = Fixture {
@@ -117,7 +117,7 @@ async fn the_first_certificate_comes_by_token_and_the_next_by_certificate() {
     for algorithm in [KeyAlgorithm::EcdsaP256, KeyAlgorithm::Ed25519] {
         control_plane.record.issued.lock().unwrap().clear();
         let mut sidecar = Fixture::new(control_plane.address, &root);
-        sidecar.settings.key_algorithm = algorithm;
+        sidecar.settings.key_algorithm = watch::channel(algorithm).1;
         sidecar.start();
         let first = sidecar.certificate().await;
         assert_eq!(first.identity().as_str(), "spiffe://outrigger.local/ns/shop/sa/cart");

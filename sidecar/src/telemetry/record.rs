@@ -38,8 +38,10 @@ pub struct HttpRecord {
     upstream: Cell<Option<SocketAddr>>,
     /// Log and spans only.
     words: RefCell<Words>,
-    /// 0: none known.
+    /// The trace that goes on; 0: none yet.
     trace_id: Cell<u128>,
+    /// The trace that the caller named, for a log line about a request that got no further; 0: none.
+    named_trace: Cell<u128>,
     /// Made when the trace is sampled.
     trace: RefCell<Option<Box<SampledTrace>>>,
 }
@@ -103,6 +105,7 @@ impl HttpRecord {
                 policy: None,
             }),
             trace_id: Cell::new(0),
+            named_trace: Cell::new(0),
             trace: RefCell::new(None),
         }
     }
@@ -115,9 +118,7 @@ impl HttpRecord {
         if !traced && !self.telemetry.logs(true) {
             return;
         }
-        if !traced {
-            self.trace_id.set(Incoming::trace_id(headers));
-        }
+        self.named_trace.set(Incoming::trace_id(headers));
         let host = || headers.get(HOST).and_then(|host| host.to_str().ok());
         let authority = uri.authority().map(http::uri::Authority::as_str).or_else(host).unwrap_or_default();
         let mut words = self.words.borrow_mut();
@@ -290,7 +291,7 @@ impl HttpRecord {
             duration: ended.duration,
             request_bytes: ended.request_bytes,
             response_bytes: ended.response_bytes,
-            trace_id: self.trace_id.get(),
+            trace_id: if self.trace_id.get() == 0 { self.named_trace.get() } else { self.trace_id.get() },
             downstream: self.downstream.get(),
             upstream: self.upstream.get(),
             detail: words.detail.take(),

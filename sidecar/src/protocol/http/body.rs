@@ -140,11 +140,16 @@ impl Upstream {
                     if let Some(grpc) = &mut self.grpc {
                         self.record.add_grpc_messages(grpc.feed(data));
                     }
-                } else if let Some(trailers) = frame.trailers_mut() {
+                }
+                let last = if let Some(trailers) = frame.trailers_mut() {
                     clean_trailers(trailers);
                     note_grpc_status(&self.record, trailers);
-                }
-                if self.incoming.is_end_stream() {
+                    true
+                } else {
+                    false
+                };
+                // Behind trailers hyper's HTTP/1 server asks for nothing more.
+                if last || self.incoming.is_end_stream() {
                     self.end();
                 }
                 Poll::Ready(Some(Ok(frame)))

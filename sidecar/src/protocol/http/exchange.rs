@@ -3,8 +3,10 @@
 //! direction does: policy, route, balance, connect.
 
 use std::cell::Cell;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use http::request::Parts;
@@ -152,19 +154,8 @@ impl Exchange {
     }
 
     /// Waits for an upstream, but no longer than a stream may stand still.
-    pub async fn patiently<T>(&self, waiting: impl Future<Output = T>) -> Result<T, Error> {
-        let mut waiting = std::pin::pin!(waiting);
-        std::future::poll_fn(|cx| match waiting.as_mut().poll(cx) {
-            std::task::Poll::Ready(done) => std::task::Poll::Ready(Ok(done)),
-            std::task::Poll::Pending if self.stream.is_expired(cx) => std::task::Poll::Ready(Err(Error::upstream(
-                Stage::Forward,
-                Reason::StreamIdleTimeout,
-                crate::outcome::Retry::Never,
-                "no answer",
-            ))),
-            std::task::Poll::Pending => std::task::Poll::Pending,
-        })
-        .await
+    pub fn patiently<F: Future>(&self, waiting: F) -> Patiently<'_, F> {
+        Patiently { waiting, stream: &self.stream }
     }
 
     /// What a failed exchange with an upstream was: one that failed because the client broke off its request says
@@ -251,6 +242,31 @@ impl Exchange {
         self.record.answered(StatusCode::SWITCHING_PROTOCOLS.as_u16());
         tunnel::spawn_switched(&self.session, self.record, downstream, upstream, held);
         response.map(|_| ResponseBody::empty())
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// [`Exchange::patiently`]; by hand, because an async fn would hold what it waits for twice.
+    pub struct Patiently<'a, F> {
+        #[pin]
+        waiting: F,
+        stream: &'a Stream,
+    }
+}
+
+impl<F: Future> Future for Patiently<'_, F> {
+    type Output = Result<F::Output, Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<F::Output, Error>> {
+        let this = self.project();
+        match this.waiting.poll(cx) {
+            Poll::Ready(done) => Poll::Ready(Ok(done)),
+            Poll::Pending if this.stream.is_expired(cx) => {
+                let (reason, retry) = (Reason::StreamIdleTimeout, crate::outcome::Retry::Never);
+                Poll::Ready(Err(Error::upstream(Stage::Forward, reason, retry, "no answer")))
+            }
+            Poll::Pending => Poll::Pending,
+        }
     }
 }
 

@@ -16,7 +16,6 @@ const HEAD: usize = 9;
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
-const GOAWAY: u8 = 7;
 const CONTINUATION: u8 = 9;
 const END_STREAM: u8 = 1;
 
@@ -97,7 +96,7 @@ impl Flood {
         let enough = match kind {
             // The library bounds small and empty DATA, and CONTINUATION, by itself.
             DATA if length > 0 || flags & END_STREAM != 0 => true,
-            CONTINUATION | GOAWAY => true,
+            CONTINUATION => true,
             HEADERS => {
                 self.control.earn(PER_REQUEST);
                 self.resets.earn(1);

@@ -9,11 +9,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
+use futures_util::FutureExt;
 use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use outrigger_runtime::drain::Hold;
 use tokio::io::AsyncWriteExt;
 
 use super::answer;
@@ -22,7 +24,7 @@ use super::downstream_io::{DownstreamIo, OnRefusal};
 use super::exchange::Session;
 use super::flood::Flood;
 use crate::connect::Local;
-use crate::connection::{Command, Entry};
+use crate::connection::{Command, State};
 use crate::net::Stream;
 use crate::outcome::Reason;
 use crate::telemetry::{Edge, HttpRecord, Telemetry};
@@ -39,10 +41,8 @@ pub async fn http1<F>(
     let limits = &session.worker.limits;
     let proxy: Arc<str> = session.worker.own.instance.as_str().into();
     let io = DownstreamIo::http1(stream, session.entry.clone(), proxy, on_refusal);
-    let service = service_fn(|request| {
-        let response = respond(request);
-        async { Ok::<_, Infallible>(response.await) }
-    });
+    // Not an async block around it: that would keep room for the future twice, in every connection.
+    let service = service_fn(|request| respond(request).map(Ok::<_, Infallible>));
     let connection = http1::Builder::new()
         .preserve_header_case(true)
         .auto_date_header(false)
@@ -50,7 +50,7 @@ pub async fn http1<F>(
         .max_buf_size(limits.head_bytes.max(8192))
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();
-    Driven { connection, entry: &session.entry, finishing: false }.await;
+    Driven { connection, session, finishing: false, hold: None }.await;
 }
 
 /// Serves HTTP/2 until the connection ends.
@@ -68,10 +68,7 @@ pub async fn http2<F>(
     let shared = streams > limits.h2_streams_application;
     let window = if shared { limits.h2_shared_window(streams) } else { limits.h2_connection_window };
     let respond = Rc::new(respond);
-    let service = service_fn(move |request| {
-        let response = respond(request);
-        async { Ok::<_, Infallible>(response.await) }
-    });
+    let service = service_fn(move |request| respond(request).map(Ok::<_, Infallible>));
     let connection = http2::Builder::new(Local)
         .timer(TokioTimer::new())
         .auto_date_header(false)
@@ -85,7 +82,7 @@ pub async fn http2<F>(
         .keep_alive_interval(limits.keepalive)
         .keep_alive_timeout(limits.user_timeout)
         .serve_connection(TokioIo::new(io), service);
-    Driven { connection, entry: &session.entry, finishing: false }.await;
+    Driven { connection, session, finishing: false, hold: None }.await;
 }
 
 /// A head that was refused before it became a request has a record all the same, with the method `other`.
@@ -141,8 +138,10 @@ pin_project_lite::pin_project! {
     struct Driven<'a, C> {
         #[pin]
         connection: C,
-        entry: &'a Entry,
+        session: &'a Session,
         finishing: bool,
+        // The drain waits until what is buffered has gone out, too.
+        hold: Option<Hold>,
     }
 }
 
@@ -151,11 +150,16 @@ impl<C: Connection> Future for Driven<'_, C> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
-        this.entry.listen(cx.waker());
-        match this.entry.command() {
+        let entry = &this.session.entry;
+        entry.listen(cx.waker());
+        match entry.command() {
             Command::Close => return Poll::Ready(()),
             Command::Finish if !*this.finishing => {
                 *this.finishing = true;
+                // An idle HTTP/1 connection closes at once; an HTTP/2 peer may leave the farewell unanswered for long.
+                if !this.session.http2 || entry.state() == State::Busy {
+                    *this.hold = Some(this.session.worker.drain.hold());
+                }
                 this.connection.as_mut().finish();
             }
             Command::Run | Command::Finish | Command::HeadTimeout => {}
