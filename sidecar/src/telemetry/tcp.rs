@@ -76,13 +76,6 @@ impl TcpRecord {
         }
     }
 
-    /// This was no connection of its own after all: one that was opened on suspicion and not needed. Nothing is counted.
-    pub fn discard(&self) {
-        if !self.closed.replace(true) {
-            self.edge.tcp.opened.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-
     /// Closes with the caller's time; dropping does the same with its own.
     pub fn finish(&self, now: Instant) {
         if self.closed.replace(true) {
