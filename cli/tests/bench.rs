@@ -1,6 +1,5 @@
 //! `outrigger bench` as its user meets it: a short run without nginx ends by itself, with a table and a JSON file.
 
-
 use std::process::Command;
 
 #[test]

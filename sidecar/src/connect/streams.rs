@@ -96,7 +96,7 @@ impl Streams {
                 // It was told a tick ago and is still here: its downstream takes nothing.
                 activity.task.set(Task::Ended);
                 activity.wake();
-            } else if still > 2 * limit || !activity.entry.is_shared() {
+            } else {
                 activity.entry.ask(Command::Close);
             }
         }
