@@ -14,6 +14,8 @@ const KEPT: Duration = Duration::from_secs(60);
 const WINDOW: Duration = Duration::from_secs(10);
 /// Per report; a sidecar with more sends them truncated.
 const MAX_EDGES: usize = 1_000;
+/// Of one service account.
+const MAX_INSTANCES: usize = 1_000;
 const MAX_REPORTS: usize = 120;
 /// Upper bounds in seconds of the buckets of a report (DESIGN section 10); a last one is +Inf.
 pub const BOUNDS: [f64; 14] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
@@ -87,6 +89,11 @@ impl Reports {
     pub fn take(&self, id: InstanceId, mut report: ReportRequest, now: Instant) {
         report.edges.truncate(MAX_EDGES);
         let mut by_instance = self.by_instance.lock().unwrap_or_else(PoisonError::into_inner);
+        // Instances name themselves: nobody fills the memory with names.
+        let kin = |other: &&InstanceId| other.namespace == id.namespace && other.service_account == id.service_account;
+        if !by_instance.contains_key(&id) && by_instance.keys().filter(kin).count() >= MAX_INSTANCES {
+            return;
+        }
         let reports = by_instance.entry(id).or_default();
         reports.push_back(Received { at: now, report });
         while reports.len() > MAX_REPORTS {

@@ -223,24 +223,23 @@ impl Registry {
         self.leases.values().map(|lease| &lease.instance).filter(|instance| instance.stale)
     }
 
-    /// An address belongs to one living identity at a time; a successor of the same identity may take it over.
+    /// An address belongs to one identity at a time, also while its holder is lost and may come back: else whoever is
+    /// quick could take the place of a workload that restarts. A successor of the same identity may take it over.
     fn check_address(&self, id: &InstanceId, address: SocketAddr) -> Result<(), RegisterError> {
-        let holder = self.at(address.ip()).find(|other| {
-            let same_identity = other.id.namespace == id.namespace && other.id.service_account == id.service_account;
-            !same_identity && other.listens_on(address.port()) && !self.is_lost(&other.id)
-        });
+        let holder =
+            self.at(address.ip()).find(|other| !same_identity(&other.id, id) && other.listens_on(address.port()));
         match holder {
             Some(holder) => Err(RegisterError::AddressInUse { address, holder: holder.id.clone() }),
             None => Ok(()),
         }
     }
 
-    /// Where somebody listens now, whoever was lost from there is not coming back.
+    /// Where a successor listens now, whoever was lost from there is not coming back.
     fn evict_the_lost(&mut self, id: &InstanceId, registration: &Registration) -> Vec<InstanceId> {
         let taken = |other: &Instance| registration.ports.iter().any(|port| other.listens_on(port.mesh));
         let evicted: Vec<InstanceId> = self
             .at(registration.ip)
-            .filter(|other| other.id != *id && self.is_lost(&other.id) && taken(other))
+            .filter(|other| other.id != *id && same_identity(&other.id, id) && self.is_lost(&other.id) && taken(other))
             .map(|other| other.id.clone())
             .collect();
         for id in &evicted {
@@ -268,6 +267,10 @@ impl Registry {
             }
         }
     }
+}
+
+fn same_identity(one: &InstanceId, other: &InstanceId) -> bool {
+    one.namespace == other.namespace && one.service_account == other.service_account
 }
 
 #[cfg(test)]

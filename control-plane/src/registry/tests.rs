@@ -126,7 +126,7 @@ fn restored_leases_have_thirty_seconds() {
 }
 
 #[test]
-fn an_address_belongs_to_one_living_identity() {
+fn an_address_belongs_to_one_identity_until_its_lease_is_over() {
     let start = Instant::now();
     let mut registry = Registry::default();
     hold(&mut registry, 1);
@@ -137,8 +137,13 @@ fn an_address_belongs_to_one_living_identity() {
     assert!(registry.register(&id("cart-2"), 8, &at([10, 0, 0, 1], 80)).is_ok(), "the same identity");
     registry.withdraw(&id("cart-2"), 8);
     registry.lost(&id("cart-1"), 1, start);
-    let changed = registry.register(&thief, 7, &at([10, 0, 0, 1], 80)).unwrap();
-    assert_eq!(changed, [id("cart-1"), thief.clone()], "who was lost gives way");
+    let early = registry.register(&thief, 7, &at([10, 0, 0, 1], 80));
+    assert!(early.is_err(), "who was lost may come back: {early:?}");
+    let successor = registry.register(&id("cart-3"), 9, &at([10, 0, 0, 1], 80)).unwrap();
+    assert_eq!(successor, [id("cart-1"), id("cart-3")], "to a successor it gives way");
+    registry.lost(&id("cart-3"), 9, start);
+    registry.sweep(start + LOST, &one_service);
+    assert!(registry.register(&thief, 7, &at([10, 0, 0, 1], 80)).is_ok(), "nobody's any more");
     assert_eq!(names(&registry), ["pay-1"]);
 }
 
