@@ -322,19 +322,10 @@ impl Table {
         }
     }
 
-    /// Asks every connection of a direction, or all.
-    pub fn ask_all(&self, command: Command, direction: Option<Direction>) {
+    /// Asks every connection of which `which` is true.
+    pub fn ask_all(&self, command: Command, which: impl Fn(&Entry, &About) -> bool) {
         for entry in self.entries().values() {
-            if direction.is_none_or(|direction| direction == entry.direction) {
-                entry.ask(command);
-            }
-        }
-    }
-
-    /// Asks the HTTP/2 connections: told early, they move their streams elsewhere and lose none.
-    pub fn ask_http2(&self, command: Command) {
-        for entry in self.entries().values() {
-            if entry.about.lock().unwrap_or_else(PoisonError::into_inner).protocol == "http2" {
+            if which(entry, &entry.about.lock().unwrap_or_else(PoisonError::into_inner)) {
                 entry.ask(command);
             }
         }

@@ -60,6 +60,20 @@ async fn strict_and_permissive_change_in_flight_and_no_mesh_request_fails() {
 }
 
 #[tokio::test]
+async fn a_port_that_becomes_strict_keeps_no_plaintext_connection() {
+    let pair = pair().await;
+    pair.mesh.write("mesh.yaml", PERMISSIVE);
+    within(SOON, "PERMISSIVE", async || plaintext_is_served(&pair).await.then_some(())).await;
+    let mut plaintext = Connection::open(pair.far.inbound()).await;
+    assert_eq!(plaintext.ask(GET).await.status, 200);
+    let mut mutual = Connection::open(pair.near.outbound()).await;
+    assert_eq!(mutual.ask(GET).await.status, 200);
+    pair.mesh.write("mesh.yaml", STRICT);
+    plaintext.expect_end().await;
+    assert_eq!(mutual.ask(GET).await.status, 200);
+}
+
+#[tokio::test]
 async fn a_service_that_appears_is_reached_and_one_that_goes_is_not() {
     let pair = pair().await;
     let stock = pair.near.address("outbound:stock.shop:80");

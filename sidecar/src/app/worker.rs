@@ -109,9 +109,10 @@ async fn serve(start: Start) -> io::Result<()> {
     let drain = worker.drain.clone();
     let to_the_end = async {
         drain.reached(DrainState::Draining).await;
-        worker.table.ask_http2(Command::Finish);
+        // Told early, these move their streams elsewhere and lose none.
+        worker.table.ask_all(Command::Finish, |_, about| about.protocol == "http2");
         drain.reached(DrainState::Closing).await;
-        worker.table.ask_all(Command::Finish, None);
+        worker.table.ask_all(Command::Finish, |_, _| true);
         drain.reached(DrainState::Done).await;
     };
     tokio::select! {

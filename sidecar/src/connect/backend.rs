@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use outrigger_api::name::{Protocol, ServiceName, ServicePort};
 use outrigger_api::snapshot::{Destination, Endpoint, EndpointTls, Key, LoadBalancer};
+use rustls_pki_types::ServerName;
 use tokio::sync::watch;
 
 use super::dial::{MutualTls, Target};
@@ -211,11 +212,14 @@ impl View {
 
 impl Slot {
     fn new(worker: &Worker, service: Option<&ServicePort>, endpoint: &Endpoint) -> Slot {
-        let tls = match (&endpoint.tls, service) {
-            (EndpointTls::Mutual(expected), Some(service)) => {
-                Some(MutualTls { expected: expected.clone(), sni: crate::tls::sni(service) })
+        let tls = match &endpoint.tls {
+            EndpointTls::Mutual(expected) => {
+                // The name is a hint only; an address does as well.
+                let address = || ServerName::from(endpoint.address.ip());
+                let sni = service.map_or_else(address, crate::tls::sni);
+                Some(MutualTls { expected: expected.clone(), sni })
             }
-            (EndpointTls::Mutual(_), None) | (EndpointTls::Plaintext, _) => None,
+            EndpointTls::Plaintext => None,
         };
         let idle = match tls {
             Some(_) => worker.limits.mesh_pool_idle,

@@ -9,14 +9,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use outrigger_api::identity::SpiffeId;
-use outrigger_api::snapshot::{Key, OutboundMode, Workload};
+use outrigger_api::snapshot::{Key, MtlsMode, OutboundMode, Workload};
 
 use super::backend::Backend;
 use super::dial::{Dialer, Target};
 use super::lane::{Framing, Lane};
 use crate::balance::{Loads, Nanos};
 use crate::config::limits::Limits;
-use crate::connection::{IdleLimits, Table};
+use crate::connection::{About, Command, Direction, IdleLimits, State, Table};
 use crate::discovery::Directory;
 use crate::telemetry::Telemetry;
 use crate::tls::Tls;
@@ -178,6 +178,7 @@ impl Worker {
             tunnel_idle: self.limits.tunnel_idle,
         });
         self.streams.sweep(self.limits.stream_idle);
+        self.close_what_strict_forbids();
         self.backends.borrow_mut().retain(|_, backend| {
             let idle = backend.sweep(now);
             !(idle && Rc::strong_count(backend) == 1 && now.duration_since(backend.last_used()) > FORGET_AFTER)
@@ -185,6 +186,19 @@ impl Worker {
         self.application.borrow_mut().retain(|_, lane| {
             lane.sweep(now, wall);
             !(lane.is_idle() && Rc::strong_count(lane) == 1)
+        });
+    }
+
+    /// A port that became STRICT keeps no connection from before on which nobody proved who he is. What is still opening
+    /// is asked at the door.
+    fn close_what_strict_forbids(&self) {
+        let Some(own) = self.own_workload() else { return };
+        let strict = |about: &About| {
+            let address: Option<SocketAddr> = about.destination.parse().ok();
+            address.is_some_and(|address| own.mtls_mode(address.port()) == MtlsMode::Strict)
+        };
+        self.table.ask_all(Command::Close, |entry, about| {
+            entry.direction == Direction::Inbound && entry.state() != State::Opening && !about.mtls && strict(about)
         });
     }
 
