@@ -1,0 +1,163 @@
+//! The pooled HTTP connections of one worker to one endpoint. HTTP/1.1 connections carry one request at a time and
+//! wait last-in-first-out for the next; HTTP/2 connections are shared. A request that meets a pooled connection at
+//! the very moment when the peer closes it is sent once more on a fresh one, when that is safe.
+
+mod fault;
+mod http1;
+mod http2;
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::{Duration, Instant, SystemTime};
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+
+pub use fault::Chain;
+use http1::{Http1, Idle};
+use http2::{Opening, Shared};
+
+use super::dial::{Dialer, Target};
+use super::request_body::RequestBody;
+use crate::config::limits::Limits;
+use crate::outcome::Error;
+
+/// How requests are framed on this lane.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Framing {
+    Http1,
+    Http2,
+}
+
+pub struct Lane {
+    target: Target,
+    framing: Framing,
+    dialer: Rc<Dialer>,
+    limits: Rc<Limits>,
+    /// How long an HTTP/1.1 connection may wait; follows what the peer was heard to keep.
+    idle_limit: Cell<Duration>,
+    idle: RefCell<Vec<Idle>>,
+    shared: RefCell<Vec<Shared>>,
+    /// Set while somebody opens an HTTP/2 connection: the others wait for it.
+    opening: RefCell<Option<Rc<Opening>>>,
+}
+
+/// The head of an answer, the connection that its body comes on, and how long the head took from when the request was
+/// sent, connecting not included.
+pub struct Answered {
+    pub response: Response<Incoming>,
+    pub held: Held,
+    pub latency: Duration,
+}
+
+/// Why a request was not answered; the request itself when it may be sent elsewhere.
+pub struct Unsent {
+    pub error: Error,
+    pub request: Option<Request<RequestBody>>,
+}
+
+/// Holds the connection until the answer has ended. [`Held::release`] gives it back; dropping it does not.
+pub enum Held {
+    Http1(Box<(Http1Parts, Rc<Lane>)>),
+    Http2(StreamPlace),
+}
+
+/// The connection that [`Held`] returns to its lane.
+pub struct Http1Parts(Http1);
+
+/// One stream on a shared connection; its drop frees the place.
+pub struct StreamPlace(Rc<Cell<usize>>);
+
+impl Drop for StreamPlace {
+    fn drop(&mut self) {
+        self.0.set(self.0.get().saturating_sub(1));
+    }
+}
+
+impl Held {
+    /// The answer was read to its end: the connection may carry the next request.
+    pub fn release(self) {
+        match self {
+            Held::Http1(parts) => {
+                let (Http1Parts(connection), lane) = *parts;
+                lane.put_back(connection);
+            }
+            Held::Http2(_) => {}
+        }
+    }
+}
+
+impl Lane {
+    /// `idle_limit` is for HTTP/1.1 connections: shorter than the peer keeps them.
+    pub fn new(
+        target: Target,
+        framing: Framing,
+        dialer: Rc<Dialer>,
+        limits: Rc<Limits>,
+        idle_limit: Duration,
+    ) -> Rc<Lane> {
+        Rc::new(Lane {
+            target,
+            framing,
+            dialer,
+            limits,
+            idle_limit: Cell::new(idle_limit),
+            idle: RefCell::default(),
+            shared: RefCell::default(),
+            opening: RefCell::default(),
+        })
+    }
+
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// Sends one request and waits for the head of its answer.
+    pub async fn send(self: &Rc<Lane>, request: Request<RequestBody>) -> Result<Answered, Unsent> {
+        match self.framing {
+            Framing::Http1 => self.send_http1(request).await,
+            Framing::Http2 => self.send_http2(request).await,
+        }
+    }
+
+    /// True when nothing is pooled and nothing is being opened.
+    pub fn is_idle(&self) -> bool {
+        self.idle.borrow().is_empty() && self.shared.borrow().is_empty() && self.opening.borrow().is_none()
+    }
+
+    /// The watchdog's tick: connections that waited too long, are closed, or whose peer's certificate ended, go.
+    pub fn sweep(&self, now: Instant, wall: SystemTime) {
+        let generation = self.dialer.generation();
+        let limit = self.idle_limit.get();
+        self.idle.borrow_mut().retain(|idle| {
+            !idle.connection.sender.is_closed()
+                && now.duration_since(idle.since) < limit
+                && usable(idle.connection.retire_at, idle.connection.generation, wall, generation)
+        });
+        // Dropping the sender of a shared connection lets its streams end first.
+        self.shared.borrow_mut().retain(|shared| {
+            !shared.sender.is_closed() && usable(shared.retire_at, shared.generation, wall, generation)
+        });
+    }
+}
+
+fn usable(retire_at: Option<SystemTime>, generation: u64, wall: SystemTime, current: u64) -> bool {
+    retire_at.is_none_or(|end| wall < end && generation == current)
+}
+
+/// A copy of a request that may be sent twice: idempotent (RFC 9110 section 9.2.2), without a body, no upgrade.
+fn replayable(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
+    let safe = request.method().is_idempotent()
+        && request.body().is_empty()
+        && !request.headers().contains_key(http::header::UPGRADE);
+    if !safe {
+        return None;
+    }
+    let mut copy = Request::new(RequestBody::Empty);
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.version_mut() = request.version();
+    *copy.headers_mut() = request.headers().clone();
+    *copy.extensions_mut() = request.extensions().clone();
+    Some(copy)
+}
