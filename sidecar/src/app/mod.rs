@@ -1,23 +1,25 @@
 //! Puts a sidecar together: binds every listener, starts the workers and the control thread, drains, ends. Used by
 //! `main` for a process and by the demo and the tests for a sidecar among others in one process.
 
+mod control;
+pub mod process;
 mod worker;
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::Instant;
 
 use anyhow::Context as _;
 use outrigger_api::identity::SpiffeId;
-use outrigger_api::snapshot::{Key, KeyAlgorithm, Workload};
-use outrigger_runtime::drain::{Budget, Drain, DrainHandle, State};
+use outrigger_api::snapshot::Key;
+use outrigger_runtime::drain::{Budget, Drain, State};
 use outrigger_runtime::heartbeat::Heartbeats;
 use outrigger_runtime::logging::Logs;
 use tokio::sync::{Notify, mpsc, watch};
 
-pub mod process;
+use control::Control;
 use worker::{Crew, Purpose, Start};
 
 use crate::admin::{self, Admin, Readiness};
@@ -26,8 +28,8 @@ use crate::config::{Config, Limits};
 use crate::connect::dial::OwnListeners;
 use crate::connect::worker::{Own, Shared};
 use crate::connection::{Places, Table};
-use crate::discovery::{self, Directory, DiscoverySettings, Lease};
-use crate::identity::{self, IdentitySettings, IdentityStatus};
+use crate::discovery::{Directory, Lease};
+use crate::identity::IdentityStatus;
 use crate::net::{self, SocketOptions};
 use crate::telemetry::{self, Telemetry};
 use crate::tls::{Clock, Tls};
@@ -311,150 +313,5 @@ struct Ended {
 impl Drop for Ended {
     fn drop(&mut self) {
         self.ending.send_replace(Some(std::mem::take(&mut self.name)));
-    }
-}
-
-/// What runs beside the workers, on one thread of its own: certificates, discovery, admin, reports.
-struct Control {
-    config: Config,
-    tls: Tls,
-    directory: Directory,
-    telemetry: Arc<Telemetry>,
-    identity_status: watch::Sender<IdentityStatus>,
-    renew: Arc<Notify>,
-    lease: Option<Lease>,
-    tables: Arc<[Arc<Table>]>,
-    drain: DrainHandle,
-    admin: Admin,
-    listeners: [std::net::TcpListener; 3],
-}
-
-impl Control {
-    fn run(self) -> io::Result<()> {
-        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(self.serve())
-    }
-
-    async fn serve(self) -> io::Result<()> {
-        let Control {
-            config,
-            tls,
-            directory,
-            telemetry,
-            identity_status,
-            renew,
-            lease,
-            tables,
-            drain,
-            admin,
-            listeners,
-        } = self;
-        let (algorithm, key_algorithm) = watch::channel(KeyAlgorithm::default());
-        let identity = IdentitySettings {
-            control_plane: config.control_plane.clone(),
-            trust_bundle: config.trust_bundle.clone(),
-            token_file: config.token_file.clone(),
-            name: config.workload.clone(),
-            namespace: config.namespace.clone(),
-            service_account: config.service_account.clone(),
-            trust_domain: config.trust_domain.clone(),
-            state: config.state.clone(),
-            key_algorithm,
-        };
-        let discovery = DiscoverySettings {
-            control_plane: config.control_plane.clone(),
-            trust_domain: config.trust_domain.clone(),
-            name: config.name.clone(),
-            namespace: config.namespace.clone(),
-            service_account: config.service_account.clone(),
-            state: config.state.clone(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-        };
-        if config.state.is_none() {
-            tracing::info!("without --state nothing survives a restart: a new join token will be needed then");
-        }
-        tokio::spawn(identity::run(identity, tls.clone(), renew.clone(), identity_status));
-        tokio::spawn(follow_algorithm(directory.own(), algorithm, renew));
-        let reports = Reports { telemetry: telemetry.clone(), tables };
-        let withdraw = drain.when(State::Draining);
-        tokio::spawn(discovery::run(discovery, tls.clone(), lease, directory.clone(), reports.source(), withdraw));
-        tokio::spawn(follow(config.workload.clone(), directory, telemetry.clone()));
-        tokio::spawn(gauges(tls, admin.directory.clone(), telemetry.clone()));
-        admin::serve(admin, listeners, &drain).await?;
-        drain.reached(State::Done).await;
-        telemetry.flush().await;
-        Ok(())
-    }
-}
-
-/// Where the periodic summary for the control plane comes from.
-struct Reports {
-    telemetry: Arc<Telemetry>,
-    tables: Arc<[Arc<Table>]>,
-}
-
-impl Reports {
-    fn source(self) -> discovery::ReportSource {
-        Box::new(move || {
-            let mut report = self.telemetry.report_window();
-            report.connections = self.tables.iter().map(|table| table.len() as u64).sum();
-            report
-        })
-    }
-}
-
-/// Applies mesh-wide settings to telemetry as they come.
-async fn follow(workload: String, directory: Directory, telemetry: Arc<Telemetry>) {
-    let mut own = directory.own();
-    loop {
-        let current = own.borrow_and_update().clone();
-        if let Some(current) = current {
-            let service = current.ports.values().find_map(|port| port.service.as_ref());
-            let name = service.map_or(workload.as_str(), |service| &service.name);
-            telemetry.configure(&current.mesh, name);
-        }
-        if own.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
-/// A key of another kind is wanted: the next certificate has it, and it comes now.
-async fn follow_algorithm(
-    mut own: watch::Receiver<Option<Arc<Workload>>>,
-    algorithm: watch::Sender<KeyAlgorithm>,
-    renew: Arc<Notify>,
-) {
-    loop {
-        let wanted = own.borrow_and_update().as_ref().map(|own| own.mesh.key_algorithm);
-        if let Some(wanted) = wanted
-            && algorithm.send_replace(wanted) != wanted
-        {
-            renew.notify_one();
-        }
-        if own.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
-/// Keeps the gauges that come from elsewhere.
-async fn gauges(tls: Tls, directory: Directory, telemetry: Arc<Telemetry>) {
-    let mut material = tls.subscribe();
-    let mut connected = directory.connected();
-    let mut tick = tokio::time::interval(Duration::from_secs(1));
-    loop {
-        if let Some(material) = material.borrow_and_update().as_ref() {
-            let end = material.credential().not_after().duration_since(UNIX_EPOCH).unwrap_or_default();
-            telemetry.set_certificate_not_after(i64::try_from(end.as_secs()).unwrap_or(i64::MAX));
-        }
-        telemetry.set_control_plane_connected(*connected.borrow_and_update());
-        if let Some(age) = directory.snapshot_age() {
-            telemetry.confirm_snapshot(std::time::SystemTime::now() - age);
-        }
-        tokio::select! {
-            Ok(()) = material.changed() => {}
-            Ok(()) = connected.changed() => {}
-            _ = tick.tick() => {}
-        }
     }
 }
