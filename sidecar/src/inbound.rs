@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use http::{HeaderValue, Request, Response};
-use hyper::body::Incoming;
 use outrigger_api::identity::SpiffeId;
 use outrigger_api::name::Protocol;
 use outrigger_api::snapshot::{MtlsMode, Workload};
@@ -16,6 +15,7 @@ use tokio::io::AsyncWriteExt;
 
 use crate::connect::dial::Target;
 use crate::connect::lane::{Framing, Lane, Unsent};
+use crate::connect::request_body::Received;
 use crate::connect::worker::Worker;
 use crate::connection::{Registered, State};
 use crate::net::Stream;
@@ -440,7 +440,7 @@ impl Claims {
     }
 }
 
-async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<Incoming>) -> Response<ResponseBody> {
+async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<Received>) -> Response<ResponseBody> {
     let (mut exchange, mut outgoing) = Exchange::begin(&session, request);
     exchange.set_edge(&service.edge(exchange.protocol));
     if let Err(error) = exchange.clean(&mut outgoing, || service.application.to_string()) {

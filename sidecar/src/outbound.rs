@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::{Method, Request, Response};
-use hyper::body::Incoming;
-use hyper::upgrade::OnUpgrade;
 use outrigger_api::name::{Protocol, ServicePort};
 use outrigger_api::snapshot::Key;
 use outrigger_runtime::drain::Hold;
@@ -16,6 +14,7 @@ use crate::balance::{Kind, Outcome};
 use crate::connect::backend::{Backend, Slot, View, lost_edge};
 use crate::connect::dial::Dialled;
 use crate::connect::lane::{Answered, Framing, Unsent};
+use crate::connect::request_body::Received;
 use crate::connect::worker::Worker;
 use crate::connection::{Registered, State};
 use crate::net::Stream;
@@ -25,7 +24,7 @@ use crate::protocol::detect::Detected;
 use crate::protocol::http::body::{Measured, ResponseBody};
 use crate::protocol::http::exchange::{Exchange, Outgoing, Session};
 use crate::protocol::http::headers::Strip;
-use crate::protocol::http::{serve, tunnel};
+use crate::protocol::http::serve;
 use crate::protocol::opaque::{self, CopyError};
 use crate::protocol::peek::{self, First, Peeked};
 use crate::telemetry::{self, Edge, TcpRecord, WireProtocol};
@@ -121,7 +120,7 @@ async fn http2(
 async fn respond(
     session: Rc<Session>,
     backend: Rc<Backend>,
-    request: Request<Incoming>,
+    request: Request<Received>,
     permit: Permit,
 ) -> Response<ResponseBody> {
     let (exchange, outgoing) = Exchange::begin(&session, request);
@@ -381,7 +380,7 @@ async fn refuse_head(worker: &Worker, view: Option<&View>, mut stream: Stream, e
 }
 
 /// Counts heads that the parser refused, for the service of the listener if it has one.
-fn head_refusals(worker: &Rc<Worker>, view: Option<&View>) -> Box<dyn Fn(Reason) + Send> {
+fn head_refusals(worker: &Rc<Worker>, view: Option<&View>) -> serve::OnRefusal {
     let edge = unpicked(worker, view, WireProtocol::Http1);
     let telemetry = worker.telemetry.clone();
     Box::new(move |reason| serve::count_refused_head(&telemetry, &edge, reason))
@@ -403,7 +402,7 @@ pub async fn serve_proxy(worker: Rc<Worker>, stream: Stream, registered: Rc<Regi
     serve::http1(&session, stream, head_refusals(&worker, None), respond).await;
 }
 
-async fn proxy(session: Rc<Session>, request: Request<Incoming>, permit: Permit) -> Response<ResponseBody> {
+async fn proxy(session: Rc<Session>, request: Request<Received>, permit: Permit) -> Response<ResponseBody> {
     let (exchange, mut outgoing) = Exchange::begin(&session, request);
     let worker = &session.worker;
     outgoing.parts.headers.remove(http::header::PROXY_AUTHORIZATION);
@@ -417,18 +416,13 @@ async fn proxy(session: Rc<Session>, request: Request<Incoming>, permit: Permit)
     if outgoing.parts.method != Method::CONNECT {
         return respond_to(exchange, outgoing, &backend, permit).await;
     }
-    let Some(upgrade) = outgoing.parts.extensions.remove::<OnUpgrade>() else {
-        let error = Error::own(Stage::Forward, Reason::Internal, "CONNECT on a connection that cannot be upgraded");
-        return exchange.refuse(&error);
-    };
     let (worker, registered) = (session.worker.clone(), session.registered.clone());
-    tokio::task::spawn_local(async move {
-        let Ok(upgraded) = upgrade.await else { return };
-        let Some(stream) = tunnel::downstream_stream(upgraded) else { return };
-        registered.enter(State::Opening);
-        walk(&worker, &backend, stream, &registered).await;
-    });
-    exchange.connected()
+    exchange.connected(Box::new(move |stream| {
+        Box::pin(async move {
+            registered.enter(State::Opening);
+            walk(&worker, &backend, stream, &registered).await;
+        })
+    }))
 }
 
 /// Who is meant by the authority of a request to the proxy.

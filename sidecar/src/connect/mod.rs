@@ -2,12 +2,11 @@
 
 pub mod backend;
 pub mod dial;
+pub mod http1;
 pub mod lane;
 mod local;
 pub mod request_body;
 pub mod streams;
-mod upstream_io;
 pub mod worker;
 
 pub use local::Local;
-pub use upstream_io::UpstreamIo;

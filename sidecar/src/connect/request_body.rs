@@ -7,58 +7,100 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 
+use super::http1::{self, Fault, Spelling};
 use super::streams::Progress;
-use crate::connection::{Command, Entry};
+use crate::connection::Entry;
 use crate::telemetry::{GrpcFrames, HttpRecord};
 
 /// Removes what a trailer section must not carry on this hop.
 pub type TrailerFilter = fn(&mut http::HeaderMap);
 
-pub enum RequestBody {
-    /// No body: such a request can be sent again.
-    Empty,
-    Streaming(Streaming),
+/// A request's body as it comes from the downstream.
+pub enum Received {
+    Http1(http1::Incoming),
+    Http2(hyper::body::Incoming),
 }
 
-pub struct Streaming {
-    incoming: Incoming,
+/// A request's body as it goes to the upstream, with what an HTTP/1.1 upstream needs to know of the request besides.
+pub struct RequestBody {
+    /// None: no body; such a request can be sent again.
+    streaming: Option<Streaming>,
+    /// How the head of an HTTP/1 request was spelled.
+    spelling: Option<Spelling>,
+    /// The connection of a client that takes interim answers.
+    interim: Option<Arc<Entry>>,
+}
+
+struct Streaming {
+    received: Received,
     record: Rc<HttpRecord>,
     grpc: Option<GrpcFrames>,
     trailers: TrailerFilter,
     progress: Progress,
-    /// The connection that it comes on, when that speaks HTTP/1.
-    http1: Option<Arc<Entry>>,
 }
 
 /// Why a request's body ended early; the request's own fault.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestBroke {
     #[error(transparent)]
-    Incoming(#[from] hyper::Error),
-    #[error("the trailer section begins with a bare line feed")]
-    BareLineFeed,
+    Http1(#[from] Fault),
+    #[error(transparent)]
+    Http2(#[from] hyper::Error),
+}
+
+impl Received {
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Received::Http1(incoming) => incoming.is_end_stream(),
+            Received::Http2(incoming) => incoming.is_end_stream(),
+        }
+    }
+
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RequestBroke>>> {
+        match self {
+            Received::Http1(incoming) => incoming.poll_frame(cx).map_err(RequestBroke::Http1),
+            Received::Http2(incoming) => Pin::new(incoming).poll_frame(cx).map_err(RequestBroke::Http2),
+        }
+    }
 }
 
 impl RequestBody {
+    /// `interim`: the client takes interim (1xx) answers.
     pub fn new(
-        incoming: Incoming,
+        received: Received,
         record: &Rc<HttpRecord>,
         grpc: bool,
         trailers: TrailerFilter,
-        progress: Progress,
-        http1: Option<Arc<Entry>>,
+        progress: impl FnOnce() -> Progress,
+        interim: bool,
     ) -> RequestBody {
-        if incoming.is_end_stream() {
-            return RequestBody::Empty;
-        }
-        let grpc = grpc.then(GrpcFrames::default);
-        RequestBody::Streaming(Streaming { incoming, record: record.clone(), grpc, trailers, progress, http1 })
+        let (spelling, interim) = match &received {
+            Received::Http1(incoming) => (Some(incoming.spelling.clone()), interim.then(|| incoming.entry().clone())),
+            Received::Http2(_) => (None, None),
+        };
+        let streaming = (!received.is_end_stream()).then(|| {
+            let grpc = grpc.then(GrpcFrames::default);
+            Streaming { received, record: record.clone(), grpc, trailers, progress: progress() }
+        });
+        RequestBody { streaming, spelling, interim }
+    }
+
+    pub fn empty() -> RequestBody {
+        RequestBody { streaming: None, spelling: None, interim: None }
     }
 
     pub fn is_empty(&self) -> bool {
-        matches!(self, RequestBody::Empty)
+        self.streaming.is_none()
+    }
+
+    pub fn spelling(&self) -> Option<&Spelling> {
+        self.spelling.as_ref()
+    }
+
+    /// Where interim answers go.
+    pub fn interim(&self) -> Option<&Arc<Entry>> {
+        self.interim.as_ref()
     }
 }
 
@@ -67,13 +109,13 @@ impl Body for RequestBody {
     type Error = RequestBroke;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RequestBroke>>> {
-        let RequestBody::Streaming(body) = &mut *self else { return Poll::Ready(None) };
-        let Some(frame) = ready!(Pin::new(&mut body.incoming).poll_frame(cx)) else { return Poll::Ready(None) };
+        let Some(body) = &mut self.streaming else { return Poll::Ready(None) };
+        let Some(frame) = ready!(body.received.poll_frame(cx)) else { return Poll::Ready(None) };
         let mut frame = match frame {
             Ok(frame) => frame,
             Err(error) => {
                 body.progress.broke_off();
-                return Poll::Ready(Some(Err(error.into())));
+                return Poll::Ready(Some(Err(error)));
             }
         };
         body.progress.moved();
@@ -83,30 +125,20 @@ impl Body for RequestBody {
                 body.record.add_grpc_messages(grpc.feed(data));
             }
         } else if let Some(trailers) = frame.trailers_mut() {
-            if let Some(entry) = &body.http1 {
-                // The library forgives a bare LF here and swallows what follows it up to the next empty line, which
-                // a peer may have meant as a request: nothing after trailers is believed.
-                entry.ask(Command::Finish);
-                if trailers.is_empty() {
-                    return Poll::Ready(Some(Err(RequestBroke::BareLineFeed)));
-                }
-            }
             (body.trailers)(trailers);
         }
         Poll::Ready(Some(Ok(frame)))
     }
 
     fn is_end_stream(&self) -> bool {
-        match self {
-            RequestBody::Empty => true,
-            RequestBody::Streaming(body) => body.incoming.is_end_stream(),
-        }
+        self.streaming.as_ref().is_none_or(|body| body.received.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        match self {
-            RequestBody::Empty => SizeHint::with_exact(0),
-            RequestBody::Streaming(body) => body.incoming.size_hint(),
+        match &self.streaming {
+            None => SizeHint::with_exact(0),
+            Some(Streaming { received: Received::Http1(incoming), .. }) => incoming.size_hint(),
+            Some(Streaming { received: Received::Http2(incoming), .. }) => incoming.size_hint(),
         }
     }
 }

@@ -1,7 +1,6 @@
 //! What a failed exchange with an upstream means: the HTTP library's errors are looked at once, here.
 
 use super::Lane;
-use crate::connect::request_body::RequestBroke;
 use crate::outcome::{Error, Reason, Retry, Stage};
 
 impl Lane {
@@ -24,8 +23,8 @@ impl Lane {
 /// The request's own body ended it; the endpoint is not to blame.
 fn request_broke(error: &hyper::Error) -> Error {
     use std::io::ErrorKind::{InvalidData, InvalidInput};
-    let unreadable = matches!(source::<RequestBroke>(error), Some(RequestBroke::BareLineFeed))
-        || source::<std::io::Error>(error).is_some_and(|error| matches!(error.kind(), InvalidData | InvalidInput));
+    let unreadable =
+        source::<std::io::Error>(error).is_some_and(|error| matches!(error.kind(), InvalidData | InvalidInput));
     let reason = if unreadable { Reason::BadRequest } else { Reason::ClientClosed };
     Error::downstream(Stage::Forward, reason, Chain(error).to_string())
 }

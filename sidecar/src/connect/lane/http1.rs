@@ -1,24 +1,32 @@
 //! HTTP/1.1 on a lane: one request at a time on each connection, which then waits last-in-first-out for the next. A
-//! request that meets one at the very moment when the peer closes it is sent once more on a fresh one, when that is safe.
+//! request that meets one at the very moment when the peer closes it is sent once more on a fresh one, when that is
+//! safe. The request's body goes out while the answer comes in, on the task of the downstream.
 
+use std::io;
+use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant, SystemTime};
 
-use http::{Request, Response};
-use hyper::body::Incoming;
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
+use bytes::Bytes;
+use http::{Request, Response, StatusCode, header};
+use http_body::{Body, Frame, SizeHint};
 
-use super::{Answered, Held, Http1Parts, Lane, Unsent, replayable, usable};
-use crate::connect::request_body::RequestBody;
-use crate::connect::upstream_io::{Probe, UpstreamIo};
-use crate::outcome::{Error, Retry};
+use super::{Answered, Lane, Unsent, UpstreamBody, is_replayable, usable};
+use crate::connect::http1::body::Decoded;
+use crate::connect::http1::head::{self, ResponseHead};
+use crate::connect::http1::{Conn, Decoder, Fault, Spelling};
+use crate::connect::request_body::{RequestBody, RequestBroke};
+use crate::net::Stream;
+use crate::outcome::{Error, Reason, Retry, Stage};
 use crate::tls::MeshAlpn;
 
+/// How many interim answers a request may get. Each is passed on; endless ones would be held for a client that does not
+/// read.
+const MOST_INTERIM: u32 = 64;
+
 pub(super) struct Http1 {
-    pub(super) sender: http1::SendRequest<RequestBody>,
-    pub(super) probe: Arc<Probe>,
+    pub(super) conn: Conn,
     pub(super) retire_at: Option<SystemTime>,
     pub(super) generation: u64,
 }
@@ -26,6 +34,18 @@ pub(super) struct Http1 {
 pub(super) struct Idle {
     pub(super) connection: Http1,
     pub(super) since: Instant,
+}
+
+/// The answer's body, the connection that it comes on, and what is left of the request to be sent.
+pub struct Answer {
+    connection: Http1,
+    lane: Rc<Lane>,
+    sending: Sending,
+    /// What of the request is not sent yet.
+    request: Option<RequestBody>,
+    decoder: Decoder,
+    keep_alive: bool,
+    spelling: Spelling,
 }
 
 impl Lane {
@@ -42,37 +62,51 @@ impl Lane {
                     Err(error) => return Err(Unsent { error, request: Some(request) }),
                 },
             };
-            let copy = if is_reused { replayable(&request) } else { None };
-            let received = connection.probe.received();
-            let sent = Instant::now();
-            let mut failed = match connection.sender.try_send_request(request).await {
-                Ok(response) => {
-                    self.heed_keep_alive(&response);
-                    let held = Held::Http1(Box::new((Http1Parts(connection), self.clone())));
-                    return Ok(Answered { response, held, latency: sent.elapsed() });
+            let sent_before = connection.conn.sent();
+            let mut attempt = Attempt::new(&mut connection.conn, &mut request, self);
+            let began = Instant::now();
+            let outcome = std::future::poll_fn(|cx| attempt.poll(cx)).await;
+            let Attempt { sending, received, .. } = attempt;
+            match outcome {
+                Ok(head) => return Ok(self.answered(connection, request, sending, head, began.elapsed())),
+                Err(failure) => {
+                    let untouched = connection.conn.sent() == sent_before && request.body().is_empty();
+                    let again = untouched || (!received && is_replayable(&request));
+                    if is_reused && again {
+                        // Closed under us before the first byte of an answer, and the request is safe to send twice.
+                        may_reuse = false;
+                        continue;
+                    }
+                    let retry = if untouched { Retry::Safe } else { Retry::Never };
+                    let request = if untouched { Some(request) } else { None };
+                    return Err(Unsent { error: self.told(failure, retry), request });
                 }
-                Err(failed) => failed,
-            };
-            if let Some(unsent) = failed.take_message() {
-                // Not a byte was written: whatever the method, nobody has seen it.
-                request = unsent;
-                may_reuse = false;
-                if is_reused {
-                    continue;
-                }
-                let error = self.closed(failed.error(), Retry::Safe);
-                return Err(Unsent { error, request: Some(request) });
             }
-            if let Some(copy) = copy
-                && connection.probe.received() == received
-            {
-                // Closed under us before the first byte of an answer, and the request is safe to send twice.
-                request = copy;
-                may_reuse = false;
-                continue;
-            }
-            return Err(Unsent { error: self.closed(failed.error(), Retry::Never), request: None });
         }
+    }
+
+    fn answered(
+        self: &Rc<Lane>,
+        connection: Http1,
+        request: Request<RequestBody>,
+        sending: Sending,
+        head: ResponseHead,
+        latency: Duration,
+    ) -> Answered {
+        let ResponseHead { response, spelling, length, keep_alive } = head;
+        self.heed_keep_alive(&response);
+        let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        let request = (!sending.done).then(|| request.into_body());
+        let answer = Box::new(Answer {
+            connection,
+            lane: self.clone(),
+            sending,
+            request,
+            decoder: Decoder::new(length, &self.limits),
+            keep_alive: keep_alive && !switches,
+            spelling,
+        });
+        Answered { response: response.map(|()| UpstreamBody::Http1(answer)), latency }
     }
 
     fn take_idle(&self) -> Option<Http1> {
@@ -80,26 +114,18 @@ impl Lane {
         let generation = self.dialer.generation();
         let limit = self.idle_limit.get();
         let mut idle = self.idle.borrow_mut();
-        let mut index = idle.len();
-        while index > 0 {
-            index -= 1;
-            let candidate = &idle[index];
-            let gone = candidate.connection.sender.is_closed()
-                || candidate.since.elapsed() >= limit
-                || !usable(candidate.connection.retire_at, candidate.connection.generation, wall, generation);
-            if gone {
-                idle.remove(index);
-            } else if candidate.connection.sender.is_ready() {
-                return Some(idle.remove(index).connection);
+        while let Some(Idle { mut connection, since }) = idle.pop() {
+            if since.elapsed() < limit
+                && usable(connection.retire_at, connection.generation, wall, generation)
+                && connection.conn.is_silent()
+            {
+                return Some(connection);
             }
         }
         None
     }
 
-    pub(super) fn put_back(&self, connection: Http1) {
-        if connection.sender.is_closed() {
-            return;
-        }
+    fn put_back(&self, connection: Http1) {
         let mut idle = self.idle.borrow_mut();
         if idle.len() < self.limits.pool_idle_per_endpoint {
             idle.push(Idle { connection, since: Instant::now() });
@@ -110,25 +136,11 @@ impl Lane {
         let dialled = self.dialer.dial(&self.target, MeshAlpn::H1).await?;
         let retire_at = dialled.retire_at();
         let generation = dialled.peer.as_ref().map_or(0, |peer| peer.generation);
-        let (io, probe) = UpstreamIo::new(dialled.stream);
-        let mut builder = http1::Builder::new();
-        builder
-            .preserve_header_case(true)
-            // Not max_header_size: that would be the bound of trailers, too, whose own is the library's 16 KiB.
-            .max_buf_size(self.limits.head_bytes.max(8192));
-        let (sender, connection) = builder
-            .handshake::<_, RequestBody>(TokioIo::new(io))
-            .await
-            .map_err(|error| self.closed(&error, Retry::Safe))?;
-        tokio::task::spawn_local(async move {
-            // Its end is told to whoever waits for an answer.
-            let _ = connection.with_upgrades().await;
-        });
-        Ok(Http1 { sender, probe, retire_at, generation })
+        Ok(Http1 { conn: Conn::new(dialled.stream), retire_at, generation })
     }
 
     /// `Keep-Alive: timeout=N` says when the peer will close: stay below it.
-    fn heed_keep_alive(&self, response: &Response<Incoming>) {
+    fn heed_keep_alive(&self, response: &Response<()>) {
         if self.target.tls.is_some() {
             return;
         }
@@ -142,5 +154,230 @@ impl Lane {
             // Of a very short time keep half: the margin would leave nothing.
             self.idle_limit.set(kept.checked_sub(margin).filter(|left| !left.is_zero()).unwrap_or(kept / 2));
         }
+    }
+
+    /// What a failed exchange means.
+    fn told(&self, failure: Failure, retry: Retry) -> Error {
+        let fault = match failure {
+            Failure::Request(broke) => {
+                let unreadable = matches!(broke, RequestBroke::Http1(Fault::Malformed(_)));
+                let reason = if unreadable { Reason::BadRequest } else { Reason::ClientClosed };
+                return Error::downstream(Stage::Forward, reason, broke.to_string());
+            }
+            Failure::Upstream(fault) => fault,
+        };
+        let reason = match &fault {
+            Fault::Malformed(_) => Reason::UpstreamProtocol,
+            Fault::Io(error) if error.kind() == io::ErrorKind::ConnectionReset => Reason::UpstreamReset,
+            Fault::Io(_) | Fault::Truncated => Reason::UpstreamClosed,
+        };
+        Error::upstream(Stage::Forward, reason, retry, format!("{}: {fault}", self.target.address))
+    }
+}
+
+enum Failure {
+    Request(RequestBroke),
+    Upstream(Fault),
+}
+
+/// One try to get the head of an answer.
+struct Attempt<'a> {
+    conn: &'a mut Conn,
+    request: &'a mut Request<RequestBody>,
+    lane: &'a Lane,
+    sending: Sending,
+    /// How far the search for the end of the head got.
+    seen: usize,
+    received: bool,
+    interim: u32,
+}
+
+impl<'a> Attempt<'a> {
+    fn new(conn: &'a mut Conn, request: &'a mut Request<RequestBody>, lane: &'a Lane) -> Attempt<'a> {
+        let chunked = !request.body().is_empty() && request.body().size_hint().exact().is_none();
+        let out = conn.queue();
+        head::write_request(out, request, request.body().spelling());
+        if chunked {
+            out.extend_from_slice(b"transfer-encoding: chunked\r\n");
+        }
+        out.extend_from_slice(b"\r\n");
+        let sending = Sending { chunked, done: request.body().is_empty(), failed: None };
+        Attempt { conn, request, lane, sending, seen: 0, received: false, interim: 0 }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<ResponseHead, Failure>> {
+        self.sending.poll(cx, self.conn, Some(self.request.body_mut())).map_err(Failure::Request)?;
+        loop {
+            let parsed =
+                head::parse_response(self.conn.received(), &mut self.seen, self.request.method(), &self.lane.limits);
+            match parsed.map_err(|wrong| Failure::Upstream(Fault::Malformed(wrong)))? {
+                Some(head) if is_interim(&head) => {
+                    self.interim += 1;
+                    if self.interim > MOST_INTERIM {
+                        return Poll::Ready(Err(Failure::Upstream(Fault::Malformed("endless interim answers"))));
+                    }
+                    if let Some(client) = self.request.body().interim() {
+                        client.push_interim(&interim(&head));
+                    }
+                    continue;
+                }
+                Some(head) => return Poll::Ready(Ok(head)),
+                None => {}
+            }
+            match ready!(self.conn.poll_receive(cx)) {
+                Ok(0) => {
+                    // What broke the sending says more than the end that follows.
+                    let fault = self.sending.failed.take().map_or(Fault::Truncated, Fault::Io);
+                    return Poll::Ready(Err(Failure::Upstream(fault)));
+                }
+                Ok(_) => self.received = true,
+                Err(error) => return Poll::Ready(Err(Failure::Upstream(error.into()))),
+            }
+        }
+    }
+}
+
+fn is_interim(head: &ResponseHead) -> bool {
+    head.response.status().is_informational() && head.response.status() != StatusCode::SWITCHING_PROTOCOLS
+}
+
+/// An interim answer as it goes on (RFC 9110 section 15.2), without what belongs to this hop.
+fn interim(head: &ResponseHead) -> Vec<u8> {
+    let mut headers = head.response.headers().clone();
+    for name in [header::CONNECTION, header::TRANSFER_ENCODING, header::CONTENT_LENGTH, header::UPGRADE] {
+        headers.remove(name);
+    }
+    let mut raw = Vec::new();
+    head::write_response(&mut raw, false, head.response.status(), &headers, Some(&head.spelling));
+    raw.extend_from_slice(b"\r\n");
+    raw
+}
+
+/// The sending of a request whose head is queued.
+struct Sending {
+    chunked: bool,
+    /// All of it is queued.
+    done: bool,
+    /// Sending failed. The upstream may still have answered.
+    failed: Option<io::Error>,
+}
+
+impl Sending {
+    /// Sends as much as the upstream takes and the client has brought.
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        conn: &mut Conn,
+        mut body: Option<&mut RequestBody>,
+    ) -> Result<(), RequestBroke> {
+        loop {
+            if self.failed.is_some() {
+                return Ok(());
+            }
+            let Some(body) = body.as_mut().filter(|_| !self.done && conn.has_room()) else {
+                if conn.is_flushed() {
+                    return Ok(());
+                }
+                match conn.poll_flush(cx) {
+                    Poll::Ready(Ok(())) if self.done => return Ok(()),
+                    Poll::Ready(Ok(())) => continue,
+                    Poll::Ready(Err(error)) => self.failed = Some(error),
+                    Poll::Pending => return Ok(()),
+                }
+                return Ok(());
+            };
+            match Pin::new(&mut **body).poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => self.queue(conn, frame, body.is_end_stream()),
+                Poll::Ready(Some(Err(broke))) => return Err(broke),
+                Poll::Ready(None) => self.end(conn, None),
+                Poll::Pending => {
+                    if let Poll::Ready(Err(error)) = conn.poll_flush(cx) {
+                        self.failed = Some(error);
+                    }
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn queue(&mut self, conn: &mut Conn, frame: Frame<Bytes>, last: bool) {
+        match frame.into_data() {
+            Ok(data) => {
+                conn.queue_data(data, self.chunked);
+                if last {
+                    self.end(conn, None);
+                }
+            }
+            Err(frame) => self.end(conn, frame.into_trailers().ok().as_ref()),
+        }
+    }
+
+    fn end(&mut self, conn: &mut Conn, trailers: Option<&http::HeaderMap>) {
+        self.done = true;
+        if self.chunked {
+            conn.queue_last_chunk(trailers);
+        }
+    }
+}
+
+impl Answer {
+    pub fn spelling(&self) -> &Spelling {
+        &self.spelling
+    }
+
+    pub fn is_end_stream(&self) -> bool {
+        self.decoder.has_ended()
+    }
+
+    pub fn size_hint(&self) -> SizeHint {
+        self.decoder.exact().map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+
+    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Fault>>> {
+        if self.request.is_some() || !self.connection.conn.is_flushed() {
+            self.send_on(cx);
+        }
+        let conn = &mut self.connection.conn;
+        loop {
+            match self.decoder.decode(conn.received()) {
+                Ok(Decoded::Data(data)) => return Poll::Ready(Some(Ok(Frame::data(data)))),
+                Ok(Decoded::Trailers(trailers)) => return Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+                Ok(Decoded::Ended) => return Poll::Ready(None),
+                Ok(Decoded::Incomplete) => {}
+                Err(wrong) => return Poll::Ready(Some(Err(Fault::Malformed(wrong)))),
+            }
+            match ready!(conn.poll_receive(cx)) {
+                Ok(0) if self.decoder.end_of_stream() => {
+                    self.keep_alive = false;
+                    return Poll::Ready(None);
+                }
+                Ok(0) => return Poll::Ready(Some(Err(Fault::Truncated))),
+                Ok(_) => {}
+                Err(error) => return Poll::Ready(Some(Err(error.into()))),
+            }
+        }
+    }
+
+    fn send_on(&mut self, cx: &mut Context<'_>) {
+        let broke = self.sending.poll(cx, &mut self.connection.conn, self.request.as_mut()).is_err();
+        if self.sending.done || broke {
+            self.request = None;
+        }
+        // The answer may be whole without the rest of the request; nothing may follow on this connection then.
+        self.keep_alive &= !broke && self.sending.failed.is_none();
+    }
+
+    /// The answer was read to its end: the connection may carry the next request, if both sides are done with this one.
+    pub fn release(self) {
+        let Answer { mut connection, lane, sending, keep_alive, .. } = self;
+        if keep_alive && sending.done && connection.conn.is_flushed() && !connection.conn.has_received() {
+            *connection.conn.received() = bytes::BytesMut::new();
+            lane.put_back(connection);
+        }
+    }
+
+    /// After 101: the stream, which is no longer HTTP's.
+    pub fn into_stream(self) -> Stream {
+        self.connection.conn.into_stream()
     }
 }

@@ -9,10 +9,9 @@ use hyper::client::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Notify;
 
-use super::{Answered, Held, Lane, StreamPlace, Unsent, fault, replayable, usable};
+use super::{Answered, Lane, StreamPlace, Unsent, UpstreamBody, fault, replayable, usable};
 use crate::connect::local::Local;
 use crate::connect::request_body::RequestBody;
-use crate::connect::upstream_io::UpstreamIo;
 use crate::outcome::{Error, Reason, Retry, Stage};
 use crate::tls::MeshAlpn;
 
@@ -43,7 +42,8 @@ impl Lane {
             let sent = Instant::now();
             let mut failed = match sender.try_send_request(request).await {
                 Ok(response) => {
-                    return Ok(Answered { response, held: Held::Http2(place), latency: sent.elapsed() });
+                    let response = response.map(|incoming| UpstreamBody::Http2(incoming, place));
+                    return Ok(Answered { response, latency: sent.elapsed() });
                 }
                 Err(failed) => failed,
             };
@@ -106,7 +106,6 @@ impl Lane {
         let dialled = self.dialer.dial(&self.target, MeshAlpn::H2).await?;
         let retire_at = dialled.retire_at();
         let generation = dialled.peer.as_ref().map_or(0, |peer| peer.generation);
-        let (io, _) = UpstreamIo::new(dialled.stream);
         let mut builder = http2::Builder::new(Local);
         builder
             .timer(TokioTimer::new())
@@ -118,7 +117,7 @@ impl Lane {
             .keep_alive_interval(self.limits.keepalive)
             .keep_alive_timeout(self.limits.user_timeout);
         let (sender, connection) = builder
-            .handshake::<_, RequestBody>(TokioIo::new(io))
+            .handshake::<_, RequestBody>(TokioIo::new(dialled.stream))
             .await
             .map_err(|error| self.closed(&error, Retry::Safe))?;
         tokio::task::spawn_local(async move {

@@ -7,19 +7,25 @@ mod http1;
 mod http2;
 
 use std::cell::{Cell, RefCell};
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
 
+use bytes::Bytes;
 use http::{Request, Response};
+use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 pub use fault::Chain;
-use http1::{Http1, Idle};
+use http1::{Answer, Idle};
 use http2::{Opening, Shared};
 
 use super::dial::{Dialer, Target};
+use super::http1::{Fault, Spelling};
 use super::request_body::RequestBody;
 use crate::config::limits::Limits;
+use crate::net::Stream;
 use crate::outcome::Error;
 
 /// How requests are framed on this lane.
@@ -42,11 +48,10 @@ pub struct Lane {
     opening: RefCell<Option<Rc<Opening>>>,
 }
 
-/// The head of an answer, the connection that its body comes on, and how long the head took from when the request was
-/// sent, connecting not included.
+/// The head of an answer with its body, and how long the head took from when the request was sent, connecting not
+/// included.
 pub struct Answered {
-    pub response: Response<Incoming>,
-    pub held: Held,
+    pub response: Response<UpstreamBody>,
     pub latency: Duration,
 }
 
@@ -56,14 +61,21 @@ pub struct Unsent {
     pub request: Option<Request<RequestBody>>,
 }
 
-/// Holds the connection until the answer has ended. [`Held::release`] gives it back; dropping it does not.
-pub enum Held {
-    Http1(Box<(Http1Parts, Rc<Lane>)>),
-    Http2(StreamPlace),
+/// The body of an answer. It holds the connection that it comes on: [`UpstreamBody::release`] gives it back, dropping
+/// the body does not.
+pub enum UpstreamBody {
+    Http1(Box<Answer>),
+    Http2(Incoming, StreamPlace),
 }
 
-/// The connection that [`Held`] returns to its lane.
-pub struct Http1Parts(Http1);
+/// Why an answer's body ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum AnswerBroke {
+    #[error(transparent)]
+    Http1(#[from] Fault),
+    #[error(transparent)]
+    Http2(#[from] hyper::Error),
+}
 
 /// One stream on a shared connection; its drop frees the place.
 pub struct StreamPlace(Rc<Cell<usize>>);
@@ -74,15 +86,49 @@ impl Drop for StreamPlace {
     }
 }
 
-impl Held {
+impl UpstreamBody {
+    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, AnswerBroke>>> {
+        match self {
+            UpstreamBody::Http1(answer) => answer.poll_frame(cx).map_err(AnswerBroke::Http1),
+            UpstreamBody::Http2(incoming, _) => Pin::new(incoming).poll_frame(cx).map_err(AnswerBroke::Http2),
+        }
+    }
+
+    pub fn is_end_stream(&self) -> bool {
+        match self {
+            UpstreamBody::Http1(answer) => answer.is_end_stream(),
+            UpstreamBody::Http2(incoming, _) => incoming.is_end_stream(),
+        }
+    }
+
+    pub fn size_hint(&self) -> SizeHint {
+        match self {
+            UpstreamBody::Http1(answer) => answer.size_hint(),
+            UpstreamBody::Http2(incoming, _) => incoming.size_hint(),
+        }
+    }
+
+    /// How the head of an HTTP/1 answer was spelled.
+    pub fn spelling(&self) -> Option<&Spelling> {
+        match self {
+            UpstreamBody::Http1(answer) => Some(answer.spelling()),
+            UpstreamBody::Http2(..) => None,
+        }
+    }
+
     /// The answer was read to its end: the connection may carry the next request.
     pub fn release(self) {
         match self {
-            Held::Http1(parts) => {
-                let (Http1Parts(connection), lane) = *parts;
-                lane.put_back(connection);
-            }
-            Held::Http2(_) => {}
+            UpstreamBody::Http1(answer) => answer.release(),
+            UpstreamBody::Http2(..) => {}
+        }
+    }
+
+    /// After 101: the stream below, which is no longer HTTP's.
+    pub fn into_stream(self) -> Option<Stream> {
+        match self {
+            UpstreamBody::Http1(answer) => Some(answer.into_stream()),
+            UpstreamBody::Http2(..) => None,
         }
     }
 }
@@ -129,10 +175,10 @@ impl Lane {
     pub fn sweep(&self, now: Instant, wall: SystemTime) {
         let generation = self.dialer.generation();
         let limit = self.idle_limit.get();
-        self.idle.borrow_mut().retain(|idle| {
-            !idle.connection.sender.is_closed()
-                && now.duration_since(idle.since) < limit
+        self.idle.borrow_mut().retain_mut(|idle| {
+            now.duration_since(idle.since) < limit
                 && usable(idle.connection.retire_at, idle.connection.generation, wall, generation)
+                && idle.connection.conn.is_silent()
         });
         // Dropping the sender of a shared connection lets its streams end first.
         self.shared.borrow_mut().retain(|shared| {
@@ -145,19 +191,22 @@ fn usable(retire_at: Option<SystemTime>, generation: u64, wall: SystemTime, curr
     retire_at.is_none_or(|end| wall < end && generation == current)
 }
 
-/// A copy of a request that may be sent twice: idempotent (RFC 9110 section 9.2.2), without a body, no upgrade.
-fn replayable(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
-    let safe = request.method().is_idempotent()
+/// Whether a request may be sent twice: idempotent (RFC 9110 section 9.2.2), without a body, no upgrade.
+fn is_replayable(request: &Request<RequestBody>) -> bool {
+    request.method().is_idempotent()
         && request.body().is_empty()
-        && !request.headers().contains_key(http::header::UPGRADE);
-    if !safe {
+        && !request.headers().contains_key(http::header::UPGRADE)
+}
+
+/// A copy of a request that may be sent twice.
+fn replayable(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
+    if !is_replayable(request) {
         return None;
     }
-    let mut copy = Request::new(RequestBody::Empty);
+    let mut copy = Request::new(RequestBody::empty());
     *copy.method_mut() = request.method().clone();
     *copy.uri_mut() = request.uri().clone();
     *copy.version_mut() = request.version();
     *copy.headers_mut() = request.headers().clone();
-    *copy.extensions_mut() = request.extensions().clone();
     Some(copy)
 }

@@ -2,6 +2,7 @@
 //! upstream connection, the record, the load. When the body ends, the connection goes back to its lane; when the
 //! downstream leaves first, everything is dropped and the upstream is cancelled.
 
+use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -9,12 +10,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 
 use super::headers::clean_trailers;
 use crate::balance::{InFlight, Nanos, Outcome};
-use crate::connect::lane::Held;
+use crate::connect::http1::Spelling;
+use crate::connect::lane::{AnswerBroke, UpstreamBody};
 use crate::connect::streams::{Busy, Stream};
+use crate::net::Stream as ByteStream;
 use crate::outcome::Reason;
 use crate::telemetry::{GrpcFrames, HttpRecord};
 
@@ -23,9 +25,14 @@ pub struct ResponseBody(Kind);
 enum Kind {
     Local(Option<Bytes>),
     /// An answer of our own whose record ends with it.
-    Recorded(Option<Bytes>, #[expect(dead_code, reason = "ends when dropped")] Ending),
+    Recorded(Option<Bytes>, Ending),
     Upstream(Box<Upstream>),
+    /// No body: the connection leaves HTTP behind this head.
+    Switched(Option<Switched>),
 }
+
+/// What becomes of a connection that leaves HTTP/1.1.
+pub type Switched = Box<dyn FnOnce(ByteStream) -> Pin<Box<dyn Future<Output = ()>>>>;
 
 /// What ends when an answer made here has been written.
 pub struct Ending {
@@ -35,10 +42,12 @@ pub struct Ending {
 
 /// What an upstream's answer holds.
 pub struct Upstream {
-    pub incoming: Incoming,
+    /// Taken when the answer is whole.
+    pub incoming: Option<UpstreamBody>,
     pub record: Rc<HttpRecord>,
     pub grpc: Option<GrpcFrames>,
-    pub held: Option<Held>,
+    /// How its head was spelled.
+    pub spelling: Option<Spelling>,
     pub load: Option<Measured>,
     pub stream: Stream,
     pub busy: Option<Busy>,
@@ -56,9 +65,9 @@ pub struct Measured {
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
     #[error("the upstream's answer ended before it was complete")]
-    Truncated(#[source] hyper::Error),
-    #[error("the trailer section of the upstream's answer begins with a bare line feed")]
-    BareLineFeed,
+    Truncated(#[source] AnswerBroke),
+    #[error("the downstream takes nothing more")]
+    Downstream(#[source] io::Error),
     #[error("nothing moved on the stream for too long")]
     Idle,
 }
@@ -87,22 +96,52 @@ impl ResponseBody {
     }
 
     pub fn upstream(mut upstream: Box<Upstream>) -> ResponseBody {
-        if upstream.incoming.is_end_stream() {
-            upstream.end();
+        if upstream.incoming.as_ref().is_none_or(UpstreamBody::is_end_stream) {
             // The downstream connection stays busy until it has taken the head.
-            return ResponseBody(Kind::Recorded(
-                None,
-                Ending { record: upstream.record.clone(), busy: upstream.busy.take() },
-            ));
+            upstream.end();
         }
         ResponseBody(Kind::Upstream(upstream))
+    }
+
+    pub fn switched(then: Switched) -> ResponseBody {
+        ResponseBody(Kind::Switched(Some(then)))
+    }
+
+    /// What becomes of the connection, if it leaves HTTP behind this answer's head.
+    pub fn take_switched(&mut self) -> Option<Switched> {
+        match &mut self.0 {
+            Kind::Switched(then) => then.take(),
+            Kind::Local(_) | Kind::Recorded(..) | Kind::Upstream(_) => None,
+        }
+    }
+
+    /// Made here: nobody reads what is left of the request.
+    pub fn is_local(&self) -> bool {
+        matches!(self.0, Kind::Local(_) | Kind::Recorded(..))
+    }
+
+    /// How an HTTP/1 upstream spelled the head.
+    pub fn spelling(&self) -> Option<&Spelling> {
+        match &self.0 {
+            Kind::Upstream(upstream) => upstream.spelling.as_ref(),
+            Kind::Local(_) | Kind::Recorded(..) | Kind::Switched(_) => None,
+        }
+    }
+
+    /// Ends the record; what keeps the downstream connection busy is left.
+    pub fn into_busy(self) -> Option<Busy> {
+        match self.0 {
+            Kind::Local(_) | Kind::Switched(_) => None,
+            Kind::Recorded(_, Ending { busy, .. }) => busy,
+            Kind::Upstream(mut upstream) => upstream.busy.take(),
+        }
     }
 }
 
 impl Drop for Upstream {
     fn drop(&mut self) {
         // Its task was ended because the downstream took nothing.
-        if self.held.is_some() && self.stream.has_expired() {
+        if self.incoming.is_some() && self.stream.has_expired() {
             self.record.failed(Reason::StreamIdleTimeout, String::new);
         }
     }
@@ -112,8 +151,8 @@ impl Upstream {
     /// The answer is whole.
     fn end(&mut self) {
         self.record.response_ended();
-        if let Some(held) = self.held.take() {
-            held.release();
+        if let Some(incoming) = self.incoming.take() {
+            incoming.release();
         }
         if let Some(measured) = self.load.take() {
             measured.guard.finish(measured.at, measured.latency, measured.outcome);
@@ -121,7 +160,8 @@ impl Upstream {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match Pin::new(&mut self.incoming).poll_frame(cx) {
+        let Some(incoming) = &mut self.incoming else { return Poll::Ready(None) };
+        match incoming.poll_frame(cx) {
             Poll::Pending if self.stream.is_expired(cx) => {
                 self.record.failed(Reason::StreamIdleTimeout, String::new);
                 Poll::Ready(Some(Err(BodyError::Idle)))
@@ -144,19 +184,14 @@ impl Upstream {
                     }
                 }
                 let last = if let Some(trailers) = frame.trailers_mut() {
-                    if trailers.is_empty() && matches!(self.held, Some(Held::Http1(_))) {
-                        // The library forgives a bare LF here and swallows what follows it.
-                        self.record.failed(Reason::UpstreamTruncated, || BodyError::BareLineFeed.to_string());
-                        return Poll::Ready(Some(Err(BodyError::BareLineFeed)));
-                    }
                     clean_trailers(trailers);
                     note_grpc_status(&self.record, trailers);
                     true
                 } else {
                     false
                 };
-                // Behind trailers hyper's HTTP/1 server asks for nothing more.
-                if last || self.incoming.is_end_stream() {
+                // Behind trailers nobody asks for more.
+                if last || incoming.is_end_stream() {
                     self.end();
                 }
                 Poll::Ready(Some(Ok(frame)))
@@ -183,13 +218,15 @@ impl Body for ResponseBody {
                 Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes))))
             }
             Kind::Upstream(upstream) => upstream.poll(cx),
+            Kind::Switched(_) => Poll::Ready(None),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match &self.0 {
             Kind::Local(bytes) | Kind::Recorded(bytes, _) => bytes.is_none(),
-            Kind::Upstream(upstream) => upstream.incoming.is_end_stream(),
+            Kind::Upstream(upstream) => upstream.incoming.as_ref().is_none_or(UpstreamBody::is_end_stream),
+            Kind::Switched(_) => true,
         }
     }
 
@@ -198,7 +235,10 @@ impl Body for ResponseBody {
             Kind::Local(bytes) | Kind::Recorded(bytes, _) => {
                 SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
             }
-            Kind::Upstream(upstream) => upstream.incoming.size_hint(),
+            Kind::Upstream(upstream) => {
+                upstream.incoming.as_ref().map_or_else(|| SizeHint::with_exact(0), UpstreamBody::size_hint)
+            }
+            Kind::Switched(_) => SizeHint::with_exact(0),
         }
     }
 }

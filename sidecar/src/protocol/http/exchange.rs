@@ -6,22 +6,17 @@ use std::cell::Cell;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use futures_util::task::AtomicWaker;
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Version, header};
-use http_body::Body;
-use hyper::body::Incoming;
-use hyper::upgrade::OnUpgrade;
 
-use super::body::{Ending, Measured, ResponseBody, Upstream, note_grpc_status};
+use super::body::{Ending, Measured, ResponseBody, Switched, Upstream, note_grpc_status};
 use super::headers::{self, Strip};
 use super::{answer, head, tunnel};
-use crate::connect::lane::{Answered, Held};
-use crate::connect::request_body::RequestBody;
+use crate::connect::lane::{Answered, UpstreamBody};
+use crate::connect::request_body::{Received, RequestBody};
 use crate::connect::streams::{Busy, Stream};
 use crate::connect::worker::Worker;
 use crate::connection::{Entry, Registered};
@@ -62,46 +57,19 @@ pub struct Exchange {
     version: Version,
     stream: Stream,
     busy: Busy,
-    upgrade: Option<OnUpgrade>,
-    interim: Arc<Interim>,
-}
-
-/// How many interim answers a request may get. Each is passed on; endless ones would be held for a client that does not
-/// read.
-const MOST_INTERIM: u32 = 64;
-
-/// Interim answers so far; written by the upstream connection's task.
-#[derive(Default)]
-pub struct Interim {
-    count: AtomicU32,
-    waker: AtomicWaker,
-}
-
-impl Interim {
-    /// Counts one; false when it is one too many.
-    fn count(&self) -> bool {
-        let within = self.count.fetch_add(1, Relaxed) < MOST_INTERIM;
-        if !within {
-            self.waker.wake();
-        }
-        within
-    }
-
-    fn too_many(&self, cx: &Context<'_>) -> bool {
-        self.waker.register(cx.waker());
-        self.count.load(Relaxed) > MOST_INTERIM
-    }
+    /// The client asked to switch protocols.
+    upgrade: bool,
 }
 
 /// The head on its way, and the body that follows it.
 pub struct Outgoing {
     pub parts: Parts,
-    body: Option<Incoming>,
+    body: Received,
 }
 
 impl Exchange {
     /// Opens the record. Nothing of the request has been believed yet.
-    pub fn begin(session: &Rc<Session>, request: Request<Incoming>) -> (Exchange, Outgoing) {
+    pub fn begin(session: &Rc<Session>, request: Request<Received>) -> (Exchange, Outgoing) {
         let begun = Instant::now();
         let worker = &session.worker;
         let protocol = protocol(session.http2, request.headers());
@@ -116,10 +84,9 @@ impl Exchange {
             version: parts.version,
             stream: worker.streams.begin(&session.entry, session.http2),
             busy: Busy::begin(&session.entry, &session.running, &worker.drain),
-            upgrade: None,
-            interim: Arc::default(),
+            upgrade: false,
         };
-        (exchange, Outgoing { parts, body: Some(body) })
+        (exchange, Outgoing { parts, body })
     }
 
     /// Checks the head, takes out what stays on this hop, and fixes the form in which it goes on.
@@ -138,64 +105,25 @@ impl Exchange {
         if parts.headers.len() > self.session.worker.limits.header_count {
             return Err(refuse((Reason::RequestHeadTooLarge, "too many fields")));
         }
-        let upgrade = !self.session.http2 && self.version == Version::HTTP_11 && headers::asks_upgrade(&parts.headers);
-        if upgrade {
-            self.upgrade = parts.extensions.remove::<OnUpgrade>();
-        }
-        headers::clean(&mut parts.headers, self.session.strip, upgrade);
+        self.upgrade = !self.session.http2 && self.version == Version::HTTP_11 && headers::asks_upgrade(&parts.headers);
+        headers::clean(&mut parts.headers, self.session.strip, self.upgrade);
         parts.version = if self.session.http2 { Version::HTTP_2 } else { Version::HTTP_11 };
         Ok(())
     }
 
     /// The request as it goes to an upstream. To be called once; a second try uses what the lane gave back.
     pub fn request(&self, outgoing: Outgoing) -> Request<RequestBody> {
-        let body = match outgoing.body {
-            Some(body) => {
-                let grpc = self.protocol == WireProtocol::Grpc;
-                let http1 = (!self.session.http2).then(|| self.session.entry.clone());
-                let progress = self.stream.progress();
-                RequestBody::new(body, &self.record, grpc, headers::clean_trailers, progress, http1)
-            }
-            None => RequestBody::Empty,
-        };
-        let mut request = Request::from_parts(outgoing.parts, body);
-        if !self.session.http2 && !request.body().is_empty() && request.body().size_hint().exact().is_none() {
-            // Without it the library sends a GET or HEAD with a body as one that has none.
-            let chunked = http::HeaderValue::from_static("chunked");
-            request.headers_mut().insert(header::TRANSFER_ENCODING, chunked);
-        }
+        let grpc = self.protocol == WireProtocol::Grpc;
         // A client of HTTP/1.0 knows no interim answers (RFC 9110 section 15.2).
-        if self.version == Version::HTTP_11 {
-            self.pass_interim(&mut request);
-        }
-        request
-    }
-
-    /// 1xx answers of the upstream go out as they come (RFC 9110 section 15.2). 100 is made by our own server, when the
-    /// body is asked for; 101 is no interim answer.
-    fn pass_interim(&self, request: &mut Request<RequestBody>) {
-        let entry = self.session.entry.clone();
-        let count = self.interim.clone();
-        hyper::ext::on_informational(request, move |interim| {
-            if !count.count() || matches!(interim.status(), StatusCode::CONTINUE | StatusCode::SWITCHING_PROTOCOLS) {
-                return;
-            }
-            let phrase = interim.status().canonical_reason().unwrap_or("Interim");
-            let mut raw = format!("HTTP/1.1 {} {phrase}\r\n", interim.status().as_u16()).into_bytes();
-            for (name, value) in interim.headers() {
-                raw.extend_from_slice(name.as_str().as_bytes());
-                raw.extend_from_slice(b": ");
-                raw.extend_from_slice(value.as_bytes());
-                raw.extend_from_slice(b"\r\n");
-            }
-            raw.extend_from_slice(b"\r\n");
-            entry.push_interim(&raw);
-        });
+        let interim = self.version == Version::HTTP_11;
+        let progress = || self.stream.progress();
+        let body = RequestBody::new(outgoing.body, &self.record, grpc, headers::clean_trailers, progress, interim);
+        Request::from_parts(outgoing.parts, body)
     }
 
     /// Waits for an upstream, but no longer than a stream may stand still.
     pub fn patiently<F: Future>(&self, waiting: F) -> Patiently<'_, F> {
-        Patiently { waiting, stream: &self.stream, interim: &self.interim }
+        Patiently { waiting, stream: &self.stream }
     }
 
     /// What a failed exchange with an upstream was: one that failed because the client broke off its request says
@@ -217,18 +145,19 @@ impl Exchange {
     }
 
     /// Passes an upstream's answer on.
-    pub fn answer(mut self, answered: Answered, load: Option<Measured>) -> Response<ResponseBody> {
-        let Answered { mut response, held, .. } = answered;
+    pub fn answer(self, answered: Answered, load: Option<Measured>) -> Response<ResponseBody> {
+        let Answered { mut response, .. } = answered;
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            return match self.upgrade.take() {
-                Some(downstream) => self.switch(downstream, response, held),
-                // Raw bytes flow only after a 101 that was asked for.
-                None => self.refuse(&upstream_protocol("101 without a request to switch protocols")),
+            // Raw bytes flow only after a 101 that was asked for.
+            return if self.upgrade {
+                self.switch(response)
+            } else {
+                self.refuse(&upstream_protocol("101 without a request to switch protocols"))
             };
         }
         let status = response.status();
         if let Err(wrong) = head::check_answer(status, response.headers_mut()) {
-            // What `held` holds is not given back: nobody knows where the next answer begins.
+            // Its connection is not given back: nobody knows where the next answer begins.
             return self.refuse(&upstream_protocol(wrong));
         }
         headers::clean(response.headers_mut(), Strip::HopByHop, false);
@@ -240,13 +169,13 @@ impl Exchange {
         self.close_when_draining(response.headers_mut());
         self.stream.moved();
         let (mut parts, incoming) = response.into_parts();
-        // To a client of HTTP/1.0 the library lowers it, and grants the keep-alive that was asked for.
         parts.version = Version::HTTP_11;
+        let spelling = incoming.spelling().cloned();
         let body = ResponseBody::upstream(Box::new(Upstream {
-            incoming,
+            incoming: Some(incoming),
             record: self.record,
             grpc,
-            held: Some(held),
+            spelling,
             load,
             stream: self.stream,
             busy: Some(self.busy),
@@ -274,9 +203,9 @@ impl Exchange {
     }
 
     /// Agrees to a CONNECT: what follows is bytes. Its own record ends here; what runs inside has records of its own.
-    pub fn connected(self) -> Response<ResponseBody> {
+    pub fn connected(self, then: Switched) -> Response<ResponseBody> {
         self.record.discard();
-        Response::new(ResponseBody::empty())
+        Response::new(ResponseBody::switched(then))
     }
 
     fn close_when_draining(&self, headers: &mut http::HeaderMap) {
@@ -285,12 +214,18 @@ impl Exchange {
         }
     }
 
-    fn switch(self, downstream: OnUpgrade, mut response: Response<Incoming>, held: Held) -> Response<ResponseBody> {
-        let upstream = hyper::upgrade::on(&mut response);
+    /// The client's bytes and the upstream's are copied as they are from here on.
+    fn switch(self, mut response: Response<UpstreamBody>) -> Response<ResponseBody> {
         headers::clean(response.headers_mut(), Strip::HopByHop, true);
         self.record.answered(StatusCode::SWITCHING_PROTOCOLS.as_u16());
-        tunnel::spawn_switched(&self.session, self.record, downstream, upstream, held);
-        response.map(|_| ResponseBody::empty())
+        let (parts, upstream) = response.into_parts();
+        let Some(upstream) = upstream.into_stream() else {
+            return self.refuse(&upstream_protocol("101 on HTTP/2"));
+        };
+        let Exchange { session, record, .. } = self;
+        let then: Switched =
+            Box::new(move |downstream| Box::pin(tunnel::switched(session, record, downstream, upstream)));
+        Response::from_parts(parts, ResponseBody::switched(then))
     }
 }
 
@@ -304,7 +239,6 @@ pin_project_lite::pin_project! {
         #[pin]
         waiting: F,
         stream: &'a Stream,
-        interim: &'a Interim,
     }
 }
 
@@ -315,9 +249,6 @@ impl<F: Future> Future for Patiently<'_, F> {
         let this = self.project();
         match this.waiting.poll(cx) {
             Poll::Ready(done) => Poll::Ready(Ok(done)),
-            Poll::Pending if this.interim.too_many(cx) => {
-                Poll::Ready(Err(upstream_protocol("endless interim answers")))
-            }
             Poll::Pending if this.stream.is_expired(cx) => {
                 Poll::Ready(Err(Error::upstream(Stage::Forward, Reason::StreamIdleTimeout, Retry::Never, "no answer")))
             }

@@ -7,5 +7,6 @@ pub mod exchange;
 mod flood;
 pub mod head;
 pub mod headers;
+mod http1;
 pub mod serve;
-pub mod tunnel;
+mod tunnel;

@@ -1,5 +1,5 @@
-//! Serves one downstream connection with hyper: one builder for HTTP/1, one for HTTP/2, and in them every limit that
-//! the library would not set by itself. The connection's task obeys the watchdog and the drain.
+//! Serves one downstream connection: HTTP/1 by `http1`, HTTP/2 with hyper and every limit that the library would not
+//! set by itself. The connection's task obeys the watchdog and the drain.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -12,7 +12,7 @@ use std::time::Instant;
 use futures_util::FutureExt;
 use http::{Method, Request, Response};
 use hyper::body::Incoming;
-use hyper::server::conn::{http1, http2};
+use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use outrigger_runtime::drain::Hold;
@@ -20,36 +20,29 @@ use tokio::io::AsyncWriteExt;
 
 use super::answer;
 use super::body::ResponseBody;
-use super::downstream_io::{DownstreamIo, OnRefusal};
+use super::downstream_io::DownstreamIo;
 use super::exchange::Session;
 use super::flood::Flood;
 use crate::connect::Local;
+use crate::connect::request_body::Received;
 use crate::connection::{Command, State};
 use crate::net::Stream;
 use crate::outcome::Reason;
 use crate::telemetry::{Edge, HttpRecord, Telemetry};
+
+/// Told when a head is refused before it became a request.
+pub type OnRefusal = Box<dyn Fn(Reason)>;
 
 /// Serves HTTP/1 until the connection ends. `respond` is the direction's walk for one request.
 pub async fn http1<F>(
     session: &Rc<Session>,
     stream: Stream,
     on_refusal: OnRefusal,
-    respond: impl Fn(Request<Incoming>) -> F,
+    respond: impl Fn(Request<Received>) -> F,
 ) where
     F: Future<Output = Response<ResponseBody>>,
 {
-    let limits = &session.worker.limits;
-    let proxy: Arc<str> = session.worker.own.instance.as_str().into();
-    let io = DownstreamIo::http1(stream, session.entry.clone(), proxy, on_refusal);
-    // Not an async block around it: that would keep room for the future twice, in every connection.
-    let service = service_fn(|request| respond(request).map(Ok::<_, Infallible>));
-    let connection = http1::Builder::new()
-        .preserve_header_case(true)
-        .auto_date_header(false)
-        // Not max_header_size: that would be the bound of trailers, too, whose own is the library's 16 KiB.
-        .max_buf_size(limits.head_bytes.max(8192))
-        .serve_connection(TokioIo::new(io), service)
-        .with_upgrades();
+    let connection = Plain { serving: super::http1::serve(session, stream, on_refusal, respond) };
     Driven { connection, session, finishing: false, hold: None }.await;
 }
 
@@ -58,17 +51,18 @@ pub async fn http2<F>(
     session: &Rc<Session>,
     stream: Stream,
     streams: u32,
-    respond: impl Fn(Request<Incoming>) -> F + 'static,
+    respond: impl Fn(Request<Received>) -> F + 'static,
 ) where
     F: Future<Output = Response<ResponseBody>> + 'static,
 {
     let limits = &session.worker.limits;
-    let io = DownstreamIo::http2(stream, session.entry.clone(), Flood::new(limits, streams));
+    let io = DownstreamIo::new(stream, session.entry.clone(), Flood::new(limits, streams));
     // A mesh connection carries requests of all of the peer's clients.
     let shared = streams > limits.h2_streams_application;
     let window = if shared { limits.h2_shared_window(streams) } else { limits.h2_connection_window };
     let respond = Rc::new(respond);
-    let service = service_fn(move |request| respond(request).map(Ok::<_, Infallible>));
+    let service =
+        service_fn(move |request: Request<Incoming>| respond(request.map(Received::Http2)).map(Ok::<_, Infallible>));
     let connection = http2::Builder::new(Local)
         .timer(TokioTimer::new())
         .auto_date_header(false)
@@ -101,22 +95,29 @@ pub async fn refuse_head(stream: &mut Stream, reason: Reason, proxy: &str) {
     let _ = stream.shutdown().await;
 }
 
-/// What both kinds of hyper connection can do.
+/// What both kinds of connection can do.
 trait Connection: Future {
     fn finish(self: Pin<&mut Self>);
 }
 
-impl<I, B, S> Connection for http1::UpgradeableConnection<I, S>
-where
-    S: hyper::service::HttpService<Incoming, ResBody = B>,
-    S::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-    I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
-    B: http_body::Body + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    fn finish(self: Pin<&mut Self>) {
-        self.graceful_shutdown();
+pin_project_lite::pin_project! {
+    /// HTTP/1 reads its entry's commands itself.
+    struct Plain<F> {
+        #[pin]
+        serving: F,
     }
+}
+
+impl<F: Future> Future for Plain<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        self.project().serving.poll(cx)
+    }
+}
+
+impl<F: Future> Connection for Plain<F> {
+    fn finish(self: Pin<&mut Self>) {}
 }
 
 impl<I, B, S> Connection for http2::Connection<I, S, Local>

@@ -1,0 +1,91 @@
+use super::*;
+
+/// What a chunked body of these bytes says, or what is wrong with it.
+fn chunked(bytes: &[u8], step: usize) -> Result<(Vec<u8>, Option<HeaderMap>, usize), &'static str> {
+    let mut decoder = Decoder::new(Length::Chunked, &Limits::default());
+    let (mut received, mut data, mut trailers) = (BytesMut::new(), Vec::new(), None);
+    let mut pieces = bytes.chunks(step);
+    loop {
+        match decoder.decode(&mut received)? {
+            Decoded::Data(piece) => data.extend_from_slice(&piece),
+            Decoded::Trailers(section) => trailers = Some(section),
+            Decoded::Ended => return Ok((data, trailers, received.len() + pieces.map(<[u8]>::len).sum::<usize>())),
+            Decoded::Incomplete => match pieces.next() {
+                Some(piece) => received.extend_from_slice(piece),
+                None => return Err("incomplete"),
+            },
+        }
+    }
+}
+
+#[test]
+fn chunks_are_read_however_they_are_split() {
+    let body = b"5\r\nhello\r\n00a;ext=\"1\"\r\n, worlds!!\r\n0\r\nX-Sum: 1\r\nx-two: 2\r\n\r\nnext";
+    for step in 1..body.len() {
+        let (data, trailers, left) = chunked(body, step).unwrap_or_else(|wrong| panic!("{step}: {wrong}"));
+        assert_eq!(data, b"hello, worlds!!", "{step}");
+        let trailers = trailers.unwrap();
+        assert_eq!((trailers.len(), trailers["x-sum"].as_bytes()), (2, &b"1"[..]));
+        assert_eq!(left, 4, "{step}");
+    }
+    assert_eq!(chunked(b"0\r\n\r\n", 1).map(|(data, ..)| data), Ok(Vec::new()));
+}
+
+#[test]
+fn what_is_no_chunk_is_refused() {
+    let bodies: &[&[u8]] = &[
+        b"5\nhello\r\n0\r\n\r\n",
+        b"5\r\nhello\n0\r\n\r\n",
+        b"5\r\nhello\r\n0\n\r\n",
+        b"5\r\nhello\r\n0\r\n\n",
+        b"5\r\nhell\r\n0\r\n\r\n",
+        b"5\r\nhello!\r\n0\r\n\r\n",
+        b"0x5\r\nhello\r\n0\r\n\r\n",
+        b"+5\r\nhello\r\n0\r\n\r\n",
+        b" 5\r\nhello\r\n0\r\n\r\n",
+        b"-5\r\nhello\r\n0\r\n\r\n",
+        b"\r\nhello\r\n0\r\n\r\n",
+        b"5 x\r\nhello\r\n0\r\n\r\n",
+        b"5;a\rb\r\nhello\r\n0\r\n\r\n",
+        b"5;a\0b\r\nhello\r\n0\r\n\r\n",
+        b"5\r\r\nhello\r\n0\r\n\r\n",
+        b"10000000000000005\r\nhello\r\n0\r\n\r\n",
+        b"0\r\nNo colon\r\n\r\n",
+        b"0\r\nA : b\r\n\r\n",
+        b"0\r\nA: b\n\r\n",
+    ];
+    for body in bodies {
+        for step in [1, body.len()] {
+            let got = chunked(body, step);
+            assert!(got.is_err() && got != Err("incomplete"), "{}: {got:?}", String::from_utf8_lossy(body));
+        }
+    }
+}
+
+#[test]
+fn extensions_and_trailers_are_bounded_over_the_message() {
+    let limits = Limits::default();
+    let many = |piece: &str, count: usize| piece.repeat(count).into_bytes();
+    let extension = format!("1;{}\r\nx\r\n", "e".repeat(1000));
+    assert_eq!(chunked(&many(&extension, 20), 4096), Err("endless chunk extensions"));
+    assert_eq!(chunked(&vec![b'1'; 100_000], 4096), Err("endless chunk extensions"));
+    let trailers = [b"0\r\n".to_vec(), many("a: b\r\n", limits.trailer_bytes)].concat();
+    assert_eq!(chunked(&trailers, 4096), Err("trailers without end"));
+    let fields = [b"0\r\n".to_vec(), many("a: b\r\n", 101), b"\r\n".to_vec()].concat();
+    assert_eq!(chunked(&fields, 4096), Err("too many trailers"));
+}
+
+#[test]
+fn other_lengths() {
+    let limits = Limits::default();
+    let mut exact = Decoder::new(Length::Exact(3), &limits);
+    let mut received = BytesMut::from(&b"abcd"[..]);
+    assert!(matches!(exact.decode(&mut received), Ok(Decoded::Data(data)) if data == "abc"));
+    assert!(exact.has_ended() && matches!(exact.decode(&mut received), Ok(Decoded::Ended)));
+    assert_eq!(&received[..], b"d");
+    assert!(!Decoder::new(Length::Exact(1), &limits).end_of_stream());
+    let mut until_end = Decoder::new(Length::UntilEnd, &limits);
+    assert!(matches!(until_end.decode(&mut received), Ok(Decoded::Data(data)) if data == "d"));
+    assert!(matches!(until_end.decode(&mut received), Ok(Decoded::Incomplete)));
+    assert!(until_end.end_of_stream() && until_end.has_ended());
+}
