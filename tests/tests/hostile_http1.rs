@@ -158,9 +158,7 @@ async fn values_of_content_length() {
             raw.extend_from_slice(format!("\r\n\r\nhello{SMUGGLED}").as_bytes());
             let name = format!("{place:?} {:?}", String::from_utf8_lossy(value));
             let outcome = field.attack(place, &raw).await;
-            // One that wraps is too large for a head, says the library.
-            let status = if value == b"18446744073709551615" { 431 } else { 400 };
-            outcome.assert_refused_early(&name, status);
+            outcome.assert_refused_early(&name, 400);
         }
         for same in ["5\r\nContent-Length: 5", "5, 5"] {
             let outcome = field.attack(place, post(&format!("Content-Length: {same}"), "hello")).await;
@@ -289,8 +287,8 @@ async fn trailers() {
         let outcome = field.attack(place, raw).await;
         assert_eq!(
             (outcome.targets(), outcome.status()),
-            (vec!["/target"], 200),
-            "{place:?}: the last of its connection"
+            (vec!["/target", "/last"], 200),
+            "{place:?}: what follows trailers is the next request"
         );
         let seen = &outcome.seen[0];
         let got: Vec<String> = seen.trailers.iter().map(|(name, _)| name.to_ascii_lowercase()).collect();

@@ -70,8 +70,12 @@ pub fn parse_request(
     let old = parsed.version == Some(0);
     *request.version_mut() = if old { Version::HTTP_10 } else { Version::HTTP_11 };
     *request.headers_mut() = fields_of(&head, parsed.headers).ok_or((Reason::BadRequest, "a field"))?;
-    let headers = request.headers();
+    let headers = request.headers_mut();
     let length = body::request_length(headers, old).map_err(|wrong| (Reason::BadRequest, wrong))?;
+    if let Some(first) = headers.get(header::CONTENT_LENGTH).cloned() {
+        // Lines that agree go on as one.
+        headers.insert(header::CONTENT_LENGTH, first);
+    }
     let keep_alive = keeps_alive(headers, old);
     Ok(Some(RequestHead { request, spelling: Spelling(head), length, keep_alive }))
 }
@@ -83,6 +87,10 @@ pub fn parse_response(
     method: &Method,
     limits: &Limits,
 ) -> Result<Option<ResponseHead>, &'static str> {
+    // What is no HTTP at all may never have the end of a head.
+    if !received.iter().zip(b"HTTP/1.").all(|(got, expected)| got == expected) {
+        return Err("the answer is no HTTP/1");
+    }
     let head = take_head(received, seen, limits, Lines::Lenient).map_err(|(_, wrong)| wrong)?;
     let Some(head) = head else { return Ok(None) };
     let mut fields: Fields<'_> = [const { MaybeUninit::uninit() }; MOST_FIELDS];
@@ -101,6 +109,9 @@ pub fn parse_response(
     let old = parsed.version == Some(0);
     *response.version_mut() = if old { Version::HTTP_10 } else { Version::HTTP_11 };
     *response.headers_mut() = fields_of(&head, parsed.headers).ok_or("a field of the answer")?;
+    if old && response.headers().contains_key(header::TRANSFER_ENCODING) {
+        return Err("Transfer-Encoding in an HTTP/1.0 answer");
+    }
     let length = body::response_length(method, status, response.headers());
     let keep_alive = keeps_alive(response.headers(), old);
     Ok(Some(ResponseHead { response, spelling: Spelling(head), length, keep_alive }))
