@@ -162,9 +162,10 @@ async fn forward(
     let worker = &exchange.session.worker;
     let framing = if exchange.session.http2 { Framing::Http2 } else { Framing::Http1 };
     let mut request = exchange.request(outgoing);
-    let mut tried = Tried::new(worker);
+    let mut began = Instant::now();
+    let mut tried = Tried::new(worker, began);
     loop {
-        let Some((index, slot)) = view.pick(worker, Kind::Http, tried.indices()) else {
+        let Some((index, slot)) = view.pick(worker, Kind::Http, worker.nanos(began), tried.indices()) else {
             if tried.indices().is_empty() {
                 exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
             }
@@ -173,18 +174,20 @@ async fn forward(
         let edge = view.edge(worker, &slot, exchange.protocol);
         exchange.set_edge(&edge);
         let Some(load) = view.endpoints.start(index) else { return Err(unavailable(view)) };
-        exchange.record.attempt(request.headers_mut(), slot.target.address, Instant::now());
+        exchange.record.attempt(request.headers_mut(), slot.target.address, began);
         match exchange.patiently(slot.lane(framing).send(request)).await? {
             Ok(answered) => {
                 let failed = answered.response.status().is_server_error();
                 let outcome = if failed { Outcome::Failure5xx } else { Outcome::Success };
-                let measured = Measured { guard: load, at: worker.now(), latency: answered.latency, outcome };
+                let at = worker.nanos(answered.at);
+                let measured = Measured { guard: load, at, latency: answered.latency, outcome };
                 return Ok((answered, measured));
             }
             Err(Unsent { error, request: unsent }) => {
                 let error = exchange.fault(error);
-                load.finish(worker.now(), exchange.elapsed(), blame(&error));
-                exchange.record.attempt_failed(error.reason, Instant::now());
+                began = Instant::now();
+                load.finish(worker.nanos(began), exchange.elapsed(), blame(&error));
+                exchange.record.attempt_failed(error.reason, began);
                 request = tried.again(index, error, unsent)?;
             }
         }
@@ -211,9 +214,9 @@ struct Tried {
 impl Tried {
     const MOST: usize = 8;
 
-    fn new(worker: &Worker) -> Tried {
+    fn new(worker: &Worker, began: Instant) -> Tried {
         let tries = (worker.limits.connect_tries as usize).clamp(1, Tried::MOST);
-        let until = Instant::now() + worker.limits.connect_budget;
+        let until = began + worker.limits.connect_budget;
         Tried { indices: [0; Tried::MOST], count: 0, tries, until, last: None }
     }
 
@@ -272,9 +275,9 @@ struct Opened {
 }
 
 async fn dial(worker: &Rc<Worker>, view: &View, _permit: Permit) -> Result<Opened, Error> {
-    let mut tried = Tried::new(worker);
+    let mut tried = Tried::new(worker, Instant::now());
     loop {
-        let Some((index, slot)) = view.pick(worker, Kind::Tcp, tried.indices()) else {
+        let Some((index, slot)) = view.pick(worker, Kind::Tcp, worker.now(), tried.indices()) else {
             return Err(tried.last.take().unwrap_or_else(|| unavailable(view)));
         };
         let Some(load) = view.endpoints.open(index) else { return Err(unavailable(view)) };

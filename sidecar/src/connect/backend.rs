@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use super::dial::{MutualTls, Target};
 use super::lane::{Framing, Lane};
 use super::worker::Worker;
-use crate::balance::{Balancer, Endpoints, Kind};
+use crate::balance::{Balancer, Endpoints, Kind, Nanos};
 use crate::discovery::Known;
 use crate::outcome::{Error, Reason, Stage};
 use crate::telemetry::{Direction, Edge, EdgeLabels, UNKNOWN, WireProtocol};
@@ -25,7 +25,10 @@ pub struct Backend {
     key: Key,
     known: RefCell<watch::Receiver<Known>>,
     view: RefCell<Option<Rc<View>>>,
+    /// When the watchdog saw last that it is used.
     used: Cell<Instant>,
+    /// Used since then.
+    touched: Cell<bool>,
 }
 
 /// One version of it.
@@ -54,12 +57,12 @@ type Edges = RefCell<[Option<Arc<Edge>>; 5]>;
 impl Backend {
     pub fn new(worker: &Worker, key: Key) -> Backend {
         let known = RefCell::new(worker.directory.destination(&key));
-        Backend { key, known, view: RefCell::default(), used: Cell::new(Instant::now()) }
+        Backend { key, known, view: RefCell::default(), used: Cell::new(Instant::now()), touched: Cell::new(true) }
     }
 
     /// What is known now. Waits, bounded, for the control plane's first answer.
     pub async fn view(&self, worker: &Worker) -> Result<Rc<View>, Error> {
-        self.used.set(Instant::now());
+        self.touched.set(true);
         let current = self.view.borrow().clone();
         let changed = self.known.borrow().has_changed().unwrap_or(false);
         // Passing through is allowed by the mesh's settings, which may have changed since.
@@ -103,8 +106,9 @@ impl Backend {
         Ok(self.known.borrow_mut().borrow_and_update().clone())
     }
 
+    /// As exact as the watchdog's tick.
     pub fn last_used(&self) -> Instant {
-        self.used.get()
+        if self.touched.get() { Instant::now() } else { self.used.get() }
     }
 
     /// Nothing is pooled.
@@ -115,6 +119,9 @@ impl Backend {
 
     /// The watchdog's tick. True when nothing is pooled.
     pub fn sweep(&self, now: Instant) -> bool {
+        if self.touched.take() {
+            self.used.set(now);
+        }
         let wall = std::time::SystemTime::now();
         let Some(view) = self.view.borrow().clone() else { return true };
         let mut idle = true;
@@ -178,14 +185,8 @@ impl View {
     }
 
     /// The endpoint to use, none of those in `tried`.
-    pub fn pick(&self, worker: &Worker, kind: Kind, tried: &[usize]) -> Option<(usize, Rc<Slot>)> {
-        let index = self.balancer.borrow_mut().pick(
-            &self.endpoints,
-            kind,
-            worker.now(),
-            &mut worker.rng.borrow_mut(),
-            tried,
-        )?;
+    pub fn pick(&self, worker: &Worker, kind: Kind, now: Nanos, tried: &[usize]) -> Option<(usize, Rc<Slot>)> {
+        let index = self.balancer.borrow_mut().pick(&self.endpoints, kind, now, &mut worker.rng.borrow_mut(), tried)?;
         Some((index, self.slots.get(index)?.clone()))
     }
 

@@ -101,7 +101,12 @@ impl Worker {
     }
 
     pub fn now(&self) -> Nanos {
-        Nanos::since(self.epoch, Instant::now())
+        self.nanos(Instant::now())
+    }
+
+    /// An instant as balancing counts time.
+    pub fn nanos(&self, at: Instant) -> Nanos {
+        Nanos::since(self.epoch, at)
     }
 
     /// The own workload as last known.

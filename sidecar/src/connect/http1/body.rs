@@ -150,7 +150,7 @@ impl Decoder {
             match self.state {
                 State::Ended => return Ok(Decoded::Ended),
                 State::UntilEnd if received.is_empty() => return Ok(Decoded::Incomplete),
-                State::UntilEnd => return Ok(Decoded::Data(std::mem::take(received).freeze())),
+                State::UntilEnd => return Ok(Decoded::Data(received.split().freeze())),
                 State::Exact(_) | State::Chunk(_) if received.is_empty() => return Ok(Decoded::Incomplete),
                 State::Exact(left) => {
                     let (data, left) = split(received, left);
@@ -261,8 +261,7 @@ fn is_extension(bytes: &[u8]) -> bool {
 
 fn split(received: &mut BytesMut, left: u64) -> (Bytes, u64) {
     let count = usize::try_from(left).unwrap_or(usize::MAX).min(received.len());
-    let data = if count == received.len() { std::mem::take(received) } else { received.split_to(count) };
-    (data.freeze(), left - count as u64)
+    (received.split_to(count).freeze(), left - count as u64)
 }
 
 #[cfg(test)]

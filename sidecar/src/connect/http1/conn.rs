@@ -1,6 +1,6 @@
 //! A connection that carries HTTP/1.1: the stream, what was received and not parsed yet, what waits to be sent. An idle
-//! one holds no buffer: bytes are received into a scratch buffer of the thread, and what is sent is collected in a
-//! vector that the thread lends.
+//! one holds no buffer: the thread lends one for what is received and one for what is sent, as long as there is
+//! something in them.
 
 use std::cell::RefCell;
 use std::io;
@@ -22,12 +22,15 @@ const COPY_BELOW: usize = 8 * 1024;
 const ENOUGH: usize = 16 * 1024;
 /// What a lent vector may have grown to and still be kept.
 const KEEP: usize = 64 * 1024;
-/// Vectors that one thread keeps to lend.
-const SPARES: usize = 16;
+/// Buffers of each kind that one thread keeps to lend.
+const SPARES: usize = 32;
+/// What a buffer for received bytes holds at first: a head, and with it most answers.
+const RECEIVE: usize = 4 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; CHUNK]);
     static SPARE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+    static SPARE_READ: RefCell<Vec<BytesMut>> = const { RefCell::new(Vec::new()) };
 }
 
 #[derive(Debug)]
@@ -99,13 +102,30 @@ impl Conn {
             ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buffer))?;
             let bytes = buffer.filled();
             if self.read.is_empty() {
-                // Exactly as large as what came: what is parsed out of it shares it.
-                self.read = BytesMut::from(bytes);
-            } else {
-                self.read.extend_from_slice(bytes);
+                if self.read.capacity() == 0 {
+                    self.read = SPARE_READ.with_borrow_mut(Vec::pop).unwrap_or_default();
+                }
+                // What was parsed out of a buffer shares it: it is used again when all of that is gone.
+                if !self.read.try_reclaim(bytes.len()) {
+                    self.read = BytesMut::with_capacity(bytes.len().max(RECEIVE));
+                }
             }
+            self.read.extend_from_slice(bytes);
             Poll::Ready(Ok(bytes.len()))
         })
+    }
+
+    /// Nothing is expected for now: gives the buffer back, if nothing is in it.
+    pub fn rest(&mut self) {
+        if !self.read.is_empty() {
+            return;
+        }
+        let read = std::mem::take(&mut self.read);
+        SPARE_READ.with_borrow_mut(|spare| {
+            if spare.len() < SPARES {
+                spare.push(read);
+            }
+        });
     }
 
     /// Whether an idle connection can be used: not when its peer has closed it or said something unasked.

@@ -63,7 +63,11 @@ impl Downstream {
                 (Command::Finish | Command::HeadTimeout, false) | (Command::Close, _) => return Poll::Ready(Ok(None)),
                 (Command::Run, _) | (Command::Finish, true) => {}
             }
-            match ready!(conn.poll_receive(cx)) {
+            let Poll::Ready(received) = conn.poll_receive(cx) else {
+                conn.rest();
+                return Poll::Pending;
+            };
+            match received {
                 Ok(0) | Err(_) => return Poll::Ready(Ok(None)),
                 // The first byte of a head: its time runs from here, not from each byte.
                 Ok(_) if self.entry.state() == State::Idle => self.entry.enter(State::Head),

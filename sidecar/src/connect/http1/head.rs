@@ -69,14 +69,20 @@ pub fn parse_request(
         .map_err(|_| (Reason::BadRequest, "the target is no URI"))?;
     let old = parsed.version == Some(0);
     *request.version_mut() = if old { Version::HTTP_10 } else { Version::HTTP_11 };
-    *request.headers_mut() = fields_of(&head, parsed.headers).ok_or((Reason::BadRequest, "a field"))?;
+    let fields = fields_of(&head, parsed.headers).ok_or((Reason::BadRequest, "a field"))?;
+    *request.headers_mut() = fields.headers;
     let headers = request.headers_mut();
-    let length = body::request_length(headers, old).map_err(|wrong| (Reason::BadRequest, wrong))?;
-    if let Some(first) = headers.get(header::CONTENT_LENGTH).cloned() {
+    let length = match fields.framing {
+        0 => Length::Exact(0),
+        _ => body::request_length(headers, old).map_err(|wrong| (Reason::BadRequest, wrong))?,
+    };
+    if fields.framing > 1
+        && let Some(first) = headers.get(header::CONTENT_LENGTH).cloned()
+    {
         // Lines that agree go on as one.
         headers.insert(header::CONTENT_LENGTH, first);
     }
-    let keep_alive = keeps_alive(headers, old);
+    let keep_alive = if fields.connection { keeps_alive(headers, old) } else { !old };
     Ok(Some(RequestHead { request, spelling: Spelling(head), length, keep_alive }))
 }
 
@@ -108,12 +114,13 @@ pub fn parse_response(
     *response.status_mut() = status;
     let old = parsed.version == Some(0);
     *response.version_mut() = if old { Version::HTTP_10 } else { Version::HTTP_11 };
-    *response.headers_mut() = fields_of(&head, parsed.headers).ok_or("a field of the answer")?;
+    let fields = fields_of(&head, parsed.headers).ok_or("a field of the answer")?;
+    *response.headers_mut() = fields.headers;
     if old && response.headers().contains_key(header::TRANSFER_ENCODING) {
         return Err("Transfer-Encoding in an HTTP/1.0 answer");
     }
     let length = body::response_length(method, status, response.headers());
-    let keep_alive = keeps_alive(response.headers(), old);
+    let keep_alive = if fields.connection { keeps_alive(response.headers(), old) } else { !old };
     Ok(Some(ResponseHead { response, spelling: Spelling(head), length, keep_alive }))
 }
 
@@ -157,8 +164,7 @@ fn take_head(
             return Err((Reason::RequestHeadTooLarge, "the head"));
         }
         *seen = 0;
-        let head = if length == received.len() { std::mem::take(received) } else { received.split_to(length) };
-        return Ok(Some(head.freeze()));
+        return Ok(Some(received.split_to(length).freeze()));
     }
     *seen = received.len();
     bounded(received, limits)
@@ -187,14 +193,29 @@ fn skip_empty_lines(received: &mut BytesMut) -> Result<bool, (Reason, &'static s
     Ok(!(received.is_empty() || **received == *b"\r"))
 }
 
-fn fields_of(head: &Bytes, parsed: &[httparse::Header<'_>]) -> Option<HeaderMap> {
-    let mut headers = HeaderMap::with_capacity(parsed.len());
-    for field in parsed {
-        let name = HeaderName::from_bytes(field.name.as_bytes()).ok()?;
-        let value = HeaderValue::from_maybe_shared(head.slice_ref(field.value)).ok()?;
+/// The fields of a head, and what is worth looking for in them.
+struct Parsed {
+    headers: HeaderMap,
+    /// Lines that tell the length of the body.
+    framing: usize,
+    /// Some line is of Connection.
+    connection: bool,
+}
+
+fn fields_of(head: &Bytes, lines: &[httparse::Header<'_>]) -> Option<Parsed> {
+    let mut headers = HeaderMap::with_capacity(lines.len());
+    let (mut framing, mut connection) = (0, false);
+    for line in lines {
+        let name = HeaderName::from_bytes(line.name.as_bytes()).ok()?;
+        let value = HeaderValue::from_maybe_shared(head.slice_ref(line.value)).ok()?;
+        match name {
+            header::CONTENT_LENGTH | header::TRANSFER_ENCODING => framing += 1,
+            header::CONNECTION => connection = true,
+            _ => {}
+        }
         headers.try_append(name, value).ok()?;
     }
-    Some(headers)
+    Some(Parsed { headers, framing, connection })
 }
 
 /// RFC 9112 section 9.3.

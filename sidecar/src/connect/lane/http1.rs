@@ -12,7 +12,7 @@ use bytes::Bytes;
 use http::{Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 
-use super::{Answered, Lane, Unsent, UpstreamBody, is_replayable, usable};
+use super::{Answered, Lane, Unsent, UpstreamBody, is_replayable};
 use crate::connect::http1::body::Decoded;
 use crate::connect::http1::head::{self, ResponseHead};
 use crate::connect::http1::{Conn, Decoder, Fault, Spelling};
@@ -32,13 +32,13 @@ pub(super) struct Http1 {
 }
 
 pub(super) struct Idle {
-    pub(super) connection: Http1,
+    pub(super) connection: Box<Http1>,
     pub(super) since: Instant,
 }
 
 /// The answer's body, the connection that it comes on, and what is left of the request to be sent.
 pub struct Answer {
-    connection: Http1,
+    connection: Box<Http1>,
     lane: Rc<Lane>,
     sending: Sending,
     /// What of the request is not sent yet.
@@ -46,29 +46,34 @@ pub struct Answer {
     decoder: Decoder,
     keep_alive: bool,
     spelling: Spelling,
+    /// When the upstream was heard last, if that was just now: nobody waited since.
+    heard: Option<Instant>,
 }
 
 impl Lane {
     pub(super) async fn send_http1(self: &Rc<Lane>, mut request: Request<RequestBody>) -> Result<Answered, Unsent> {
         let mut may_reuse = true;
         loop {
-            let reused = if may_reuse { self.take_idle() } else { None };
+            let mut began = Instant::now();
+            let reused = if may_reuse { self.take_idle(began) } else { None };
             let is_reused = reused.is_some();
             let mut connection = match reused {
                 Some(connection) => connection,
                 // Boxed: a handshake's state is 11 KiB, and every request's future would be as large to be moved and kept.
                 None => match Box::pin(self.open_http1()).await {
-                    Ok(connection) => connection,
+                    Ok(connection) => {
+                        began = Instant::now();
+                        connection
+                    }
                     Err(error) => return Err(Unsent { error, request: Some(request) }),
                 },
             };
             let sent_before = connection.conn.sent();
             let mut attempt = Attempt::new(&mut connection.conn, &mut request, self);
-            let began = Instant::now();
             let outcome = std::future::poll_fn(|cx| attempt.poll(cx)).await;
             let Attempt { sending, received, .. } = attempt;
             match outcome {
-                Ok(head) => return Ok(self.answered(connection, request, sending, head, began.elapsed())),
+                Ok(head) => return Ok(self.answered(connection, request, sending, head, began)),
                 Err(failure) => {
                     let untouched = connection.conn.sent() == sent_before && request.body().is_empty();
                     let again = untouched || (!received && is_replayable(&request));
@@ -87,12 +92,13 @@ impl Lane {
 
     fn answered(
         self: &Rc<Lane>,
-        connection: Http1,
+        connection: Box<Http1>,
         request: Request<RequestBody>,
         sending: Sending,
         head: ResponseHead,
-        latency: Duration,
+        began: Instant,
     ) -> Answered {
+        let at = Instant::now();
         let ResponseHead { response, spelling, length, keep_alive } = head;
         self.heed_keep_alive(&response);
         let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
@@ -105,18 +111,19 @@ impl Lane {
             decoder: Decoder::new(length, &self.limits),
             keep_alive: keep_alive && !switches,
             spelling,
+            heard: Some(at),
         });
-        Answered { response: response.map(|()| UpstreamBody::Http1(answer)), latency }
+        Answered { response: response.map(|()| UpstreamBody::Http1(answer)), at, latency: at - began }
     }
 
-    fn take_idle(&self) -> Option<Http1> {
-        let wall = SystemTime::now();
+    /// What ended by the wall clock the watchdog takes out.
+    fn take_idle(&self, now: Instant) -> Option<Box<Http1>> {
         let generation = self.dialer.generation();
         let limit = self.idle_limit.get();
         let mut idle = self.idle.borrow_mut();
         while let Some(Idle { mut connection, since }) = idle.pop() {
-            if since.elapsed() < limit
-                && usable(connection.retire_at, connection.generation, wall, generation)
+            if now.saturating_duration_since(since) < limit
+                && (connection.retire_at.is_none() || connection.generation == generation)
                 && connection.conn.is_silent()
             {
                 return Some(connection);
@@ -125,18 +132,18 @@ impl Lane {
         None
     }
 
-    fn put_back(&self, connection: Http1) {
+    fn put_back(&self, connection: Box<Http1>, since: Instant) {
         let mut idle = self.idle.borrow_mut();
         if idle.len() < self.limits.pool_idle_per_endpoint {
-            idle.push(Idle { connection, since: Instant::now() });
+            idle.push(Idle { connection, since });
         }
     }
 
-    async fn open_http1(&self) -> Result<Http1, Error> {
+    async fn open_http1(&self) -> Result<Box<Http1>, Error> {
         let dialled = self.dialer.dial(&self.target, MeshAlpn::H1).await?;
         let retire_at = dialled.retire_at();
         let generation = dialled.peer.as_ref().map_or(0, |peer| peer.generation);
-        Ok(Http1 { conn: Conn::new(dialled.stream), retire_at, generation })
+        Ok(Box::new(Http1 { conn: Conn::new(dialled.stream), retire_at, generation }))
     }
 
     /// `Keep-Alive: timeout=N` says when the peer will close: stay below it.
@@ -346,7 +353,11 @@ impl Answer {
                 Ok(Decoded::Incomplete) => {}
                 Err(wrong) => return Poll::Ready(Some(Err(Fault::Malformed(wrong)))),
             }
-            match ready!(conn.poll_receive(cx)) {
+            let Poll::Ready(received) = conn.poll_receive(cx) else {
+                self.heard = None;
+                return Poll::Pending;
+            };
+            match received {
                 Ok(0) if self.decoder.end_of_stream() => {
                     self.keep_alive = false;
                     return Poll::Ready(None);
@@ -369,10 +380,10 @@ impl Answer {
 
     /// The answer was read to its end: the connection may carry the next request, if both sides are done with this one.
     pub fn release(self) {
-        let Answer { mut connection, lane, sending, keep_alive, .. } = self;
+        let Answer { mut connection, lane, sending, keep_alive, heard, .. } = self;
+        connection.conn.rest();
         if keep_alive && sending.done && connection.conn.is_flushed() && !connection.conn.has_received() {
-            *connection.conn.received() = bytes::BytesMut::new();
-            lane.put_back(connection);
+            lane.put_back(connection, heard.unwrap_or_else(Instant::now));
         }
     }
 

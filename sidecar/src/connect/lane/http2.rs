@@ -43,7 +43,8 @@ impl Lane {
             let mut failed = match sender.try_send_request(request).await {
                 Ok(response) => {
                     let response = response.map(|incoming| UpstreamBody::Http2(incoming, place));
-                    return Ok(Answered { response, latency: sent.elapsed() });
+                    let at = Instant::now();
+                    return Ok(Answered { response, at, latency: at - sent });
                 }
                 Err(failed) => failed,
             };

@@ -48,10 +48,11 @@ pub struct Lane {
     opening: RefCell<Option<Rc<Opening>>>,
 }
 
-/// The head of an answer with its body, and how long the head took from when the request was sent, connecting not
-/// included.
+/// The head of an answer with its body, when it came, and how long it took from when the request was sent, connecting
+/// not included.
 pub struct Answered {
     pub response: Response<UpstreamBody>,
+    pub at: Instant,
     pub latency: Duration,
 }
 
