@@ -11,6 +11,7 @@ use hyper::upgrade::OnUpgrade;
 use outrigger_api::name::{Protocol, ServicePort};
 use outrigger_api::snapshot::Key;
 use outrigger_runtime::drain::Hold;
+use tokio::net::TcpStream;
 
 use crate::balance::{Kind, Outcome};
 use crate::connect::backend::{Backend, Slot, View, lost_edge};
@@ -18,7 +19,7 @@ use crate::connect::dial::Dialled;
 use crate::connect::lane::{Answered, Framing, Unsent};
 use crate::connect::worker::Worker;
 use crate::connection::{Registered, State};
-use crate::net::Stream;
+use crate::net::{OriginalDst, Stream};
 use crate::outcome::{Error, Reason, Retry, Side, Stage};
 use crate::policy::{self, Permit};
 use crate::protocol::detect::Detected;
@@ -36,6 +37,25 @@ pub async fn serve(worker: Rc<Worker>, key: Key, stream: Stream, registered: Rc<
     registered.describe(|about| about.destination = key.to_string());
     let backend = worker.backend(&key);
     walk(&worker, &backend, stream, &registered).await;
+}
+
+/// Serves one redirected connection, to where the application meant it to go. What nobody registered passes through with
+/// its bytes untouched.
+pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered: Rc<Registered>) {
+    let original = match OriginalDst::of(&stream) {
+        Ok(original) => original.address(),
+        Err(error) => {
+            return refuse_connection(&worker, None, &stream.into(), &error);
+        }
+    };
+    registered.describe(|about| about.destination = original.to_string());
+    let backend = worker.backend(&Key::Address(original));
+    match backend.view(&worker).await {
+        Ok(view) if view.service.is_none() => {
+            opaque(&worker, Ok(view), stream.into(), &registered, WireProtocol::Tcp, policy::admit_outbound()).await;
+        }
+        Ok(_) | Err(_) => walk(&worker, &backend, stream.into(), &registered).await,
+    }
 }
 
 async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, registered: &Rc<Registered>) {
