@@ -11,6 +11,7 @@ use hyper::upgrade::OnUpgrade;
 use outrigger_api::name::{Protocol, ServicePort};
 use outrigger_api::snapshot::Key;
 use outrigger_runtime::drain::Hold;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::balance::{Kind, Outcome};
@@ -29,6 +30,7 @@ use crate::protocol::http::headers::Strip;
 use crate::protocol::http::{serve, tunnel};
 use crate::protocol::opaque::{self, CopyError};
 use crate::protocol::peek::{self, First, Peeked};
+use crate::redirect;
 use crate::telemetry::{self, Edge, TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
 
@@ -48,6 +50,9 @@ pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered:
             return refuse_connection(&worker, None, &stream.into(), &error);
         }
     };
+    if redirect::is_probe(original) {
+        return answer_probe(stream, original).await;
+    }
     registered.describe(|about| about.destination = original.to_string());
     let backend = worker.backend(&Key::Address(original));
     match backend.view(&worker).await {
@@ -56,6 +61,13 @@ pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered:
         }
         Ok(_) | Err(_) => walk(&worker, &backend, stream.into(), &registered).await,
     }
+}
+
+/// `redirect check` asks whether its connection arrives here, and with the address that it dialled.
+async fn answer_probe(mut stream: TcpStream, original: SocketAddr) {
+    // Who asks sees an answer that is missing for himself.
+    let _ = stream.write_all(redirect::answer(original).as_bytes()).await;
+    let _ = stream.shutdown().await;
 }
 
 async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, registered: &Rc<Registered>) {
