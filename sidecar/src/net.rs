@@ -118,6 +118,12 @@ impl From<tokio_rustls::client::TlsStream<TcpStream>> for Stream {
     }
 }
 
+impl AsMut<Stream> for Stream {
+    fn as_mut(&mut self) -> &mut Stream {
+        self
+    }
+}
+
 impl Stream {
     /// What was read ahead and not consumed yet.
     pub fn ahead(&self) -> &[u8] {

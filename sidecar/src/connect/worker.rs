@@ -14,6 +14,7 @@ use outrigger_api::snapshot::{Key, MtlsMode, OutboundMode, Workload};
 use super::backend::Backend;
 use super::dial::{Dialer, Target};
 use super::lane::{Framing, Lane};
+use super::speculation::Speculation;
 use crate::balance::{Loads, Nanos};
 use crate::config::limits::Limits;
 use crate::connection::{About, Command, Direction, IdleLimits, State, Table};
@@ -55,6 +56,7 @@ pub struct Worker {
     pub rng: RefCell<fastrand::Rng>,
     pub drain: outrigger_runtime::drain::DrainHandle,
     pub streams: super::streams::Streams,
+    pub speculation: Speculation,
     epoch: Instant,
     backends: RefCell<HashMap<Key, Rc<Backend>>>,
     /// When room was looked for last.
@@ -93,6 +95,7 @@ impl Worker {
             rng: RefCell::new(fastrand::Rng::new()),
             drain: shared.drain.clone(),
             streams: super::streams::Streams::default(),
+            speculation: Speculation::new(&shared.limits),
             epoch: shared.epoch,
             backends: RefCell::default(),
             looked: Cell::new(None),
@@ -178,6 +181,7 @@ impl Worker {
             tunnel_idle: self.limits.tunnel_idle,
         });
         self.streams.sweep(self.limits.stream_idle);
+        self.speculation.sweep();
         self.close_what_strict_forbids();
         self.backends.borrow_mut().retain(|_, backend| {
             let idle = backend.sweep(now);
