@@ -14,6 +14,7 @@ pub mod peer;
 pub mod process;
 pub mod sidecar;
 pub mod transparent;
+pub mod stand_in;
 pub mod wire;
 
 pub use application::Application;
