@@ -13,6 +13,7 @@ pub mod namespace;
 pub mod peer;
 pub mod process;
 pub mod sidecar;
+pub mod transparent;
 pub mod stand_in;
 pub mod wire;
 
