@@ -80,7 +80,7 @@ machine() {
 
 say "two machines: web, 10.77.0.2, and catalog, 10.77.0.3; catalog.shop is 10.96.0.10, which is nobody's address"
 mount -t tmpfs tmpfs /run
-printf '127.0.0.1 localhost\n10.96.0.10 catalog.shop\n' >"$work/hosts"
+printf '127.0.0.1 localhost %s\n10.96.0.10 catalog.shop\n' "$(uname -n)" >"$work/hosts"
 mount --bind "$work/hosts" /etc/hosts
 ip link set lo up
 ip link add mesh type bridge
