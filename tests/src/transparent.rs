@@ -33,6 +33,7 @@ pub struct TransparentMesh {
 pub struct TransparentSidecar<'m> {
     pub machine: &'m Namespace,
     pub process: Process,
+    under_test: String,
     family: Families,
 }
 
@@ -131,7 +132,8 @@ impl TransparentMesh {
         run.args(["--label", &format!("app={app}"), "--drain-delay", "0s"]);
         run.args(["--state", &shown(self.path(&format!("state-{name}")))]);
         run.args(more);
-        TransparentSidecar { machine, process: Process::spawn(machine.inside(&run)), family: self.families }
+        let process = Process::spawn(machine.inside(&run));
+        TransparentSidecar { machine, process, under_test: self.under_test.clone(), family: self.families }
     }
 
     fn token(&self, app: &str) -> String {
@@ -149,9 +151,18 @@ impl TransparentMesh {
 }
 
 impl TransparentSidecar<'_> {
-    /// Makes every connection of this machine go through the sidecar.
+    /// Makes the connections of this machine go through the sidecar, as a user would.
     pub fn redirect(&self) {
-        self.machine.run(&format!("nft -f - <<'END'\n{RULES}END\n"));
+        let mut apply = command(&self.under_test, Program::Sidecar);
+        apply.args(["redirect", "apply", "--mark", MARK]);
+        let output = self.machine.inside(&apply).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// Rules of somebody's own, that leave out less: what is for this machine's own addresses and what is for somebody
+    /// else's goes to the sidecar, too.
+    pub fn redirect_by_hand(&self) {
+        self.machine.run(&format!("nft delete table inet outrigger\nnft -f - <<'END'\n{RULES}END\n"));
     }
 
     /// An HTTP application on this machine, at its address on the link.

@@ -106,6 +106,7 @@ async fn a_workload_calls_its_own_service() {
     mesh.service("catalog", Some(V4), 80, 8080, "").await;
     let catalog = mesh.sidecar("catalog", "catalog", &[]).await;
     let application = catalog.application("catalog", 8080);
+    catalog.redirect_by_hand();
     let own_address = SocketAddr::new(mesh.address("catalog"), 8080).to_string();
     for (count, address) in (1..).zip([format!("{V4}:80"), own_address]) {
         let mut connection = mesh.at("catalog").connect(address.parse().unwrap()).await;
