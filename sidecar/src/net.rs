@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -275,6 +276,15 @@ impl Stream {
         }
     }
 
+    /// Waits until the peer's kernel has everything that was written; the caller bounds the time.
+    pub async fn delivered(&self) {
+        let mut pause = Duration::from_millis(1);
+        while self.tcp().is_some_and(|tcp| unacknowledged(tcp) > 0) {
+            tokio::time::sleep(pause).await;
+            pause = (2 * pause).min(Duration::from_millis(50));
+        }
+    }
+
     /// Makes the close of this socket a reset, so that a truncation cannot be taken for an end.
     pub fn reset_on_close(&self) {
         if let Some(tcp) = self.tcp() {
@@ -285,6 +295,15 @@ impl Stream {
             pipe.reset.store(true, Ordering::Relaxed);
         }
     }
+}
+
+/// Bytes that the peer's kernel has not acknowledged; 0 as well when that cannot be known.
+#[expect(unsafe_code, reason = "ioctl(2) with SIOCOUTQ, which Linux calls TIOCOUTQ too, has no safe form")]
+fn unacknowledged(tcp: &TcpStream) -> libc::c_int {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the descriptor is open for as long as `tcp` is borrowed, and the kernel writes one int.
+    let done = unsafe { libc::ioctl(tcp.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
+    if done == 0 { bytes } else { 0 }
 }
 
 impl Io {

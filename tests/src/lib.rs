@@ -13,8 +13,8 @@ pub mod namespace;
 pub mod peer;
 pub mod process;
 pub mod sidecar;
-pub mod transparent;
 pub mod stand_in;
+pub mod transparent;
 pub mod wire;
 
 pub use application::Application;
