@@ -51,7 +51,10 @@ pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered:
         Err(error) => return turn_away(&worker, stream, &registered, &error),
     };
     if redirect::is_probe(original) {
-        return answer_probe(stream, original).await;
+        return answer_probe(&worker, stream, original).await;
+    }
+    if redirect::is_exempt_target(original) {
+        return;
     }
     registered.describe(|about| about.destination = original.to_string());
     let backend = worker.backend(&Key::Address(original));
@@ -81,9 +84,11 @@ fn turn_away(worker: &Worker, stream: TcpStream, registered: &Registered, error:
 }
 
 /// `redirect check` asks whether its connection arrives here, and with the address that it dialled.
-async fn answer_probe(mut stream: TcpStream, original: SocketAddr) {
+async fn answer_probe(worker: &Worker, mut stream: TcpStream, original: SocketAddr) {
+    let comes_back = worker.dialer.comes_back(redirect::exempt_target(original)).await;
+    let answer = if comes_back { redirect::complaint(original) } else { redirect::answer(original) };
     // Who asks sees an answer that is missing for himself.
-    let _ = stream.write_all(redirect::answer(original).as_bytes()).await;
+    let _ = stream.write_all(answer.as_bytes()).await;
     let _ = stream.shutdown().await;
 }
 

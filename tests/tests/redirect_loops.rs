@@ -25,6 +25,9 @@ async fn no_loop(families: Families, cluster_ip: &str, outside: &str) {
 
     let (code, said) = web.redirect_command(&["apply"]);
     assert_eq!(code, 0, "{said}");
+    // That is what the check says, too.
+    let (code, said) = web.redirect_command(&["check"]);
+    assert!(code == 5 && said.contains("the same --mark"), "{code}: {said}");
     // Nobody registered it.
     ends(mesh.at("web"), outside).await;
     web.counts(CLOSED, &[("reason", "own_port")], 1.0).await;

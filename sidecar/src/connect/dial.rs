@@ -135,6 +135,12 @@ impl Dialer {
         self.own_dials.contain(client, original)
     }
 
+    /// Whether the rules bring this sidecar's own connections back to it, found out at an address where nobody listens.
+    pub async fn comes_back(&self, exempt_target: SocketAddr) -> bool {
+        let connecting = tokio::time::timeout(self.connect_timeout, net::connect(exempt_target, &self.socket));
+        matches!(connecting.await, Ok(Ok(_)))
+    }
+
     /// The generation of the trust bundle in force; pooled connections of an older one are not used again.
     pub fn generation(&self) -> u64 {
         self.tls.current().map_or(0, |material| material.credential().bundle().generation())
