@@ -1,0 +1,381 @@
+//! Two pods as an operator makes them, for programs that know nothing of a mesh: `cart` calls `catalog`. Each is a
+//! machine of a [`Network`] with `redirect apply` and a sidecar under uid 1337; the control plane lives on the hub, the
+//! whole mesh is STRICT. A test starts a server in catalog and a client in cart, and asks [`Pods::http`] and
+//! [`Pods::tcp`] what both sidecars have counted.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::eventually::{PATIENCE, eventually, within};
+use crate::mesh::STRICT;
+use crate::metrics::Samples;
+use crate::namespace::{Families, Namespace, Network};
+use crate::process::{Process, Program, command};
+use crate::wire::Response;
+
+/// The sidecar's user.
+const SIDECAR: u32 = 1337;
+/// The user of servers that refuse to be root.
+pub const NOBODY: u32 = 65534;
+/// Of one program, start to end, on a busy machine with binaries that are not optimised.
+pub const LONG: Duration = Duration::from_secs(120);
+
+/// A port of the service, and where the application listens. Its protocol is not declared.
+#[derive(Clone, Copy, Debug)]
+pub struct Port {
+    pub service: u16,
+    pub app: u16,
+}
+
+/// The mesh of one test. Ends with everything in it when it is dropped.
+pub struct Pods {
+    // Processes first: they hold what stands below.
+    sidecars: Vec<Process>,
+    plane: Process,
+    network: Network,
+    directory: tempfile::TempDir,
+    family: Families,
+    under_test: &'static str,
+}
+
+impl Pods {
+    /// Everything is up and knows of each other. `under_test` is `under_test!()`. None where this machine has no network
+    /// namespaces for us, which has then been said.
+    pub async fn start(under_test: &'static str, family: Families, ports: &[Port]) -> Option<Pods> {
+        let network = Network::with(family, &["cart", "catalog"])?;
+        let directory = tempfile::tempdir().unwrap();
+        open_to_all(directory.path());
+        for name in ["config", "bin"] {
+            std::fs::create_dir(directory.path().join(name)).unwrap();
+            open_to_all(&directory.path().join(name));
+        }
+        let hub = address(network.hub(), family);
+        let config = directory.path().join("config");
+        std::fs::write(config.join("mesh.yaml"), format!("{STRICT}---\n{}", service(virtual_address(family), ports)))
+            .unwrap();
+        let mut plane = command(under_test, Program::ControlPlane);
+        plane.arg("--config").arg(&config).arg("--state").arg(directory.path().join("plane"));
+        plane.args(["--listen", &SocketAddr::new(hub, 15012).to_string(), "--admin-listen", "127.0.0.1:15014"]);
+        let mut plane = Process::spawn(network.hub().inside(&plane));
+        plane.ready().await;
+        let mut pods = Pods { sidecars: Vec::new(), plane, network, directory, family, under_test };
+        for name in ["cart", "catalog"] {
+            pods.at(name).hosts(&[(virtual_address(family), "catalog.shop"), (virtual_address(family), "catalog")]);
+            pods.redirect(name, "apply");
+            let sidecar = pods.sidecar(name, if name == "catalog" { ports } else { &[] });
+            pods.sidecars.push(sidecar);
+        }
+        for sidecar in &mut pods.sidecars {
+            sidecar.ready().await;
+        }
+        for name in ["cart", "catalog"] {
+            eventually(&format!("{name}'s sidecar is ready"), async || {
+                (pods.get(address(pods.at(name), family), 15021, "/ready").await.status == 200).then_some(())
+            })
+            .await;
+        }
+        eventually("catalog is registered", async || {
+            let status = pods.get([127, 0, 0, 1].into(), 15014, "/status").await;
+            let status: serde_json::Value = serde_json::from_slice(&status.body).unwrap();
+            (status["leases"].as_u64() >= Some(1)).then_some(())
+        })
+        .await;
+        Some(pods)
+    }
+
+    /// Runs `redirect apply` or `redirect remove` in a pod.
+    pub fn redirect(&self, pod: &str, verb: &str) {
+        let mut redirect = self.program(pod, Program::Sidecar);
+        redirect.args(["redirect", verb]);
+        let output = self.at(pod).inside(&redirect).output().unwrap();
+        assert!(output.status.success(), "{pod}: redirect {verb}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn sidecar(&self, name: &str, ports: &[Port]) -> Process {
+        let (control_plane, state) = (address(self.network.hub(), self.family), self.path(name));
+        let mut token = command(self.under_test, Program::Outrigger);
+        token.args(["token", "create", "--namespace", "shop", "--service-account", name, "--state"]);
+        token.arg(self.path("plane")).args(["--label", &format!("app={name}")]);
+        let token = token.output().unwrap();
+        assert!(token.status.success(), "{}", String::from_utf8_lossy(&token.stderr));
+        std::fs::create_dir(&state).unwrap();
+        std::fs::write(state.join("token"), token.stdout).unwrap();
+        let bundle = state.join("bundle.pem");
+        std::fs::copy(self.path("plane").join("trust-bundle.pem"), &bundle).unwrap();
+        for path in [state.clone(), state.join("token"), bundle.clone()] {
+            chown(path, Some(SIDECAR), Some(SIDECAR)).unwrap();
+        }
+        let mut run = self.program(name, Program::Sidecar);
+        run.args(["run", "--transparent", "--namespace", "shop", "--drain-delay", "0s"]);
+        run.args(["--control-plane", &SocketAddr::new(control_plane, 15012).to_string()]);
+        run.args(["--name", &format!("{name}-1"), "--service-account", name, "--workload", name]);
+        run.args(["--label", &format!("app={name}")]);
+        run.arg("--trust-bundle").arg(bundle).arg("--token-file").arg(state.join("token"));
+        run.arg("--state").arg(state.join("state"));
+        for port in ports {
+            run.args(["--port", &port.app.to_string()]);
+        }
+        if let Ok(level) = std::env::var("OUTRIGGER_TEST_LOG") {
+            run.args(["--log-level", &level]);
+        }
+        Process::spawn(self.at(name).inside_as(Some(SIDECAR), &run))
+    }
+
+    /// The binary at a path of the pod that its sidecar's user can read, wherever the real one lies.
+    fn program(&self, pod: &str, program: Program) -> Command {
+        let real = command(self.under_test, program);
+        let open = self.path("bin").join(Path::new(real.get_program()).file_name().expect("a file"));
+        if !open.exists() {
+            std::fs::write(&open, "").unwrap();
+        }
+        let mounted = self.at(pod).run(&format!("stat -c %s {}", open.display())).trim() != "0";
+        if !mounted {
+            self.at(pod).run(&format!("mount --bind {} {}", Path::new(real.get_program()).display(), open.display()));
+        }
+        let mut command = Command::new(open);
+        command.args(real.get_args());
+        real.get_envs().filter(|(_, value)| value.is_none()).for_each(|(name, _)| {
+            command.env_remove(name);
+        });
+        command
+    }
+
+    pub fn at(&self, pod: &str) -> &Namespace {
+        self.network.at(pod)
+    }
+
+    /// Where the service is found: the name `catalog.shop` stands for it in both pods.
+    pub fn service(&self) -> IpAddr {
+        virtual_address(self.family)
+    }
+
+    /// Where a server of catalog has to listen: every address of the family.
+    pub fn everywhere(&self) -> &'static str {
+        if self.family == Families::V6 { "::" } else { "0.0.0.0" }
+    }
+
+    /// A pod's own address.
+    pub fn address(&self, pod: &str) -> IpAddr {
+        address(self.at(pod), self.family)
+    }
+
+    /// A path of the mesh's directory, which every user may enter.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A directory of its own for a server that does not run as root.
+    pub fn directory_of(&self, name: &str, user: u32) -> PathBuf {
+        let path = self.path(name);
+        std::fs::create_dir(&path).unwrap();
+        chown(&path, Some(user), Some(user)).unwrap();
+        path
+    }
+
+    // --- programs -------------------------------------------------------------------------------------------------
+
+    /// A script of tests/clients in a pod.
+    pub fn python(&self, pod: &str, script: &str, arguments: &[&str]) -> Command {
+        let interpreter = std::env::var_os("MESH_TEST_PYTHON").map(PathBuf::from).unwrap_or_else(|| {
+            panic!(
+                "MESH_TEST_PYTHON is not set: python3 -m venv DIR, DIR/bin/pip install -r \
+                 tests/clients/requirements.txt, MESH_TEST_PYTHON=DIR (.ci/run does all that)"
+            )
+        });
+        let interpreter = if interpreter.is_dir() { interpreter.join("bin/python") } else { interpreter };
+        let mut command = Command::new(std::path::absolute(interpreter).unwrap());
+        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("clients").join(script)).args(arguments);
+        without_proxies(&mut command);
+        self.at(pod).inside(&command)
+    }
+
+    /// curl in cart, without the settings of whoever runs the test; `shown` is what it writes out at the end.
+    pub async fn curl(&self, shown: &str, arguments: &[&str]) -> String {
+        let mut command = Command::new("curl");
+        command.args(["-q", "-sS", "--max-time", "100", "-w", &format!("{shown}\n")]).args(arguments);
+        without_proxies(&mut command);
+        run(self.at("cart").inside(&command)).await
+    }
+
+    /// A server that says `ready` on stdout, as those of tests/clients do.
+    pub async fn serve(&self, command: Command) -> Process {
+        self.serve_until(command, "ready").await
+    }
+
+    /// A server that says so when it serves.
+    pub async fn serve_until(&self, command: Command, sign: &str) -> Process {
+        let line = format!("{command:?}");
+        let mut process = Process::spawn(command);
+        within(LONG, &format!("{sign:?} of {line}"), async || {
+            let said = format!("{}\n{}", process.stdout(), process.stderr());
+            if let Some(status) = process.try_wait() {
+                panic!("{line}: {status}\n{said}");
+            }
+            said.contains(sign).then_some(())
+        })
+        .await;
+        process
+    }
+
+    /// Waits until somebody listens on a port of catalog, without connecting: connections are counted.
+    pub async fn listening(&self, port: u16) {
+        within(LONG, &format!("a listener on {port}"), async || {
+            let found = self.at("catalog").run(&format!("ss -Hltn sport = :{port}"));
+            (!found.is_empty()).then_some(())
+        })
+        .await;
+    }
+
+    // --- what was counted -----------------------------------------------------------------------------------------
+
+    async fn get(&self, address: IpAddr, port: u16, path: &str) -> Response {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", "localhost");
+        self.network.hub().connect((address, port).into()).await.ask(request).await
+    }
+
+    /// `/metrics` of a pod's sidecar, as Prometheus gets it.
+    pub async fn metrics(&self, pod: &str) -> Samples {
+        let answer = self.get(self.address(pod), 15020, "/metrics").await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        Samples::parse(&answer.text())
+    }
+
+    /// Waits until both sides have counted `requests` of this protocol between cart and catalog with mutual TLS, and
+    /// nothing else. `reasons` are the words that may stand beside some of them.
+    pub async fn http(&self, protocol: &str, requests: u32, reasons: &[&str]) -> Both {
+        let both = self.counted(Both::REQUESTS, protocol, requests).await;
+        both.only(Both::REQUESTS, protocol, reasons);
+        both
+    }
+
+    /// The same for `connections` that were closed, and their bytes. Nothing was taken for HTTP.
+    pub async fn tcp(&self, protocol: &str, connections: u32, reasons: &[&str]) -> Both {
+        let both = self.counted(Both::CONNECTIONS, protocol, connections).await;
+        both.only(Both::CONNECTIONS, protocol, reasons);
+        for side in [&both.cart, &both.catalog] {
+            assert_eq!(side.sum(Both::REQUESTS, &[]), 0.0, "HTTP was found in it");
+        }
+        for name in ["outrigger_tcp_sent_bytes_total", "outrigger_tcp_received_bytes_total"] {
+            let [near, far] = both.sums(name, &[("protocol", protocol), ("mtls", "true")]);
+            assert_eq!(near, far, "{name}: both sides count the same bytes");
+            assert!(near > 0.0, "{name}");
+        }
+        both
+    }
+
+    async fn counted(&self, name: &str, protocol: &str, count: u32) -> Both {
+        let begun = std::time::Instant::now();
+        loop {
+            let both = Both { cart: self.metrics("cart").await, catalog: self.metrics("catalog").await };
+            let sums = both.sums(name, &[("protocol", protocol), ("mtls", "true")]);
+            if sums == [f64::from(count); 2] {
+                return both;
+            }
+            let seen: Vec<_> = [&both.cart, &both.catalog].map(|side| side.select(name, &[]).collect()).into();
+            let seen: Vec<Vec<_>> = seen;
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "{name} of {protocol}: {sums:?} at cart and catalog instead of {count}: {seen:#?}\n{}",
+                self.logs()
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// What the mesh's processes said on stderr.
+    pub fn logs(&self) -> String {
+        let mut text = format!("control plane:\n{}", self.plane.stderr());
+        for (name, sidecar) in ["cart", "catalog"].iter().zip(&self.sidecars) {
+            text += &format!("\n{name}:\n{}", sidecar.stderr());
+        }
+        text
+    }
+}
+
+/// The metrics of both sides.
+pub struct Both {
+    pub cart: Samples,
+    pub catalog: Samples,
+}
+
+impl Both {
+    const REQUESTS: &str = "outrigger_http_requests_total";
+    const CONNECTIONS: &str = "outrigger_tcp_connections_closed_total";
+
+    /// cart's sum as the caller, and catalog's as the called.
+    pub fn sums(&self, name: &str, labels: &[(&str, &str)]) -> [f64; 2] {
+        [("outbound", &self.cart), ("inbound", &self.catalog)].map(|(direction, side)| {
+            let labels: Vec<_> = labels.iter().copied().chain([("direction", direction)]).collect();
+            side.sum(name, &labels)
+        })
+    }
+
+    /// Every sample is of this edge, with mutual TLS, of this protocol, and for no other reason.
+    fn only(&self, name: &str, protocol: &str, reasons: &[&str]) {
+        for (direction, side) in [("outbound", &self.cart), ("inbound", &self.catalog)] {
+            for sample in side.select(name, &[]) {
+                for (label, value) in [
+                    ("direction", direction),
+                    ("mtls", "true"),
+                    ("protocol", protocol),
+                    ("source_workload", "cart"),
+                    ("source_principal", "spiffe://outrigger.local/ns/shop/sa/cart"),
+                    ("destination_service", "catalog.shop"),
+                    ("destination_workload", "catalog"),
+                ] {
+                    assert_eq!(sample.label(label), value, "{label} of {sample:?}");
+                }
+                let reason = sample.label("reason");
+                assert!(reason.is_empty() || reasons.contains(&reason), "{sample:?}");
+            }
+        }
+    }
+
+    /// How often both sides decided this of a connection on a port whose protocol is not declared.
+    pub fn detected(&self, outcome: &str) -> [f64; 2] {
+        [&self.cart, &self.catalog].map(|side| side.sum("outrigger_detect_total", &[("outcome", outcome)]))
+    }
+}
+
+/// Runs to the end and gives what it said on stdout. Panics with what it complained of.
+pub async fn run(command: Command) -> String {
+    let line = format!("{command:?}");
+    let output = tokio::time::timeout(LONG, tokio::process::Command::from(command).kill_on_drop(true).output());
+    let output = output.await.unwrap_or_else(|_| panic!("did not end within {LONG:?}: {line}")).unwrap();
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{line}: {}\n{stdout}\n{stderr}", output.status);
+    stdout.trim_end().to_owned()
+}
+
+fn address(of: &Namespace, family: Families) -> IpAddr {
+    if family == Families::V6 { of.v6().into() } else { of.v4().into() }
+}
+
+/// The service's clusterIP: behind the gateway, where nobody is.
+fn virtual_address(family: Families) -> IpAddr {
+    if family == Families::V6 { "fd96::10".parse().unwrap() } else { [10, 96, 0, 10].into() }
+}
+
+fn service(address: IpAddr, ports: &[Port]) -> String {
+    let ports: String = ports
+        .iter()
+        .map(|port| format!("  - {{name: p{}, port: {}, targetPort: {}}}\n", port.service, port.service, port.app))
+        .collect();
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: catalog, namespace: shop}}\nspec:\n  clusterIP: \
+         \"{address}\"\n  selector: {{app: catalog}}\n  ports:\n{ports}"
+    )
+}
+
+fn open_to_all(directory: &Path) {
+    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+fn without_proxies(command: &mut Command) {
+    for name in ["http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "no_proxy", "no_grpc_proxy"] {
+        command.env_remove(name).env_remove(name.to_uppercase());
+    }
+}
