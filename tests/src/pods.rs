@@ -343,10 +343,8 @@ impl Both {
 /// Runs to the end and gives what it said on stdout. Panics with what it complained of.
 pub async fn run(command: Command) -> String {
     let line = format!("{command:?}");
-    let output = tokio::time::timeout(LONG, tokio::process::Command::from(command).kill_on_drop(true).output());
-    let output = output.await.unwrap_or_else(|_| panic!("did not end within {LONG:?}: {line}")).unwrap();
-    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{line}: {}\n{stdout}\n{stderr}", output.status);
+    let (status, stdout, stderr) = Process::spawn(command).finish(LONG).await;
+    assert!(status.success(), "{line}: {status}\n{stdout}\n{stderr}");
     stdout.trim_end().to_owned()
 }
 
