@@ -13,12 +13,13 @@ use outrigger_api::name::Protocol;
 use outrigger_api::snapshot::{MtlsMode, Workload};
 use rustls::server::Accepted;
 use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 
 use crate::connect::dial::Target;
 use crate::connect::lane::{Framing, Lane, Unsent};
 use crate::connect::worker::Worker;
 use crate::connection::{Registered, State};
-use crate::net::Stream;
+use crate::net::{OriginalDst, Stream};
 use crate::outcome::{Error, Reason, Stage};
 use crate::policy::{self, Arrival, Permit};
 use crate::protocol::detect::Detected;
@@ -45,6 +46,35 @@ pub async fn serve(worker: Rc<Worker>, application: SocketAddr, stream: Stream, 
     if let Err((error, stream)) = walk.arrive(stream).await {
         walk.refuse(stream, &error).await;
     }
+}
+
+/// Serves one redirected connection: to the application where the peer meant it to go.
+pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered: Rc<Registered>) {
+    match application(&worker, &stream) {
+        Ok(application) => serve(worker, application, stream.into(), registered).await,
+        Err(error) => {
+            let caller = Caller { peer: None, destination_service: String::new() };
+            caller.refused(&worker, &registered, &error);
+            Stream::from(stream).reset_on_close();
+        }
+    }
+}
+
+/// The application that a redirected connection is for. Nothing but this workload's own addresses is reached through its
+/// sidecar, and no port of the sidecar itself.
+fn application(worker: &Worker, stream: &TcpStream) -> Result<SocketAddr, Error> {
+    let original = OriginalDst::of(stream)?.address();
+    if let Some(application) = worker.own.application_behind(original) {
+        return Ok(application);
+    }
+    let refuse = |reason, detail| Err(Error::downstream(Stage::Accept, reason, detail));
+    if worker.dialer.is_own_port(original.port()) {
+        return refuse(Reason::OwnPort, format!("{original}: port {} is this sidecar's own", original.port()));
+    }
+    if !worker.is_reached_at(original.ip()) {
+        return refuse(Reason::ForeignAddress, format!("{original} is no address of this network namespace"));
+    }
+    Ok(original)
 }
 
 /// What is known of one inbound connection on its way.
@@ -377,10 +407,7 @@ impl Walk {
 
     /// Counts a connection that ends before a byte reached the application, and closes it.
     async fn refuse(&self, stream: Option<Stream>, error: &Error) {
-        let edge = self.caller.edge(&self.worker, WireProtocol::Tcp);
-        let record = TcpRecord::begin(&self.worker.telemetry, &edge, Instant::now());
-        record.downstream(self.registered.client);
-        record.failed(error.reason, || error.to_string());
+        self.caller.refused(&self.worker, &self.registered, error);
         let Some(mut stream) = stream else { return };
         if error.reason == Reason::RequestHeadTimeout {
             serve::refuse_head(&mut stream, error.reason, &self.worker.own.instance).await;
@@ -464,6 +491,13 @@ async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<In
 }
 
 impl Caller {
+    fn refused(&self, worker: &Worker, registered: &Registered, error: &Error) {
+        let edge = self.edge(worker, WireProtocol::Tcp);
+        let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
+        record.downstream(registered.client);
+        record.failed(error.reason, || error.to_string());
+    }
+
     fn edge(&self, worker: &Worker, protocol: WireProtocol) -> Arc<Edge> {
         let (workload, namespace, principal) = match &self.peer {
             Some(peer) => (peer.workload.to_string(), peer.identity.namespace().to_owned(), peer.identity.to_string()),

@@ -2,7 +2,7 @@
 //! byte-stream type of the walk: plain or TLS, with bytes that were read ahead and are read again first.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -11,6 +11,8 @@ use bytes::{Buf, BytesMut};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpSocket, TcpStream};
+
+use crate::outcome::{Error, Reason, Stage};
 
 /// Idle time and interval of TCP keep-alive probes, their count, and how long unacknowledged data may stay so.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +61,62 @@ pub fn listen(address: SocketAddr, options: &SocketOptions) -> io::Result<std::n
     open().map_err(|error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
 }
 
+/// Whether this process may set a mark: else every socket that needs one would fail, later and one by one.
+pub fn check_mark(mark: u32) -> io::Result<()> {
+    let set = |domain| Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?.set_mark(mark);
+    // Either family will do: a network namespace may lack one.
+    set(Domain::IPV4).or_else(|error| if is_absent(&error) { set(Domain::IPV6) } else { Err(error) })
+}
+
+/// Whether the error of a bind says that this network namespace does not have the address, or its family at all.
+pub fn is_absent(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
+}
+
+/// Where the client of a redirected connection wanted to go.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct OriginalDst(SocketAddr);
+
+impl OriginalDst {
+    /// Asks the kernel (SO_ORIGINAL_DST, IP6T_SO_ORIGINAL_DST). A connection that was not redirected has none and is
+    /// refused: its client dialled the listener itself. Where connections are tracked the kernel then answers with the
+    /// listener's own address; where they are not it knows of none (ENOENT), and without any rules not even of the
+    /// question (ENOPROTOOPT).
+    pub fn of(stream: &TcpStream) -> Result<OriginalDst, Error> {
+        let failed = |error: io::Error| {
+            Error::own(Stage::Accept, Reason::Internal, format!("the original destination cannot be read: {error}"))
+        };
+        let own = plain(stream.local_addr().map_err(failed)?);
+        let socket = SockRef::from(stream);
+        let asked = if own.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
+        let original = match asked {
+            Ok(original) => original.as_socket().map_or(own, plain),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOPROTOOPT)) => own,
+            Err(error) => return Err(failed(error)),
+        };
+        if original == own {
+            let detail = format!(
+                "not redirected: the client connected to {own} itself, which takes redirected \
+                                  connections only"
+            );
+            return Err(Error::downstream(Stage::Accept, Reason::OwnPort, detail));
+        }
+        Ok(OriginalDst(original))
+    }
+
+    pub fn address(self) -> SocketAddr {
+        self.0
+    }
+}
+
+/// One spelling for one destination: without what a socket address of IPv6 may carry besides.
+fn plain(address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V4(_) => address,
+        SocketAddr::V6(v6) => SocketAddrV6::new(*v6.ip(), v6.port(), 0, v6.scope_id()).into(),
+    }
+}
+
 /// Whether some socket of this machine already listens on `address`: SO_REUSEPORT would share it silently.
 pub fn is_taken(address: SocketAddr) -> bool {
     if address.port() == 0 {
@@ -66,6 +124,9 @@ pub fn is_taken(address: SocketAddr) -> bool {
     }
     let probe = || {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
         socket.set_reuse_address(true)?;
         socket.bind(&address.into())
     };
@@ -73,7 +134,7 @@ pub fn is_taken(address: SocketAddr) -> bool {
 }
 
 /// Whether an address belongs to this machine (or network namespace): only then can it be bound.
-pub fn is_local(ip: std::net::IpAddr) -> bool {
+pub fn is_local(ip: IpAddr) -> bool {
     ip.is_loopback() || std::net::UdpSocket::bind((ip, 0)).is_ok()
 }
 
@@ -81,6 +142,15 @@ pub fn is_local(ip: std::net::IpAddr) -> bool {
 pub async fn connect(address: SocketAddr, options: &SocketOptions) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     options.apply(&SockRef::from(&socket))?;
+    socket.connect(address).await
+}
+
+/// Connects to what is no part of the traffic, as the control plane; only the mark is set.
+pub async fn connect_marked(address: SocketAddr, mark: Option<u32>) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if let Some(mark) = mark {
+        SockRef::from(&socket).set_mark(mark)?;
+    }
     socket.connect(address).await
 }
 

@@ -11,6 +11,8 @@ use hyper::upgrade::OnUpgrade;
 use outrigger_api::name::{Protocol, ServicePort};
 use outrigger_api::snapshot::Key;
 use outrigger_runtime::drain::Hold;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 
 use crate::balance::{Kind, Outcome};
 use crate::connect::backend::{Backend, Slot, View, lost_edge};
@@ -18,7 +20,7 @@ use crate::connect::dial::Dialled;
 use crate::connect::lane::{Answered, Framing, Unsent};
 use crate::connect::worker::Worker;
 use crate::connection::{Registered, State};
-use crate::net::Stream;
+use crate::net::{OriginalDst, Stream};
 use crate::outcome::{Error, Reason, Retry, Side, Stage};
 use crate::policy::{self, Permit};
 use crate::protocol::detect::Detected;
@@ -28,6 +30,7 @@ use crate::protocol::http::headers::Strip;
 use crate::protocol::http::{serve, tunnel};
 use crate::protocol::opaque::{self, CopyError};
 use crate::protocol::peek::{self, First, Peeked};
+use crate::redirect;
 use crate::telemetry::{self, Edge, TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
 
@@ -36,6 +39,35 @@ pub async fn serve(worker: Rc<Worker>, key: Key, stream: Stream, registered: Rc<
     registered.describe(|about| about.destination = key.to_string());
     let backend = worker.backend(&key);
     walk(&worker, &backend, stream, &registered).await;
+}
+
+/// Serves one redirected connection, to where the application meant it to go. What nobody registered passes through with
+/// its bytes untouched.
+pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered: Rc<Registered>) {
+    let original = match OriginalDst::of(&stream) {
+        Ok(original) => original.address(),
+        Err(error) => {
+            return refuse_connection(&worker, None, &stream.into(), &error);
+        }
+    };
+    if redirect::is_probe(original) {
+        return answer_probe(stream, original).await;
+    }
+    registered.describe(|about| about.destination = original.to_string());
+    let backend = worker.backend(&Key::Address(original));
+    match backend.view(&worker).await {
+        Ok(view) if view.service.is_none() => {
+            opaque(&worker, Ok(view), stream.into(), &registered, WireProtocol::Tcp, policy::admit_outbound()).await;
+        }
+        Ok(_) | Err(_) => walk(&worker, &backend, stream.into(), &registered).await,
+    }
+}
+
+/// `redirect check` asks whether its connection arrives here, and with the address that it dialled.
+async fn answer_probe(mut stream: TcpStream, original: SocketAddr) {
+    // Who asks sees an answer that is missing for himself.
+    let _ = stream.write_all(redirect::answer(original).as_bytes()).await;
+    let _ = stream.shutdown().await;
 }
 
 async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, registered: &Rc<Registered>) {

@@ -14,6 +14,7 @@ pub mod peer;
 pub mod pods;
 pub mod process;
 pub mod sidecar;
+pub mod transparent;
 pub mod wire;
 
 pub use application::Application;

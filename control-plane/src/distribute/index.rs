@@ -54,7 +54,7 @@ impl Catalog {
         let modes = policy::mtls_modes(&self.resources, &id.namespace, labels);
         let mut ports: BTreeMap<u16, OwnPort<'_>> = BTreeMap::new();
         match instance.map(|instance| &instance.ports) {
-            Some(Ports::Leased(leased)) => ports.extend(
+            Some(Ports::Leased(leased) | Ports::Intercepted(leased)) => ports.extend(
                 leased.iter().map(|port| (port.application, OwnPort { declared: port.protocol, service: None })),
             ),
             Some(Ports::Named(named)) => ports.extend(named.values().map(|port| (*port, OwnPort::default()))),
@@ -123,7 +123,7 @@ impl Catalog {
                 let TargetPort::Name(name) = &port.target_port else { continue };
                 let mut leased = registry
                     .of_namespace(&service.metadata.namespace)
-                    .filter(|instance| matches!(instance.ports, Ports::Leased(_)) && selects(service, instance));
+                    .filter(|instance| instance.leased_ports().is_some() && selects(service, instance));
                 if let Some(instance) = leased.next() {
                     warnings.push(format!(
                         "{full_name}: targetPort {name:?} is a name, and the ports of {} have none; give its number",
@@ -168,11 +168,12 @@ impl Catalog {
     fn endpoint_itself(&self, registry: &Registry, address: SocketAddr) -> Option<Destination> {
         let port = address.port();
         let dialled = |instance: &Instance| match &instance.ports {
-            Ports::Leased(ports) => {
-                let by_mesh = ports.iter().find(|leased| leased.mesh == port);
-                by_mesh.or_else(|| ports.iter().find(|leased| leased.application == port)).map(Target::of)
+            Ports::Leased(ports) => leased_at(ports, port),
+            Ports::Intercepted(ports) => leased_at(ports, port).or(Some(Target::plain(port))),
+            // A workload with a sidecar has it at every port; of one without, an unlisted port is nothing that is known.
+            Ports::Named(ports) => {
+                (instance.mesh || ports.values().any(|named| *named == port)).then(|| Target::plain(port))
             }
-            Ports::Named(ports) => ports.values().any(|named| *named == port).then(|| Target::plain(port)),
         };
         // Where peers dial comes before what an application calls its port: an address may be shared, as on loopback.
         let here = || registry.at(address.ip());
@@ -271,19 +272,28 @@ impl Target {
     }
 }
 
+/// By the port at which peers dial, or else by the application's.
+fn leased_at(ports: &[LeasedPort], port: u16) -> Option<Target> {
+    let by_mesh = ports.iter().find(|leased| leased.mesh == port);
+    by_mesh.or_else(|| ports.iter().find(|leased| leased.application == port)).map(Target::of)
+}
+
 fn target(instance: &Instance, wanted: &TargetPort) -> Option<Target> {
     let (application, leased) = application_port(instance, wanted)?;
     Some(leased.map_or(Target::plain(application), Target::of))
 }
 
-/// The instance's port that a targetPort means: a sidecar serves the ports that it registered and no other, they
-/// have no names; a Workload document serves any number and the names that it lists.
+/// The instance's port that a targetPort means: a sidecar serves the ports that it registered, which have no names, and
+/// every other only when it is transparent; a Workload document serves any number and the names that it lists.
 fn application_port<'a>(instance: &'a Instance, wanted: &TargetPort) -> Option<(u16, Option<&'a LeasedPort>)> {
     match (&instance.ports, wanted) {
         (Ports::Leased(ports), TargetPort::Number(number)) => {
             ports.iter().find(|port| port.application == *number).map(|port| (*number, Some(port)))
         }
-        (Ports::Leased(_), TargetPort::Name(_)) => None,
+        (Ports::Intercepted(ports), TargetPort::Number(number)) => {
+            Some((*number, ports.iter().find(|port| port.application == *number)))
+        }
+        (Ports::Leased(_) | Ports::Intercepted(_), TargetPort::Name(_)) => None,
         (Ports::Named(_), TargetPort::Number(number)) => Some((*number, None)),
         (Ports::Named(ports), TargetPort::Name(name)) => ports.get(name).map(|number| (*number, None)),
     }

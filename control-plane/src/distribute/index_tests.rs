@@ -73,7 +73,8 @@ impl Moment {
         let id = lease_id(account, last);
         let ports = vec![LeasedPort { application: 8080, mesh: 18080, protocol }];
         let ip = [10, 0, 0, last].into();
-        let registration = Registration { workload: "cart".into(), labels: labels(text), ip, ports };
+        let registration =
+            Registration { workload: "cart".into(), labels: labels(text), ip, ports, transparent: false };
         self.registry.register(&id, last.into(), &registration).unwrap();
         self
     }
@@ -226,8 +227,13 @@ fn a_shared_address_is_told_apart_by_the_mesh_port() {
     for (name, application, mesh) in [("a", 9001, 9002), ("b", 9002, 9003)] {
         let id = InstanceId { namespace: "shop".into(), service_account: name.into(), name: name.into() };
         let ports = vec![LeasedPort { application, mesh, protocol: None }];
-        let registration =
-            Registration { workload: name.into(), labels: Labels::new(), ip: [127, 0, 0, 1].into(), ports };
+        let registration = Registration {
+            workload: name.into(),
+            labels: Labels::new(),
+            ip: [127, 0, 0, 1].into(),
+            ports,
+            transparent: false,
+        };
         moment.registry.register(&id, 1, &registration).unwrap();
     }
     assert_eq!(moment.endpoints("127.0.0.1:9002"), ["127.0.0.1:9002 a"]);

@@ -6,7 +6,7 @@ fn id(name: &str) -> InstanceId {
 
 fn at(ip: [u8; 4], port: u16) -> Registration {
     let ports = vec![LeasedPort { application: 8080, mesh: port, protocol: None }];
-    Registration { workload: "cart".into(), labels: Default::default(), ip: ip.into(), ports }
+    Registration { workload: "cart".into(), labels: Default::default(), ip: ip.into(), ports, transparent: false }
 }
 
 /// The instance `cart-<n>` at 10.0.0.<n>, held by stream n.

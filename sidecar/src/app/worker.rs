@@ -21,9 +21,17 @@ use crate::{inbound, outbound};
 /// What a listener is for. Direction is data: one accept loop serves all.
 #[derive(Clone, Debug)]
 pub enum Purpose {
-    Inbound { application: SocketAddr },
-    Outbound { destination: Key },
-    Proxy { allow: Arc<[ipnet::IpNet]> },
+    Inbound {
+        application: SocketAddr,
+    },
+    Outbound {
+        destination: Key,
+    },
+    Proxy {
+        allow: Arc<[ipnet::IpNet]>,
+    },
+    /// Connections that redirect rules lead here; each has its own original destination.
+    Redirected(Direction),
 }
 
 impl Purpose {
@@ -31,6 +39,7 @@ impl Purpose {
         match self {
             Purpose::Inbound { .. } => Direction::Inbound,
             Purpose::Outbound { .. } | Purpose::Proxy { .. } => Direction::Outbound,
+            Purpose::Redirected(direction) => *direction,
         }
     }
 }
@@ -184,15 +193,21 @@ fn begin(worker: &Rc<Worker>, stream: TcpStream, client: SocketAddr, purpose: &P
         return;
     };
     let registered: Rc<Registered> = Rc::new(registered);
-    let (worker, stream) = (worker.clone(), stream.into());
+    let worker = worker.clone();
     match purpose.clone() {
         Purpose::Inbound { application } => {
-            tokio::task::spawn_local(inbound::serve(worker, application, stream, registered))
+            tokio::task::spawn_local(inbound::serve(worker, application, stream.into(), registered))
         }
         Purpose::Outbound { destination } => {
-            tokio::task::spawn_local(outbound::serve(worker, destination, stream, registered))
+            tokio::task::spawn_local(outbound::serve(worker, destination, stream.into(), registered))
         }
-        Purpose::Proxy { .. } => tokio::task::spawn_local(outbound::serve_proxy(worker, stream, registered)),
+        Purpose::Proxy { .. } => tokio::task::spawn_local(outbound::serve_proxy(worker, stream.into(), registered)),
+        Purpose::Redirected(Direction::Inbound) => {
+            tokio::task::spawn_local(inbound::serve_redirected(worker, stream, registered))
+        }
+        Purpose::Redirected(Direction::Outbound) => {
+            tokio::task::spawn_local(outbound::serve_redirected(worker, stream, registered))
+        }
     };
 }
 

@@ -56,6 +56,11 @@ impl OwnListeners {
         self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner).push(address);
     }
 
+    fn has_port(&self, port: u16) -> bool {
+        let listeners = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        listeners.iter().any(|own| own.port() == port)
+    }
+
     /// True when a connection to `target` would end at this sidecar: a loop, or a way to its admin port.
     fn contain(&self, target: SocketAddr) -> bool {
         let listeners = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -80,6 +85,11 @@ impl Dialer {
             handshakes: Semaphore::new(limits.handshakes_in_flight),
             own_listeners,
         })
+    }
+
+    /// Whether this sidecar listens on a port of that number, at whatever address.
+    pub fn is_own_port(&self, port: u16) -> bool {
+        self.own_listeners.has_port(port)
     }
 
     /// The generation of the trust bundle in force; pooled connections of an older one are not used again.

@@ -3,7 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -18,6 +18,7 @@ use crate::balance::{Loads, Nanos};
 use crate::config::limits::Limits;
 use crate::connection::{About, Command, Direction, IdleLimits, State, Table};
 use crate::discovery::Directory;
+use crate::net;
 use crate::telemetry::Telemetry;
 use crate::tls::Tls;
 
@@ -28,6 +29,18 @@ pub struct Own {
     pub workload: String,
     pub namespace: String,
     pub principal: SpiffeId,
+    /// The listeners at which peers dial the application (`--inbound`), each with the application's address.
+    pub inbound: Vec<(SocketAddr, SocketAddr)>,
+}
+
+impl Own {
+    /// The application behind a mesh port of this sidecar, by the address at which a peer would dial it.
+    pub fn application_behind(&self, address: SocketAddr) -> Option<SocketAddr> {
+        let listens = |listener: &SocketAddr| {
+            listener.port() == address.port() && (listener.ip().is_unspecified() || listener.ip() == address.ip())
+        };
+        self.inbound.iter().find(|(listener, _)| listens(listener)).map(|(_, application)| *application)
+    }
 }
 
 /// What all workers share.
@@ -60,6 +73,8 @@ pub struct Worker {
     /// When room was looked for last.
     looked: Cell<Option<Instant>>,
     application: RefCell<HashMap<ApplicationKey, Rc<Lane>>>,
+    /// Addresses that were found to be of this network namespace since the watchdog's last tick.
+    here: RefCell<Vec<IpAddr>>,
 }
 
 /// Connections to the application are shared by requests of one caller only, so that a desync never crosses
@@ -97,6 +112,7 @@ impl Worker {
             backends: RefCell::default(),
             looked: Cell::new(None),
             application: RefCell::default(),
+            here: RefCell::default(),
         })
     }
 
@@ -166,8 +182,22 @@ impl Worker {
         self.application.borrow_mut().entry(key).or_insert_with(new).clone()
     }
 
+    /// Whether peers reach this workload at that address: it is of this network namespace, and not loopback. Asked of the
+    /// kernel once per address and tick.
+    pub fn is_reached_at(&self, ip: IpAddr) -> bool {
+        if self.here.borrow().contains(&ip) {
+            return true;
+        }
+        let here = !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast()) && net::is_local(ip);
+        if here {
+            self.here.borrow_mut().push(ip);
+        }
+        here
+    }
+
     /// The watchdog's tick.
     pub fn sweep(&self) {
+        self.here.borrow_mut().clear();
         let now = Instant::now();
         let wall = SystemTime::now();
         self.table.sweep(&IdleLimits {

@@ -45,6 +45,7 @@ impl Fixture {
             namespace: "shop".to_owned(),
             service_account: "cart".to_owned(),
             state: None,
+            mark: None,
             version: "test".to_owned(),
         };
         let directory = Directory::new(Clock::system());
@@ -342,6 +343,7 @@ fn lease() -> Lease {
         labels: [("app".to_owned(), "cart".to_owned())].into(),
         ip: None,
         ports: vec![(8080, 15006, Some(Protocol::Http))],
+        transparent: false,
     }
 }
 
@@ -431,6 +433,7 @@ fn a_broken_copy_is_told_and_not_used() {
         namespace: "shop".to_owned(),
         service_account: "cart".to_owned(),
         state: None,
+        mark: None,
         version: String::new(),
     };
     let full = Directory::new(Clock::system());

@@ -152,8 +152,8 @@ fn mistakes_that_concern_several_flags() {
         (&["--label=a=b", "--label=a=c"], "--label=a=c (flag): a has the value \"b\" already"),
         (&["--drain-delay=31s"], "--drain-delay=31s (flag): is more than 30s, in which a drain ends"),
         (
-            &["--transparent"],
-            "--transparent=true (flag): interception is not in this version: use --inbound, --outbound and --http-proxy",
+            &["--transparent", "--http-proxy=127.0.0.1:15001"],
+            "--http-proxy=127.0.0.1:15001 (flag): --transparent listens at 127.0.0.1:15001 already",
         ),
         (
             &["--dns-listen=127.0.0.1:53"],
