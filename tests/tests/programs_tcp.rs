@@ -1,0 +1,173 @@
+//! Promise: programs that speak no HTTP need to know nothing of the mesh: through two transparent sidecars under STRICT
+//! RabbitMQ works with pika, PostgreSQL with psycopg, Redis with its client, a mail server that speaks first on ports that
+//! are known for it and on one that is not, and the application's own TLS inside the mesh's.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+
+use outrigger_tests::namespace::Families;
+use outrigger_tests::pods::{NOBODY, Pods, Port, run};
+use outrigger_tests::process::Process;
+use outrigger_tests::under_test;
+
+const fn same(port: u16) -> Port {
+    Port { service: port, app: port }
+}
+
+// --- RabbitMQ -----------------------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn rabbitmq_and_pika() {
+    let Some(pods) = Pods::start(under_test!(), Families::V4, &[same(5672)]).await else { return };
+    let _server = rabbitmq(&pods).await;
+    assert_eq!(run(pods.python("cart", "rabbitmq_client.py", &["catalog.shop", "5672"])).await, "ok");
+    let both = pods.tcp("tcp", 1, &[]).await;
+    // No default says that this port is opaque; the client's first bytes do.
+    assert_eq!(both.detected("tcp")[0], 1.0);
+    let [sent, _] = both.sums("outrigger_tcp_sent_bytes_total", &[]);
+    let [received, _] = both.sums("outrigger_tcp_received_bytes_total", &[]);
+    assert!(sent > 9e6 && received > 9e6, "every message went there and back: {sent} {received}");
+}
+
+/// A broker of its own. It leaves a daemon (epmd) behind, so it has a process namespace that ends with it.
+async fn rabbitmq(pods: &Pods) -> Process {
+    let home = pods.directory_of("rabbitmq", NOBODY);
+    let settings = "listeners.tcp.1 = :::5672\nloopback_users = none\nheartbeat = 2\n";
+    std::fs::write(home.join("rabbitmq.conf"), settings).unwrap();
+    std::fs::write(home.join("plugins"), "[].\n").unwrap();
+    let mut server = pods.at("catalog").command("unshare");
+    server.args(["--pid", "--fork", "--kill-child", "--mount-proc", "setpriv", "--reuid", "65534", "--regid", "65534"]);
+    server.args(["--clear-groups", "--pdeathsig", "KILL", "/usr/lib/rabbitmq/bin/rabbitmq-server"]);
+    for (name, value) in [("HOME", ""), ("RABBITMQ_MNESIA_BASE", "mnesia"), ("RABBITMQ_LOG_BASE", "log")] {
+        server.env(name, home.join(value));
+    }
+    server.env("RABBITMQ_CONFIG_FILE", home.join("rabbitmq.conf"));
+    server.env("RABBITMQ_ENABLED_PLUGINS_FILE", home.join("plugins"));
+    server.env("RABBITMQ_CONF_ENV_FILE", "/dev/null").env("RABBITMQ_LOGS", "-").env("RABBITMQ_NODENAME", "x@localhost");
+    server.env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 1:1 +sbwt none");
+    pods.serve_until(server, "Server startup complete").await
+}
+
+// --- databases ----------------------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn postgresql_and_psycopg() {
+    let own = Port { service: 6543, app: 5432 };
+    let Some(pods) = Pods::start(under_test!(), Families::V6, &[same(5432), own]).await else { return };
+    let _server = postgresql(&pods).await;
+    // On the second port nobody has said what is spoken: psql's own request for TLS decides.
+    for (port, sslmode) in [("5432", "disable"), ("5432", "prefer"), ("6543", "prefer")] {
+        let client = pods.python("cart", "postgres_client.py", &["catalog.shop", port, sslmode]);
+        assert_eq!(run(client).await, "ok", "{port} {sslmode}");
+    }
+    pods.tcp("tcp", 9, &[]).await;
+}
+
+/// A cluster of its own, with TLS for those who ask for it.
+async fn postgresql(pods: &Pods) -> Process {
+    let programs = postgresql_programs();
+    let home = pods.directory_of("postgresql", NOBODY);
+    let data = home.join("data");
+    let mut make = pods.at("catalog").command_as(NOBODY, programs.join("initdb"));
+    make.args(["--username=postgres", "--auth=trust", "--no-sync", "--locale=C.UTF-8", "--encoding=UTF8"]);
+    make.arg("--pgdata").arg(&data);
+    run(make).await;
+    let access = data.join("pg_hba.conf");
+    let known = std::fs::read_to_string(&access).unwrap();
+    std::fs::write(&access, known + "host all all all trust\n").unwrap();
+    let (certificate, key) = own_certificate(pods, "postgres");
+    let mut server = pods.at("catalog").command_as(NOBODY, programs.join("postgres"));
+    server.arg("-D").arg(&data);
+    for setting in [
+        "listen_addresses=*",
+        "unix_socket_directories=",
+        "fsync=off",
+        "ssl=on",
+        &format!("ssl_cert_file={}", certificate.display()),
+        &format!("ssl_key_file={}", key.display()),
+    ] {
+        server.args(["-c", setting]);
+    }
+    pods.serve_until(server, "database system is ready to accept connections").await
+}
+
+/// Where Debian has them, newest first; elsewhere they are in PATH.
+fn postgresql_programs() -> PathBuf {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let mut all: Vec<PathBuf> = versions.map(|entry| entry.path().join("bin")).collect();
+    all.sort();
+    all.into_iter().rev().find(|path| path.join("initdb").exists()).unwrap_or_default()
+}
+
+#[tokio::test]
+async fn redis() {
+    let other = Port { service: 7000, app: 6379 };
+    let Some(pods) = Pods::start(under_test!(), Families::V4, &[same(6379), other]).await else { return };
+    let home = pods.directory_of("redis", NOBODY);
+    let mut server = pods.at("catalog").command_as(NOBODY, "redis-server");
+    server.args(["--bind", "*", "-::*", "--protected-mode", "no", "--save", "", "--dir"]).arg(home);
+    let _server = pods.serve_until(server, "Ready to accept connections").await;
+    for (port, connections) in [("6379", 3), ("7000", 6)] {
+        assert_eq!(run(pods.python("cart", "redis_client.py", &["catalog.shop", port])).await, "ok", "{port}");
+        pods.tcp("tcp", connections, &[]).await;
+    }
+}
+
+// --- the server speaks first --------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn mail_by_ipv4() {
+    mail(Families::V4).await;
+}
+
+#[tokio::test]
+async fn mail_by_ipv6() {
+    mail(Families::V6).await;
+}
+
+async fn mail(family: Families) {
+    let Some(pods) = Pods::start(under_test!(), family, &[same(25), same(587), same(2525)]).await else { return };
+    let server = pods.python("catalog", "smtp_server.py", &[pods.everywhere(), "25", "587", "2525"]);
+    let server = pods.serve(server).await;
+    for (port, connections, guessed) in [("25", 3, 0.0), ("587", 6, 0.0), ("2525", 9, 3.0)] {
+        assert_eq!(run(pods.python("cart", "smtp_client.py", &["catalog.shop", port])).await, "ok", "{port}");
+        let both = pods.tcp("tcp", connections, &[]).await;
+        assert_eq!(both.detected("server_first")[0], guessed, "{port}: a known port needs no guess");
+    }
+    assert_eq!(server.stdout().matches("mail 720089").count(), 9, "{}", server.stdout());
+}
+
+// --- the application's own TLS ------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn https_of_the_application() {
+    for family in [Families::V4, Families::V6] {
+        let Some(pods) = Pods::start(under_test!(), family, &[same(443)]).await else { return };
+        let (certificate, key) = own_certificate(&pods, "https");
+        let (certificate, key) = (certificate.to_str().unwrap(), key.to_str().unwrap());
+        let server = pods.python("catalog", "aiohttp_server.py", &[pods.everywhere(), "443", certificate, key]);
+        let _server = pods.serve(server).await;
+        let shown = pods.curl("", &["--cacert", certificate, "https://catalog.shop/hello"]).await;
+        let seen: serde_json::Value = serde_json::from_str(&shown).unwrap();
+        assert_eq!(seen["host"], "catalog.shop", "end to end: curl has checked the application's own certificate");
+        assert_eq!(seen["caller"], "", "nobody in between could add a header");
+        let size = ["--cacert", certificate, "-o", "/dev/null", "https://catalog.shop/bytes/3000000"];
+        assert_eq!(pods.curl("%{response_code} %{size_download}", &size).await, "200 3000000");
+        let both = pods.tcp("tls", 2, &[]).await;
+        assert_eq!(both.detected("tls")[0], 2.0);
+    }
+}
+
+/// A certificate for catalog.shop that nobody else has signed, and its key, which only [`NOBODY`] and root can read.
+fn own_certificate(pods: &Pods, name: &str) -> (PathBuf, PathBuf) {
+    let pair = rcgen::generate_simple_self_signed(["catalog.shop".to_owned()]).unwrap();
+    let directory = pods.directory_of(&format!("certificate-{name}"), NOBODY);
+    let write = |file: &str, text: String| {
+        let path = directory.join(file);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::chown(&path, Some(NOBODY), Some(NOBODY)).unwrap();
+        path
+    };
+    (write("certificate.pem", pair.cert.pem()), write("key.pem", pair.signing_key.serialize_pem()))
+}
