@@ -27,7 +27,7 @@ def checksum():
 
 @app.get("/stream")
 def stream():
-    return Response((b"%06d\n" % number for number in range(100_000)), mimetype="text/plain")
+    return Response((b"%06d\n" % number for number in range(20_000)), mimetype="text/plain")
 
 
 @app.get("/missing")

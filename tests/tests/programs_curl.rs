@@ -11,7 +11,9 @@ use outrigger_tests::under_test;
 
 const HTTP1: Port = Port { service: 80, app: 8080 };
 const HTTP2: Port = Port { service: 81, app: 8081 };
-const SIZE: usize = 64 * 1024 * 1024;
+/// Multiples of nothing.
+const LARGE: usize = 64 * 1024 * 1024 + 11;
+const MIDDLE: usize = 6_000_013;
 const STATUS: &str = "%{http_version} %{response_code} %{size_download}";
 
 /// aiohttp on one port, nghttpd (HTTP/2 with prior knowledge, which echoes uploads) on the other.
@@ -22,7 +24,8 @@ async fn start(family: Families) -> Option<(Pods, [Process; 2])> {
     let documents = pods.path("documents");
     std::fs::create_dir(&documents).unwrap();
     std::fs::write(documents.join("small"), "hello\n").unwrap();
-    std::fs::write(documents.join("large"), body()).unwrap();
+    std::fs::write(documents.join("large"), body(LARGE)).unwrap();
+    std::fs::write(documents.join("middle"), body(MIDDLE)).unwrap();
     let mut nghttpd = pods.at("catalog").command("nghttpd");
     nghttpd.args(["--no-tls", "--echo-upload", "--address", pods.everywhere(), "--htdocs"]).arg(documents).arg("8081");
     let http2 = Process::spawn(nghttpd);
@@ -30,9 +33,9 @@ async fn start(family: Families) -> Option<(Pods, [Process; 2])> {
     Some((pods, [http1, http2]))
 }
 
-/// Not a multiple of anything, and no two blocks alike.
-fn body() -> Vec<u8> {
-    (0..SIZE as u32 + 11).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+/// No two blocks alike.
+fn body(size: usize) -> Vec<u8> {
+    (0..size as u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
 }
 
 async fn checksum(path: &std::path::Path) -> String {
@@ -86,47 +89,49 @@ async fn every_version(family: Families) {
 async fn large_bodies_and_100_continue_by_http1() {
     let Some((pods, _servers)) = start(Families::V4).await else { return };
     let out = pods.path("out");
-    let url = format!("http://catalog.shop/bytes/{SIZE}");
+    let url = format!("http://catalog.shop/bytes/{LARGE}");
     let shown = pods.curl(STATUS, &["-o", out.to_str().unwrap(), &url]).await;
-    assert_eq!(shown, format!("1.1 200 {SIZE}"));
-    let wanted = pods.curl("", &[&format!("http://catalog.shop/sum/{SIZE}")]).await;
+    assert_eq!(shown, format!("1.1 200 {LARGE}"));
+    let wanted = pods.curl("", &[&format!("http://catalog.shop/sum/{LARGE}")]).await;
     assert_eq!(checksum(&out).await, wanted);
 
-    let upload = pods.path("documents").join("large");
-    let sum = checksum(&upload).await;
     let heard = pods.path("heard");
-    for (how, interim) in [("Expect: 100-continue", true), ("Expect:", false), ("Transfer-Encoding: chunked", false)] {
-        // With Expect curl waits for the answer, and this long: an upload that nobody asked for would be seen below.
-        let wait = ["--expect100-timeout", "100", "-D", heard.to_str().unwrap(), "-H", how];
-        let put = ["-T", upload.to_str().unwrap(), "http://catalog.shop/sum"];
-        let more: &[&str] = if interim { &[] } else { &["-H", "Expect:"] };
-        let shown = pods.curl("", &[&wait[..], more, &put].concat()).await;
+    // With Expect curl asks first, and would wait so long that no patience lasts: somebody has answered 100.
+    let expect = ["-H", "Expect: 100-continue", "--expect100-timeout", "1000"];
+    let chunked = ["-H", "Expect:", "-H", "Transfer-Encoding: chunked"];
+    for (file, size, how) in [("large", LARGE, &expect[..]), ("middle", MIDDLE, &chunked), ("middle", MIDDLE, &expect)]
+    {
+        let file = pods.path("documents").join(file);
+        let put = ["-D", heard.to_str().unwrap(), "-T", file.to_str().unwrap(), "http://catalog.shop/sum"];
+        let shown = pods.curl("", &[how, &put].concat()).await;
         let seen: serde_json::Value = serde_json::from_str(&shown).unwrap();
-        assert_eq!((seen["size"].as_u64(), seen["sha256"].as_str()), (Some(SIZE as u64 + 11), Some(&*sum)), "{how}");
+        assert_eq!(seen["size"].as_u64(), Some(size as u64), "{how:?}");
+        assert_eq!(seen["sha256"].as_str(), Some(&*checksum(&file).await), "{how:?}");
         let heads = std::fs::read_to_string(&heard).unwrap();
-        assert_eq!(heads.starts_with("HTTP/1.1 100 "), interim, "{how}: {heads}");
+        assert_eq!(heads.starts_with("HTTP/1.1 100 "), how == expect, "{how:?}: {heads}");
     }
     let both = pods.http("http1", 5, &[]).await;
     let sent = both.sums("outrigger_http_request_bytes_total", &[]);
-    assert_eq!(sent, [3.0 * (SIZE as f64 + 11.0); 2]);
+    assert_eq!(sent, [(LARGE + 2 * MIDDLE) as f64; 2]);
     let [near, far] = both.sums("outrigger_http_response_bytes_total", &[]);
-    assert!(near == far && near > SIZE as f64, "{near} {far}");
+    assert!(near == far && near > LARGE as f64, "{near} {far}");
 }
 
 #[tokio::test]
 async fn large_bodies_by_http2() {
     let Some((pods, _servers)) = start(Families::V6).await else { return };
-    let (out, large) = (pods.path("out"), pods.path("documents").join("large"));
-    let sum = checksum(&large).await;
-    let out_path = out.to_str().unwrap();
-    let down = ["--http2-prior-knowledge", "-o", out_path, "http://catalog.shop:81/large"];
-    assert_eq!(pods.curl(STATUS, &down).await, format!("2 200 {}", SIZE + 11));
-    assert_eq!(checksum(&out).await, sum);
-    let data = format!("@{}", large.display());
-    let up = ["--http2-prior-knowledge", "-o", out_path, "--data-binary", &data, "http://catalog.shop:81/"];
-    assert_eq!(pods.curl(STATUS, &up).await, format!("2 200 {}", SIZE + 11));
-    assert_eq!(checksum(&out).await, sum);
+    let out = pods.path("out");
+    let (large, middle) = (pods.path("documents").join("large"), pods.path("documents").join("middle"));
+    let down = ["--http2-prior-knowledge", "-o", out.to_str().unwrap(), "http://catalog.shop:81/large"];
+    assert_eq!(pods.curl(STATUS, &down).await, format!("2 200 {LARGE}"));
+    assert_eq!(checksum(&out).await, checksum(&large).await);
+    // There and back.
+    let data = format!("@{}", middle.display());
+    let up = ["--http2-prior-knowledge", "-o", out.to_str().unwrap(), "--data-binary", &data];
+    let shown = pods.curl(STATUS, &[&up[..], &["http://catalog.shop:81/"]].concat()).await;
+    assert_eq!(shown, format!("2 200 {MIDDLE}"));
+    assert_eq!(checksum(&out).await, checksum(&middle).await);
     let both = pods.http("http2", 2, &[]).await;
-    assert_eq!(both.sums("outrigger_http_request_bytes_total", &[]), [SIZE as f64 + 11.0; 2]);
-    assert_eq!(both.sums("outrigger_http_response_bytes_total", &[]), [2.0 * (SIZE as f64 + 11.0); 2]);
+    assert_eq!(both.sums("outrigger_http_request_bytes_total", &[]), [MIDDLE as f64; 2]);
+    assert_eq!(both.sums("outrigger_http_response_bytes_total", &[]), [(LARGE + MIDDLE) as f64; 2]);
 }
