@@ -1,19 +1,20 @@
 //! Two pods as an operator makes them, for programs that know nothing of a mesh: `cart` calls `catalog`. Each is a
-//! machine of a [`Network`] with `redirect apply` and a sidecar under uid 1337; the control plane lives on the hub, the
-//! whole mesh is STRICT. A test starts a server in catalog and a client in cart, and asks [`Pods::http`] and
-//! [`Pods::tcp`] what both sidecars have counted.
+//! machine of a [`TransparentMesh`] with `redirect apply` and a sidecar under uid 1337; the whole mesh is STRICT. A test
+//! starts a server in catalog and a client in cart, and asks [`Pods::http`] and [`Pods::tcp`] what both sidecars have
+//! counted. Needs root: the sidecar has a user of its own, and so have servers that refuse to be root.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::eventually::{PATIENCE, eventually, within};
 use crate::mesh::STRICT;
 use crate::metrics::Samples;
-use crate::namespace::{Families, Namespace, Network};
+use crate::namespace::{Families, Namespace, refused};
 use crate::process::{Process, Program, command};
+use crate::transparent::{self, TransparentMesh};
 use crate::wire::Response;
 
 /// The sidecar's user.
@@ -22,6 +23,7 @@ const SIDECAR: u32 = 1337;
 pub const NOBODY: u32 = 65534;
 /// Of one program, start to end, on a busy machine with binaries that are not optimised.
 pub const LONG: Duration = Duration::from_secs(120);
+const NAMES: [&str; 2] = ["cart", "catalog"];
 
 /// A port of the service, and where the application listens. Its protocol is not declared.
 #[derive(Clone, Copy, Debug)]
@@ -32,58 +34,47 @@ pub struct Port {
 
 /// The mesh of one test. Ends with everything in it when it is dropped.
 pub struct Pods {
-    // Processes first: they hold what stands below.
     sidecars: Vec<Process>,
-    plane: Process,
-    network: Network,
-    directory: tempfile::TempDir,
+    mesh: TransparentMesh,
     family: Families,
     under_test: &'static str,
 }
 
 impl Pods {
     /// Everything is up and knows of each other. `under_test` is `under_test!()`. None where this machine has no network
-    /// namespaces for us, which has then been said.
+    /// namespaces and users for us, which has then been said.
     pub async fn start(under_test: &'static str, family: Families, ports: &[Port]) -> Option<Pods> {
-        let network = Network::with(family, &["cart", "catalog"])?;
-        let directory = tempfile::tempdir().unwrap();
-        open_to_all(directory.path());
-        for name in ["config", "bin"] {
-            std::fs::create_dir(directory.path().join(name)).unwrap();
-            open_to_all(&directory.path().join(name));
+        let yaml = format!("{STRICT}---\n{}", service(virtual_address(family), ports));
+        let mesh = TransparentMesh::start(under_test, family, &NAMES, &yaml).await?;
+        let other_users = mesh.at("cart").command_as(SIDECAR, "true").output().unwrap();
+        let said = String::from_utf8_lossy(&other_users.stderr).trim().to_owned();
+        refused(if other_users.status.success() { Ok(()) } else { Err(format!("no user but root: {said}")) })?;
+        for (path, mode) in [("", 0o755), ("state", 0o711), ("state/trust-bundle.pem", 0o644)] {
+            std::fs::set_permissions(mesh.path(path), std::fs::Permissions::from_mode(mode)).unwrap();
         }
-        let hub = address(network.hub(), family);
-        let config = directory.path().join("config");
-        std::fs::write(config.join("mesh.yaml"), format!("{STRICT}---\n{}", service(virtual_address(family), ports)))
-            .unwrap();
-        let mut plane = command(under_test, Program::ControlPlane);
-        plane.arg("--config").arg(&config).arg("--state").arg(directory.path().join("plane"));
-        plane.args(["--listen", &SocketAddr::new(hub, 15012).to_string(), "--admin-listen", "127.0.0.1:15014"]);
-        let mut plane = Process::spawn(network.hub().inside(&plane));
-        plane.ready().await;
-        let mut pods = Pods { sidecars: Vec::new(), plane, network, directory, family, under_test };
-        for name in ["cart", "catalog"] {
-            pods.at(name).hosts(&[(virtual_address(family), "catalog.shop"), (virtual_address(family), "catalog")]);
+        let mut pods = Pods { sidecars: Vec::new(), mesh, family, under_test };
+        for name in NAMES {
+            pods.at(name).hosts(&[(pods.service(), "catalog.shop"), (pods.service(), "catalog")]);
             // Names come from there alone: what is not in it is unknown at once.
             pods.at(name).file("/etc/nsswitch.conf", "hosts: files\n");
             pods.at(name).file("/etc/resolv.conf", "");
             pods.redirect(name, "apply");
-            let sidecar = pods.sidecar(name, if name == "catalog" { ports } else { &[] });
+            let sidecar = pods.sidecar(name);
             pods.sidecars.push(sidecar);
         }
         for sidecar in &mut pods.sidecars {
             sidecar.ready().await;
         }
-        for name in ["cart", "catalog"] {
+        for name in NAMES {
             eventually(&format!("{name}'s sidecar is ready"), async || {
-                (pods.get(address(pods.at(name), family), 15021, "/ready").await.status == 200).then_some(())
+                (pods.get(name, 15021, "/ready").await.status == 200).then_some(())
             })
             .await;
         }
-        eventually("catalog is registered", async || {
-            let status = pods.get([127, 0, 0, 1].into(), 15014, "/status").await;
+        eventually("both are registered", async || {
+            let status = transparent::get(pods.mesh.network.hub(), "127.0.0.1:15014", "/status").await;
             let status: serde_json::Value = serde_json::from_slice(&status.body).unwrap();
-            (status["leases"].as_u64() >= Some(1)).then_some(())
+            (status["leases"] == NAMES.len()).then_some(())
         })
         .await;
         Some(pods)
@@ -92,70 +83,38 @@ impl Pods {
     /// Runs `redirect apply` or `redirect remove` in a pod.
     pub fn redirect(&self, pod: &str, verb: &str) {
         if true {
-            if verb == "apply" {
-                self.at(pod).run("nft -f - <<'END'\ntable inet outrigger_by_hand {\nchain output {\ntype nat hook output priority -100;\nmeta skuid 1337 return\nip daddr 127.0.0.0/8 return\nip6 daddr ::1 return\nmeta l4proto tcp redirect to :15001\n}\nchain prerouting {\ntype nat hook prerouting priority -100;\niifname \"lo\" return\ntcp dport { 15020, 15021 } return\nmeta l4proto tcp redirect to :15006\n}\n}\nEND\n");
-            } else {
-                self.at(pod).run("nft delete table inet outrigger_by_hand");
-            }
+            if verb == "apply" { self.at(pod).run("nft -f - <<'END'\ntable inet outrigger_by_hand {\nchain output {\ntype nat hook output priority -100;\nmeta skuid 1337 return\nip daddr 127.0.0.0/8 return\nip6 daddr ::1 return\nmeta l4proto tcp redirect to :15001\n}\nchain prerouting {\ntype nat hook prerouting priority -100;\niifname \"lo\" return\ntcp dport { 15020, 15021 } return\nmeta l4proto tcp redirect to :15006\n}\n}\nEND\n"); }
+            else { self.at(pod).run("nft delete table inet outrigger_by_hand"); }
             return;
         }
-        let mut redirect = self.program(pod, Program::Sidecar);
+        let mut redirect = command(self.under_test, Program::Sidecar);
         redirect.args(["redirect", verb]);
         let output = self.at(pod).inside(&redirect).output().unwrap();
         assert!(output.status.success(), "{pod}: redirect {verb}: {}", String::from_utf8_lossy(&output.stderr));
     }
 
-    fn sidecar(&self, name: &str, ports: &[Port]) -> Process {
-        let (control_plane, state) = (address(self.network.hub(), self.family), self.path(name));
-        let mut token = command(self.under_test, Program::Outrigger);
-        token.args(["token", "create", "--namespace", "shop", "--service-account", name, "--state"]);
-        token.arg(self.path("plane")).args(["--label", &format!("app={name}")]);
-        let token = token.output().unwrap();
-        assert!(token.status.success(), "{}", String::from_utf8_lossy(&token.stderr));
+    fn sidecar(&self, name: &str) -> Process {
+        let run = self.mesh.sidecar_command(self.at(name), name);
+        let state = self.path(&format!("state-{name}-{name}"));
         std::fs::create_dir(&state).unwrap();
-        std::fs::write(state.join("token"), token.stdout).unwrap();
-        let bundle = state.join("bundle.pem");
-        std::fs::copy(self.path("plane").join("trust-bundle.pem"), &bundle).unwrap();
-        for path in [state.clone(), state.join("token"), bundle.clone()] {
-            chown(path, Some(SIDECAR), Some(SIDECAR)).unwrap();
-        }
-        let mut run = self.program(name, Program::Sidecar);
-        run.args(["run", "--transparent", "--namespace", "shop", "--drain-delay", "0s"]);
-        run.args(["--control-plane", &SocketAddr::new(control_plane, 15012).to_string()]);
-        run.args(["--name", &format!("{name}-1"), "--service-account", name, "--workload", name]);
-        run.args(["--label", &format!("app={name}")]);
-        run.arg("--trust-bundle").arg(bundle).arg("--token-file").arg(state.join("token"));
-        run.arg("--state").arg(state.join("state"));
-        for port in ports {
-            run.args(["--port", &port.app.to_string()]);
-        }
-        if let Ok(level) = std::env::var("OUTRIGGER_TEST_LOG") {
-            run.args(["--log-level", &level]);
-        }
-        Process::spawn(self.at(name).inside_as(Some(SIDECAR), &run))
-    }
-
-    /// The binary at a path of the pod that its sidecar's user can read, wherever the real one lies.
-    fn program(&self, pod: &str, program: Program) -> Command {
-        let real = command(self.under_test, program);
-        let open = self.path("bin").join(Path::new(real.get_program()).file_name().expect("a file"));
-        if !open.exists() {
-            std::fs::write(&open, "").unwrap();
-        }
-        let mounted = self.at(pod).run(&format!("stat -c %s {}", open.display())).trim() != "0";
-        if !mounted {
-            self.at(pod).run(&format!("mount --bind {} {}", Path::new(real.get_program()).display(), open.display()));
-        }
-        let mut command = Command::new(open);
-        command.args(real.get_args());
-        real.get_envs().filter(|(_, value)| value.is_none()).for_each(|(name, _)| {
-            command.env_remove(name);
+        chown(state, Some(SIDECAR), Some(SIDECAR)).unwrap();
+        // The binary may lie where only root can go; here it has a place that everybody can.
+        let binary = self.path("sidecar");
+        std::fs::write(&binary, "").unwrap();
+        self.at(name).run(&format!("mount --bind {} {}", run.get_program().display(), binary.display()));
+        let mut open = Command::new(binary);
+        open.args(run.get_args());
+        run.get_envs().filter(|(_, value)| value.is_none()).for_each(|(name, _)| {
+            open.env_remove(name);
         });
-        command
+        if let Ok(level) = std::env::var("OUTRIGGER_TEST_LOG") {
+            open.args(["--log-level", &level]);
+        }
+        Process::spawn(self.at(name).inside_as(Some(SIDECAR), &open))
     }
 
     pub fn at(&self, pod: &str) -> &Namespace {
-        self.network.at(pod)
+        self.mesh.at(pod)
     }
 
     /// Where the service is found: the name `catalog.shop` stands for it in both pods.
@@ -170,12 +129,12 @@ impl Pods {
 
     /// A pod's own address.
     pub fn address(&self, pod: &str) -> IpAddr {
-        address(self.at(pod), self.family)
+        self.mesh.address(pod)
     }
 
     /// A path of the mesh's directory, which every user may enter.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
+        self.mesh.path(name)
     }
 
     /// A directory of its own for a server that does not run as root.
@@ -242,14 +201,15 @@ impl Pods {
 
     // --- what was counted -----------------------------------------------------------------------------------------
 
-    async fn get(&self, address: IpAddr, port: u16, path: &str) -> Response {
-        let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", "localhost");
-        self.network.hub().connect((address, port).into()).await.ask(request).await
+    /// A GET as those from outside of the pod make it.
+    async fn get(&self, pod: &str, port: u16, path: &str) -> Response {
+        let address = std::net::SocketAddr::new(self.address(pod), port).to_string();
+        transparent::get(self.mesh.network.hub(), &address, path).await
     }
 
     /// `/metrics` of a pod's sidecar, as Prometheus gets it.
     pub async fn metrics(&self, pod: &str) -> Samples {
-        let answer = self.get(self.address(pod), 15020, "/metrics").await;
+        let answer = self.get(pod, 15020, "/metrics").await;
         assert_eq!(answer.status, 200, "{}", answer.text());
         Samples::parse(&answer.text())
     }
@@ -279,7 +239,7 @@ impl Pods {
     }
 
     async fn counted(&self, name: &str, protocol: &str, count: u32) -> Both {
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         loop {
             let both = Both { cart: self.metrics("cart").await, catalog: self.metrics("catalog").await };
             let sums = both.sums(name, &[("protocol", protocol), ("mtls", "true")]);
@@ -298,8 +258,8 @@ impl Pods {
 
     /// What the mesh's processes said on stderr.
     pub fn logs(&self) -> String {
-        let mut text = format!("control plane:\n{}", self.plane.stderr());
-        for (name, sidecar) in ["cart", "catalog"].iter().zip(&self.sidecars) {
+        let mut text = format!("control plane:\n{}", self.mesh.control_plane_log());
+        for (name, sidecar) in NAMES.iter().zip(&self.sidecars) {
             text += &format!("\n{name}:\n{}", sidecar.stderr());
         }
         text
@@ -359,10 +319,6 @@ pub async fn run(command: Command) -> String {
     stdout.trim_end().to_owned()
 }
 
-fn address(of: &Namespace, family: Families) -> IpAddr {
-    if family == Families::V6 { of.v6().into() } else { of.v4().into() }
-}
-
 /// The service's clusterIP: behind the gateway, where nobody is.
 fn virtual_address(family: Families) -> IpAddr {
     if family == Families::V6 { "fd96::10".parse().unwrap() } else { [10, 96, 0, 10].into() }
@@ -377,10 +333,6 @@ fn service(address: IpAddr, ports: &[Port]) -> String {
         "apiVersion: v1\nkind: Service\nmetadata: {{name: catalog, namespace: shop}}\nspec:\n  clusterIP: \
          \"{address}\"\n  selector: {{app: catalog}}\n  ports:\n{ports}"
     )
-}
-
-fn open_to_all(directory: &Path) {
-    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 fn without_proxies(command: &mut Command) {

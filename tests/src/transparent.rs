@@ -4,6 +4,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::process::Command;
 
 use serde_json::Value;
 use tokio::io::AsyncReadExt;
@@ -119,19 +120,25 @@ impl TransparentMesh {
 
     /// Starts a sidecar and waits for nothing.
     pub fn start_sidecar<'m>(&'m self, machine: &'m Namespace, app: &str, more: &[&str]) -> TransparentSidecar<'m> {
+        let mut run = self.sidecar_command(machine, app);
+        run.args(["--mark", MARK]).args(more);
+        TransparentSidecar { machine, process: Process::spawn(machine.inside(&run)), family: self.families }
+    }
+
+    /// What starts a sidecar with `app` as its label, service account and workload; without what exempts it from the rules.
+    pub fn sidecar_command(&self, machine: &Namespace, app: &str) -> Command {
         let name = format!("{app}-{}", machine.name());
         let token_file = self.path(&format!("{name}.token"));
         std::fs::write(&token_file, self.token(app)).unwrap();
         let shown = |path: PathBuf| path.display().to_string();
         let control_plane = SocketAddr::new(address(self.network.hub(), self.families), CONTROL_PLANE_PORT);
         let mut run = command(&self.under_test, Program::Sidecar);
-        run.args(["run", "--transparent", "--mark", MARK, "--control-plane", &control_plane.to_string()]);
+        run.args(["run", "--transparent", "--control-plane", &control_plane.to_string()]);
         run.args(["--trust-bundle", &shown(self.path("state/trust-bundle.pem")), "--token-file", &shown(token_file)]);
         run.args(["--name", &name, "--namespace", "shop", "--service-account", app, "--workload", app]);
         run.args(["--label", &format!("app={app}"), "--drain-delay", "0s"]);
         run.args(["--state", &shown(self.path(&format!("state-{name}")))]);
-        run.args(more);
-        TransparentSidecar { machine, process: Process::spawn(machine.inside(&run)), family: self.families }
+        run
     }
 
     fn token(&self, app: &str) -> String {
