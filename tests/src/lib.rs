@@ -14,6 +14,7 @@ pub mod peer;
 pub mod pods;
 pub mod process;
 pub mod sidecar;
+pub mod stand_in;
 pub mod transparent;
 pub mod wire;
 

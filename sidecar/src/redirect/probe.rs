@@ -12,6 +12,11 @@ pub const PROBE_V4: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 1
 /// Loopback has but this address in IPv6.
 pub const PROBE_V6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), PROBE_PORT);
 
+/// At the same addresses: the rules send it to [`RULES_TARGET_PORT`], where `redirect check` itself listens for a moment.
+/// So they show that they are in force to whoever has no right to list them.
+pub(super) const RULES_PORT: u16 = 15003;
+pub(super) const RULES_TARGET_PORT: u16 = 15004;
+
 /// Whether an original destination, seen by the outbound listener, is the probe's. Such a connection is told [`answer`]
 /// and closed, before policy and limits, and not counted.
 pub fn is_probe(original: SocketAddr) -> bool {
