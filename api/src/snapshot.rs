@@ -36,6 +36,8 @@ pub struct Workload {
     /// For ports that nobody declared.
     pub default_mtls_mode: MtlsMode,
     pub mesh: MeshSettings,
+    /// It is known as an instance; before, `ports` come from policies alone.
+    pub registered: bool,
 }
 
 impl Workload {

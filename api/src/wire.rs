@@ -144,6 +144,7 @@ impl Workload {
             default_mtls_mode: mtls_mode_to_wire(workload.default_mtls_mode).into(),
             mesh: Some((&workload.mesh).into()),
             trust_bundle: Some(trust_bundle),
+            registered: workload.registered,
         }
     }
 
@@ -172,6 +173,7 @@ impl Workload {
             ports,
             default_mtls_mode: mtls_mode_from_wire(self.default_mtls_mode)?,
             mesh: mesh.try_into()?,
+            registered: self.registered,
         })
     }
 }

@@ -29,8 +29,9 @@ use crate::protocol::http::headers::{CLIENT_CERTIFICATE, IDENTITY, Strip};
 use crate::protocol::http::serve;
 use crate::protocol::opaque::{self, CopyError};
 use crate::protocol::peek::{self, First, Peeked};
-use crate::telemetry::{self, Direction, Edge, EdgeLabels, TcpRecord, UNKNOWN, WireProtocol};
-use crate::tls::{self, Hello, MeshAlpn, Peer};
+use crate::protocol::sni::{self, Sniffed};
+use crate::telemetry::{self, Direction, Edge, EdgeLabels, TcpRecord, UNKNOWN, Unproved, WireProtocol};
+use crate::tls::{self, Hello, MeshAlpn};
 
 /// How long after the end of the caller's certificate its connection is told to finish.
 const RETIRE_GRACE: Duration = Duration::from_secs(5);
@@ -77,6 +78,31 @@ fn application(worker: &Worker, stream: &TcpStream) -> Result<SocketAddr, Error>
     Ok(original)
 }
 
+/// Serves one connection of the workload to itself, which its own outbound side made within this process.
+pub async fn serve_own(
+    worker: Rc<Worker>,
+    application: SocketAddr,
+    alpn: MeshAlpn,
+    stream: Stream,
+    registered: Rc<Registered>,
+) {
+    registered.describe(|about| {
+        about.destination = application.to_string();
+        about.principal = Some(worker.own.principal.to_string());
+    });
+    let Some(own) = worker.own_workload() else { return stream.reset_on_close() };
+    let mut walk = Walk::new(&worker, &own, application, &registered);
+    let (identity, workload) = (worker.own.principal.clone(), worker.own.workload.as_str().into());
+    walk.caller.peer = Some(Proved { identity, workload, mtls: false });
+    let served = match policy::admit(walk.mode, Arrival::Own) {
+        Ok(permit) => walk.framed(stream, alpn, permit).await,
+        Err(error) => Err((error, Some(stream))),
+    };
+    if let Err((error, stream)) = served {
+        walk.refuse(stream, &error).await;
+    }
+}
+
 /// What is known of one inbound connection on its way.
 struct Walk {
     worker: Rc<Worker>,
@@ -89,8 +115,16 @@ struct Walk {
 
 /// Who calls.
 struct Caller {
-    peer: Option<Peer>,
+    peer: Option<Proved>,
     destination_service: String,
+}
+
+/// A caller of whom it is known who it is.
+struct Proved {
+    identity: SpiffeId,
+    workload: Arc<str>,
+    /// By mutual TLS; else it is the workload itself.
+    mtls: bool,
 }
 
 type Refused = (Error, Option<Stream>);
@@ -131,7 +165,7 @@ impl Walk {
         match arrived {
             Arrived::Mesh(hello) => self.mutual(stream, *hello).await,
             Arrived::ForeignTls => {
-                let permit = match policy::admit(self.mode, Arrival::ForeignTls) {
+                let permit = match self.admit(Arrival::ForeignTls, Unproved::ForeignTls) {
                     Ok(permit) => permit,
                     Err(error) => {
                         // The close is what counts; the alert tells a person what was missing.
@@ -145,6 +179,18 @@ impl Walk {
             Arrived::Plaintext => self.plaintext(stream).await,
             Arrived::Left | Arrived::Silent => Ok(()),
         }
+    }
+
+    /// Asks policy about a caller that proves nothing, and notes who it is.
+    fn admit(&self, arrival: Arrival, how: Unproved) -> Result<Permit, Error> {
+        let admitted = policy::admit(self.mode, arrival);
+        self.note(if admitted.is_ok() { how } else { Unproved::Refused });
+        admitted
+    }
+
+    fn note(&self, how: Unproved) {
+        let callers = self.worker.telemetry.plaintext_callers();
+        callers.note(self.registered.client, self.application.port(), how, SystemTime::now());
     }
 
     /// Reads until it is known whether this is a sidecar's ClientHello. On a port that takes plaintext too, a silent
@@ -197,6 +243,7 @@ impl Walk {
         };
         match peek::who_speaks(&mut stream, &mut upstream, self.worker.limits.tunnel_idle).await {
             Ok(First::Server) => {
+                self.note(Unproved::Plaintext);
                 self.count_detected(telemetry::Detected::ServerFirst);
                 let protocol = if self.declared == Some(Protocol::Tls) { WireProtocol::Tls } else { WireProtocol::Tcp };
                 self.copy(stream, upstream, protocol).await;
@@ -223,7 +270,7 @@ impl Walk {
         let (stream, peer) = tls::accept_hello(&material, hello, stream)
             .await
             .map_err(|error| (Error::downstream(Stage::Accept, error.reason(), error.to_string()), None))?;
-        let mut stream = Stream::from(stream);
+        let stream = Stream::from(stream);
         self.registered.describe(|about| {
             about.principal = Some(peer.identity.to_string());
             about.mtls = true;
@@ -232,7 +279,12 @@ impl Walk {
         let left = peer.not_after.duration_since(SystemTime::now()).unwrap_or_default();
         self.registered.retire_after(left + RETIRE_GRACE);
         let alpn = peer.alpn;
-        self.caller.peer = Some(peer);
+        self.caller.peer = Some(Proved { identity: peer.identity, workload: peer.workload, mtls: true });
+        self.framed(stream, alpn, permit).await
+    }
+
+    /// Serves what the ALPN id of a caller says, as far as the port allows.
+    async fn framed(&self, mut stream: Stream, alpn: MeshAlpn, permit: Permit) -> Result<(), Refused> {
         match alpn {
             MeshAlpn::H1 => self.count_detected(telemetry::Detected::Http1),
             MeshAlpn::H2 => self.count_detected(telemetry::Detected::Http2),
@@ -264,7 +316,7 @@ impl Walk {
     }
 
     async fn plaintext(&self, mut stream: Stream) -> Result<(), Refused> {
-        let permit = match policy::admit(self.mode, Arrival::Plaintext) {
+        let permit = match self.admit(Arrival::Plaintext, Unproved::Plaintext) {
             Ok(permit) => permit,
             Err(error) => return Err((error, Some(stream))),
         };
@@ -341,11 +393,11 @@ impl Walk {
     }
 
     async fn dial(&self, _permit: Permit) -> Result<Stream, Error> {
-        let target = Target { address: self.application, tls: None };
+        let target = Target::plain(self.application);
         self.worker.dialer.dial(&target, MeshAlpn::Tcp).await.map(|dialled| dialled.stream)
     }
 
-    async fn copy(&self, stream: Stream, upstream: Stream, protocol: WireProtocol) {
+    async fn copy(&self, mut stream: Stream, upstream: Stream, protocol: WireProtocol) {
         let _hold = self.worker.drain.hold();
         self.registered.describe(|about| about.protocol = protocol.as_str());
         let edge = self.caller.edge(&self.worker, protocol);
@@ -353,6 +405,19 @@ impl Walk {
         record.downstream(self.registered.client);
         record.upstream(self.application);
         self.registered.enter(State::Tunnel);
+        if protocol == WireProtocol::Tls {
+            match sni::sniff(&mut stream, self.worker.limits.detect_wait).await {
+                Ok(Sniffed::Tls(name)) => {
+                    self.registered.describe(|about| about.sni = name.clone());
+                    record.sni(name);
+                }
+                Ok(Sniffed::Other) => {}
+                Err(error) => {
+                    upstream.reset_on_close();
+                    return record.failed(Reason::ClientClosed, || error.to_string());
+                }
+            }
+        }
         let forth = |count| record.add_received(count);
         let back = |count| record.add_sent(count);
         match opaque::copy(stream, upstream, &self.registered, forth, back).await {
@@ -512,7 +577,7 @@ impl Caller {
             destination_workload: worker.own.workload.clone(),
             destination_namespace: worker.own.namespace.clone(),
             protocol,
-            mtls: self.peer.is_some(),
+            mtls: self.peer.as_ref().is_some_and(|peer| peer.mtls),
             destination_principal: worker.own.principal.to_string(),
         })
     }

@@ -4,12 +4,14 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::outcome::{Error, Reason, Stage};
@@ -168,6 +170,18 @@ enum Io {
     Accepted(Box<tokio_rustls::server::TlsStream<Stream>>),
     /// The client end.
     Dialled(Box<tokio_rustls::client::TlsStream<TcpStream>>),
+    /// One end of a connection within this process.
+    Pipe(Pipe),
+}
+
+/// Bytes that one end of a pipe may be ahead of the other, in each direction.
+const PIPE: usize = 64 * 1024;
+
+#[derive(Debug)]
+struct Pipe {
+    io: DuplexStream,
+    /// Either end was reset: what the other reads as an end is none.
+    reset: Arc<AtomicBool>,
 }
 
 impl From<TcpStream> for Stream {
@@ -189,6 +203,14 @@ impl From<tokio_rustls::client::TlsStream<TcpStream>> for Stream {
 }
 
 impl Stream {
+    /// A connection within this process, by its two ends.
+    pub fn pipe() -> (Stream, Stream) {
+        let reset = Arc::new(AtomicBool::new(false));
+        let end = |io| Stream { ahead: BytesMut::new(), io: Io::Pipe(Pipe { io, reset: reset.clone() }) };
+        let (one, other) = tokio::io::duplex(PIPE);
+        (end(one), end(other))
+    }
+
     /// What was read ahead and not consumed yet.
     pub fn ahead(&self) -> &[u8] {
         &self.ahead
@@ -223,22 +245,31 @@ impl Stream {
 
     /// Whether something can be read, or the waker is told when it can.
     fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.ahead.is_empty() { self.tcp().poll_read_ready(cx) } else { Poll::Ready(Ok(())) }
+        match self.tcp() {
+            Some(tcp) if self.ahead.is_empty() => tcp.poll_read_ready(cx),
+            Some(_) | None => Poll::Ready(Ok(())),
+        }
     }
 
-    /// The socket below.
-    pub fn tcp(&self) -> &TcpStream {
+    /// The socket below, if there is one.
+    pub fn tcp(&self) -> Option<&TcpStream> {
         match &self.io {
-            Io::Tcp(tcp) => tcp,
+            Io::Tcp(tcp) => Some(tcp),
             Io::Accepted(tls) => tls.get_ref().0.tcp(),
-            Io::Dialled(tls) => tls.get_ref().0,
+            Io::Dialled(tls) => Some(tls.get_ref().0),
+            Io::Pipe(_) => None,
         }
     }
 
     /// Makes the close of this socket a reset, so that a truncation cannot be taken for an end.
     pub fn reset_on_close(&self) {
-        // Failing leaves an orderly close, which only tells the peer less.
-        let _ = SockRef::from(self.tcp()).set_linger(Some(Duration::ZERO));
+        if let Some(tcp) = self.tcp() {
+            // Failing leaves an orderly close, which only tells the peer less.
+            let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
+        }
+        if let Io::Pipe(pipe) = &self.io {
+            pipe.reset.store(true, Ordering::Relaxed);
+        }
     }
 }
 
@@ -261,6 +292,15 @@ impl Io {
                     return Poll::Pending;
                 }
                 Pin::new(tls.as_mut()).poll_read(cx, buffer)
+            }
+            Io::Pipe(pipe) => {
+                let before = buffer.filled().len();
+                std::task::ready!(Pin::new(&mut pipe.io).poll_read(cx, buffer))?;
+                let ended = buffer.filled().len() == before && buffer.remaining() > 0;
+                if ended && pipe.reset.load(Ordering::Relaxed) {
+                    return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+                }
+                Poll::Ready(Ok(()))
             }
         }
     }
@@ -287,6 +327,7 @@ impl AsyncWrite for Stream {
             Io::Tcp(tcp) => Pin::new(tcp).poll_write(cx, bytes),
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_write(cx, bytes),
             Io::Dialled(tls) => Pin::new(tls.as_mut()).poll_write(cx, bytes),
+            Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_write(cx, bytes),
         }
     }
 
@@ -299,6 +340,7 @@ impl AsyncWrite for Stream {
             Io::Tcp(tcp) => Pin::new(tcp).poll_write_vectored(cx, slices),
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_write_vectored(cx, slices),
             Io::Dialled(tls) => Pin::new(tls.as_mut()).poll_write_vectored(cx, slices),
+            Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_write_vectored(cx, slices),
         }
     }
 
@@ -311,6 +353,7 @@ impl AsyncWrite for Stream {
             Io::Tcp(tcp) => Pin::new(tcp).poll_flush(cx),
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_flush(cx),
             Io::Dialled(tls) => Pin::new(tls.as_mut()).poll_flush(cx),
+            Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_flush(cx),
         }
     }
 
@@ -319,6 +362,7 @@ impl AsyncWrite for Stream {
             Io::Tcp(tcp) => Pin::new(tcp).poll_shutdown(cx),
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_shutdown(cx),
             Io::Dialled(tls) => Pin::new(tls.as_mut()).poll_shutdown(cx),
+            Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_shutdown(cx),
         }
     }
 }

@@ -30,6 +30,7 @@ use crate::protocol::http::headers::Strip;
 use crate::protocol::http::{serve, tunnel};
 use crate::protocol::opaque::{self, CopyError};
 use crate::protocol::peek::{self, First, Peeked};
+use crate::protocol::sni::{self, Sniffed};
 use crate::redirect;
 use crate::telemetry::{self, Edge, TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
@@ -47,7 +48,10 @@ pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered:
     let original = match OriginalDst::of(&stream) {
         Ok(original) => original.address(),
         Err(error) => {
-            return refuse_connection(&worker, None, &stream.into(), &error);
+            let record = TcpRecord::begin(&worker.telemetry, &lost_edge(&worker, WireProtocol::Tcp), Instant::now());
+            record.downstream(registered.client);
+            record.failed(error.reason, || error.to_string());
+            return Stream::from(stream).reset_on_close();
         }
     };
     if redirect::is_probe(original) {
@@ -57,7 +61,7 @@ pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered:
     let backend = worker.backend(&Key::Address(original));
     match backend.view(&worker).await {
         Ok(view) if view.service.is_none() => {
-            opaque(&worker, Ok(view), stream.into(), &registered, WireProtocol::Tcp, policy::admit_outbound()).await;
+            pass(&worker, &view, stream.into(), &registered, policy::admit_outbound()).await;
         }
         Ok(_) | Err(_) => walk(&worker, &backend, stream.into(), &registered).await,
     }
@@ -296,6 +300,33 @@ async fn opaque(
     }
 }
 
+/// What nobody registered: to where the application meant it to go, without a look at more than whether it is TLS. Either
+/// side may speak first, or end first.
+async fn pass(worker: &Rc<Worker>, view: &Rc<View>, mut stream: Stream, registered: &Rc<Registered>, permit: Permit) {
+    let mut opened = match dial(worker, view, permit).await {
+        Ok(opened) => opened,
+        Err(error) => return refuse_connection(worker, Some(view), &stream, &error),
+    };
+    let idle = worker.limits.tunnel_idle;
+    let protocol = match peek::who_speaks(&mut stream, &mut opened.dialled.stream, idle).await {
+        Ok(First::Client) => sni::sniff(&mut stream, worker.limits.detect_wait).await.map(|sniffed| match sniffed {
+            Sniffed::Tls(_) => WireProtocol::Tls,
+            Sniffed::Other => WireProtocol::Tcp,
+        }),
+        Ok(First::Server | First::Nobody) => Ok(WireProtocol::Tcp),
+        Err(error) => Err(error),
+    };
+    let protocol = match protocol {
+        Ok(protocol) => protocol,
+        Err(error) => {
+            opened.dialled.stream.reset_on_close();
+            let error = Error::downstream(Stage::Forward, Reason::ClientClosed, error.to_string());
+            return refuse_connection(worker, Some(view), &stream, &error);
+        }
+    };
+    copy(worker, view, stream, opened, registered, protocol).await;
+}
+
 /// An open upstream. It counts as an opaque connection only when it turns out to be one: see [`copy`].
 struct Opened {
     dialled: Dialled,
@@ -327,11 +358,16 @@ async fn dial(worker: &Rc<Worker>, view: &View, _permit: Permit) -> Result<Opene
 async fn copy(
     worker: &Rc<Worker>,
     view: &View,
-    stream: Stream,
+    mut stream: Stream,
     opened: Opened,
     registered: &Registered,
     protocol: WireProtocol,
 ) {
+    let sniffed = if protocol == WireProtocol::Tls {
+        sni::sniff(&mut stream, worker.limits.detect_wait).await
+    } else {
+        Ok(Sniffed::Other)
+    };
     registered.describe(|about| {
         about.protocol = protocol.as_str();
         about.mtls = opened.dialled.peer.is_some();
@@ -341,6 +377,17 @@ async fn copy(
     let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
     record.upstream(opened.slot.target.address);
     record.downstream(registered.client);
+    match sniffed {
+        Ok(Sniffed::Tls(name)) => {
+            registered.describe(|about| about.sni = name.clone());
+            record.sni(name);
+        }
+        Ok(Sniffed::Other) => {}
+        Err(error) => {
+            opened.dialled.stream.reset_on_close();
+            return record.failed(Reason::ClientClosed, || error.to_string());
+        }
+    }
     let forth = |count| record.add_received(count);
     let back = |count| record.add_sent(count);
     match opaque::copy(stream, opened.dialled.stream, registered, forth, back).await {

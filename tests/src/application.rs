@@ -231,6 +231,13 @@ pub struct Backend {
     listener: TcpListener,
 }
 
+/// On a listener of a network namespace, say.
+impl From<TcpListener> for Backend {
+    fn from(listener: TcpListener) -> Backend {
+        Backend { listener }
+    }
+}
+
 impl Backend {
     pub async fn start() -> Backend {
         Backend::start_at((Ipv4Addr::LOCALHOST, 0).into()).await

@@ -84,6 +84,7 @@ impl Catalog {
             ports: ports.into_iter().map(inbound).collect(),
             default_mtls_mode: modes.default,
             mesh: mesh_settings(&self.resources),
+            registered: instance.is_some(),
         }
     }
 

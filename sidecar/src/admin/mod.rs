@@ -28,7 +28,7 @@ use tokio::sync::Notify;
 use crate::config::Config;
 use crate::connection::Table;
 use crate::discovery::{Directory, Known};
-use crate::telemetry::Telemetry;
+use crate::telemetry::{self, Telemetry};
 use crate::tls::Tls;
 
 /// What the answers are made from.
@@ -113,6 +113,7 @@ fn operator_routes(admin: Admin) -> Router {
     Router::new()
         .route("/config", get(config))
         .route("/connections", get(connections))
+        .route("/plaintext-callers", get(plaintext_callers))
         .route("/certs", get(certs))
         .route("/certs/renew", post(renew))
         .route("/log-level", get(log_level).post(set_log_level))
@@ -235,6 +236,10 @@ async fn connections(Extract(admin): Extract<Admin>) -> Json<Value> {
         .map(|(worker, table)| json!({"worker": worker, "connections": table.views()}))
         .collect();
     Json(json!(views))
+}
+
+async fn plaintext_callers(Extract(admin): Extract<Admin>) -> Json<telemetry::CallersView> {
+    Json(admin.telemetry.plaintext_callers().view())
 }
 
 async fn certs(Extract(admin): Extract<Admin>) -> Json<Value> {

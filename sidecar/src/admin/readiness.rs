@@ -83,7 +83,8 @@ impl Readiness {
     fn knows_its_ports(&self) -> bool {
         let own = self.directory.own();
         let own = own.borrow();
-        own.as_ref().is_some_and(|own| self.offers.iter().flatten().all(|port| own.ports.contains_key(port)))
+        own.as_ref()
+            .is_some_and(|own| own.registered && self.offers.iter().flatten().all(|port| own.ports.contains_key(port)))
     }
 
     /// Returns when [`Readiness::check`] has been good once.

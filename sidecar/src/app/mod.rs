@@ -92,6 +92,7 @@ impl Sidecar {
                 namespace: config.namespace.clone(),
                 principal,
                 inbound: inbound(&bound),
+                transparent: config.transparent,
             }),
             telemetry: telemetry.clone(),
             directory: directory.clone(),

@@ -16,6 +16,7 @@ use crate::connect::dial::{Dialer, OwnListeners};
 use crate::connect::worker::{Shared, Worker};
 use crate::connection::{Command, Direction, Registered, Table};
 use crate::net::SocketOptions;
+use crate::outcome::{Error, Reason, Stage};
 use crate::{inbound, outbound};
 
 /// What a listener is for. Direction is data: one accept loop serves all.
@@ -82,6 +83,17 @@ async fn serve(start: Start) -> io::Result<()> {
     let Start { shared, crew, mut inbox, listeners, own_listeners, socket, heart } = start;
     let dialer = Dialer::new(shared.tls.clone(), socket, &shared.limits, own_listeners);
     let worker = Worker::new(&shared, crew.tables[crew.own].clone(), dialer);
+    let itself = Rc::downgrade(&worker);
+    worker.dialer.set_door(Box::new(move |application, alpn, stream| {
+        let worker = itself.upgrade().ok_or_else(ended)?;
+        let caller = SocketAddr::new(application.ip(), 0);
+        let registered = worker.table.enter(Direction::Inbound, caller).ok_or_else(|| {
+            worker.telemetry.connection_refused();
+            Error::own(Stage::Connect, Reason::Overloaded, "no place for a connection of the workload to itself")
+        })?;
+        tokio::task::spawn_local(inbound::serve_own(worker, application, alpn, stream, Rc::new(registered)));
+        Ok(())
+    }));
     // A panic of a connection's task ends that connection. One of these ends the worker: without its watchdog or its
     // listeners it would only look alive.
     let mut vital = tokio::task::JoinSet::new();
@@ -128,6 +140,10 @@ async fn serve(start: Start) -> io::Result<()> {
         () = to_the_end => Ok(()),
         () = broken => Err(io::Error::other("a part of this worker panicked")),
     }
+}
+
+fn ended() -> Error {
+    Error::own(Stage::Connect, Reason::Draining, "this worker has ended")
 }
 
 async fn accept(worker: Rc<Worker>, crew: Crew, listener: TcpListener, purpose: Purpose) {

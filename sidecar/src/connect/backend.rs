@@ -195,8 +195,9 @@ impl View {
     }
 
     pub fn edge(&self, worker: &Worker, slot: &Slot, protocol: WireProtocol) -> Arc<Edge> {
-        edge(&slot.edges, worker, protocol, || {
-            outbound_labels(worker, self.service.as_ref(), Some(&slot.endpoint), protocol)
+        edge(&slot.edges, worker, protocol, || EdgeLabels {
+            mtls: slot.target.tls.is_some(),
+            ..outbound_labels(worker, self.service.as_ref(), Some(&slot.endpoint), protocol)
         })
     }
 
@@ -221,11 +222,13 @@ impl Slot {
             }
             EndpointTls::Plaintext => None,
         };
-        let idle = match tls {
-            Some(_) => worker.limits.mesh_pool_idle,
-            None => worker.limits.application_pool_idle,
+        let own = worker.own_application(endpoint);
+        let idle = match (&tls, own) {
+            (Some(_), _) | (None, Some(_)) => worker.limits.mesh_pool_idle,
+            (None, None) => worker.limits.application_pool_idle,
         };
-        let target = Target { address: endpoint.address, tls };
+        // No TLS through itself: who the workload is needs no proof in its own process.
+        let target = Target { address: endpoint.address, tls: tls.filter(|_| own.is_none()), own };
         let lane = |framing| Lane::new(target.clone(), framing, worker.dialer.clone(), worker.limits.clone(), idle);
         Slot {
             endpoint: endpoint.clone(),

@@ -1,6 +1,7 @@
 //! Opens one connection to one endpoint: TCP, then mutual TLS where the endpoint was registered with an identity.
 //! There is no way from here to plaintext when TLS fails.
 
+use std::cell::OnceCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
@@ -19,7 +20,20 @@ use crate::tls::{MeshAlpn, Peer, Tls};
 pub struct Target {
     pub address: SocketAddr,
     pub tls: Option<MutualTls>,
+    /// The workload's own endpoint: the application behind it, which is reached through the inbound walk of this very
+    /// process, without a socket and without TLS through itself.
+    pub own: Option<SocketAddr>,
 }
+
+impl Target {
+    /// An address without TLS.
+    pub fn plain(address: SocketAddr) -> Target {
+        Target { address, tls: None, own: None }
+    }
+}
+
+/// Takes a connection of the workload to itself into the inbound walk: the application, the framing, the stream.
+pub type Door = Box<dyn Fn(SocketAddr, MeshAlpn, Stream) -> Result<(), Error>>;
 
 /// What the peer must prove, and the hint that it is given.
 #[derive(Clone, Debug)]
@@ -45,6 +59,7 @@ pub struct Dialer {
     handshake_timeout: Duration,
     handshakes: Semaphore,
     own_listeners: OwnListeners,
+    door: OnceCell<Door>,
 }
 
 /// The addresses on which this sidecar itself listens; known once all are open.
@@ -84,7 +99,21 @@ impl Dialer {
             handshake_timeout: limits.handshake_timeout.min(limits.connect_budget),
             handshakes: Semaphore::new(limits.handshakes_in_flight),
             own_listeners,
+            door: OnceCell::new(),
         })
+    }
+
+    /// Says where connections of the workload to itself go. The first one counts.
+    pub fn set_door(&self, door: Door) {
+        let _ = self.door.set(door);
+    }
+
+    fn enter(&self, application: SocketAddr, alpn: MeshAlpn) -> Result<Dialled, Error> {
+        let door =
+            self.door.get().ok_or_else(|| Error::own(Stage::Connect, Reason::NotReady, "no inbound side yet"))?;
+        let (stream, inner) = Stream::pipe();
+        door(application, alpn, inner)?;
+        Ok(Dialled { stream, peer: None, own_not_after: None })
     }
 
     /// Whether this sidecar listens on a port of that number, at whatever address.
@@ -100,6 +129,9 @@ impl Dialer {
     /// Every failure is safe to retry: no byte of a request has been sent.
     pub async fn dial(&self, target: &Target, alpn: MeshAlpn) -> Result<Dialled, Error> {
         let address = target.address;
+        if let Some(application) = target.own {
+            return self.enter(application, alpn);
+        }
         if target.tls.is_none() && self.own_listeners.contain(address) {
             return Err(Error::own(Stage::Connect, Reason::OwnPort, format!("{address} is this sidecar's own")));
         }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use outrigger_api::identity::SpiffeId;
-use outrigger_api::snapshot::{Key, MtlsMode, OutboundMode, Workload};
+use outrigger_api::snapshot::{Endpoint, EndpointTls, Key, MtlsMode, OutboundMode, Workload};
 
 use super::backend::Backend;
 use super::dial::{Dialer, Target};
@@ -31,6 +31,8 @@ pub struct Own {
     pub principal: SpiffeId,
     /// The listeners at which peers dial the application (`--inbound`), each with the application's address.
     pub inbound: Vec<(SocketAddr, SocketAddr)>,
+    /// Every port of the addresses of this network namespace leads to the application through this sidecar.
+    pub transparent: bool,
 }
 
 impl Own {
@@ -170,7 +172,7 @@ impl Worker {
     pub fn application_lane(&self, address: SocketAddr, framing: Framing, caller: Option<&SpiffeId>) -> Rc<Lane> {
         let new = || {
             Lane::new(
-                Target { address, tls: None },
+                Target::plain(address),
                 framing,
                 self.dialer.clone(),
                 self.limits.clone(),
@@ -193,6 +195,27 @@ impl Worker {
             self.here.borrow_mut().push(ip);
         }
         here
+    }
+
+    /// The application behind an endpoint that is this workload itself.
+    pub fn own_application(&self, endpoint: &Endpoint) -> Option<SocketAddr> {
+        let own = &self.own;
+        let address = endpoint.address;
+        let is_own = endpoint.instance == own.instance
+            && endpoint.namespace == own.namespace
+            && match &endpoint.tls {
+                EndpointTls::Mutual(identity) => *identity == own.principal,
+                // Then the name alone says so: another account may have an instance of the same one.
+                EndpointTls::Plaintext => net::is_local(address.ip()),
+            };
+        if !is_own {
+            return None;
+        }
+        let explicit = own.inbound.iter().find(|(listener, _)| listener.port() == address.port());
+        let transparent = || own.transparent && self.is_reached_at(address.ip());
+        explicit
+            .map(|(_, application)| *application)
+            .or_else(|| transparent().then(|| SocketAddr::new(address.ip(), endpoint.application_port)))
     }
 
     /// The watchdog's tick.
@@ -228,7 +251,8 @@ impl Worker {
             address.is_some_and(|address| own.mtls_mode(address.port()) == MtlsMode::Strict)
         };
         self.table.ask_all(Command::Close, |entry, about| {
-            entry.direction == Direction::Inbound && entry.state() != State::Opening && !about.mtls && strict(about)
+            let unproved = about.principal.is_none() && entry.state() != State::Opening;
+            entry.direction == Direction::Inbound && unproved && strict(about)
         });
     }
 

@@ -139,6 +139,7 @@ fn own(mode: MtlsMode) -> Workload {
         ports: [(8080, port)].into(),
         default_mtls_mode: mode,
         mesh: MeshSettings::default(),
+        registered: true,
     }
 }
 

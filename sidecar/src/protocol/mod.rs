@@ -4,3 +4,4 @@ pub mod detect;
 pub mod http;
 pub mod opaque;
 pub mod peek;
+pub mod sni;

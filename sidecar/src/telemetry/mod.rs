@@ -5,6 +5,7 @@
 
 mod about;
 mod access_log;
+mod callers;
 mod collect;
 mod context;
 mod edge;
@@ -33,6 +34,7 @@ use outrigger_api::wire;
 use prometheus::{Registry, TextEncoder};
 
 use access_log::{AccessLogQueue, Entry};
+pub use callers::{CallersView, PlaintextCallers, Unproved};
 use collect::{Collected, Metrics, unix_millis};
 use edge::Edges;
 pub use edge::{BUCKETS, Edge};
@@ -77,6 +79,7 @@ pub struct Telemetry {
     /// Made when an endpoint is first configured.
     spans: OnceLock<SpanQueue>,
     reported: Mutex<Instant>,
+    callers: PlaintextCallers,
 }
 
 impl Telemetry {
@@ -108,8 +111,14 @@ impl Telemetry {
             id_key,
             spans: OnceLock::new(),
             reported: Mutex::new(Instant::now()),
+            callers: PlaintextCallers::default(),
         };
         Arc::new(telemetry)
+    }
+
+    /// Who calls without mutual TLS.
+    pub fn plaintext_callers(&self) -> &PlaintextCallers {
+        &self.callers
     }
 
     /// Where others register what they measure (`outrigger_build_info`, `process_*`).

@@ -1,0 +1,35 @@
+//! Reads the server name out of an application's own TLS, which otherwise passes unparsed: for `/connections` and the
+//! access log. The bytes stay in the stream; nobody waits long for them, and nothing is decided by what they say.
+
+use std::io;
+use std::time::Duration;
+
+use crate::net::Stream;
+use crate::tls::{Hello, read_hello};
+
+/// What the first bytes of a client are.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Sniffed {
+    /// A ClientHello, with the name that it asks for.
+    Tls(Option<String>),
+    Other,
+}
+
+/// Looks at what the client has sent, and while that is the beginning of a ClientHello waits for more, at most `wait`.
+pub async fn sniff(stream: &mut Stream, wait: Duration) -> io::Result<Sniffed> {
+    let whole = async {
+        loop {
+            match read_hello(stream.ahead()) {
+                Hello::Foreign { sni } => return Ok(Sniffed::Tls(sni)),
+                Hello::Mesh(hello) => return Ok(Sniffed::Tls(hello.client_hello().server_name().map(str::to_owned))),
+                Hello::Invalid => return Ok(Sniffed::Other),
+                Hello::Incomplete => {
+                    if stream.read_ahead().await? == 0 {
+                        return Ok(Sniffed::Other);
+                    }
+                }
+            }
+        }
+    };
+    tokio::time::timeout(wait, whole).await.unwrap_or(Ok(Sniffed::Other))
+}
