@@ -201,6 +201,7 @@ impl From<&snapshot::MeshSettings> for MeshSettings {
                 snapshot::KeyAlgorithm::Ed25519 => KeyAlgorithm::Ed25519,
             }
             .into(),
+            opaque_ports: mesh.opaque_ports.iter().copied().map(u32::from).collect(),
         }
     }
 }
@@ -238,6 +239,11 @@ impl TryFrom<&MeshSettings> for snapshot::MeshSettings {
                 Ok(KeyAlgorithm::Ed25519) => snapshot::KeyAlgorithm::Ed25519,
                 Err(_) => return Err(WireError::Unknown { field: "key_algorithm", value: mesh.key_algorithm }),
             },
+            opaque_ports: mesh
+                .opaque_ports
+                .iter()
+                .map(|number| port("opaque_ports", *number))
+                .collect::<Result<_, _>>()?,
         })
     }
 }

@@ -10,7 +10,7 @@ use http::{HeaderValue, Request, Response};
 use hyper::body::Incoming;
 use outrigger_api::identity::SpiffeId;
 use outrigger_api::name::Protocol;
-use outrigger_api::snapshot::{MtlsMode, Workload};
+use outrigger_api::snapshot::{Key, MtlsMode, Workload};
 use rustls::server::Accepted;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -28,7 +28,8 @@ use crate::protocol::http::exchange::{Exchange, Session};
 use crate::protocol::http::headers::{CLIENT_CERTIFICATE, IDENTITY, Strip};
 use crate::protocol::http::serve;
 use crate::protocol::opaque::{self, CopyError};
-use crate::protocol::peek::{self, First, Peeked};
+use crate::protocol::peek::{self, Peeked};
+use crate::protocol::silence::{self, First, Moment};
 use crate::protocol::sni::{self, Sniffed};
 use crate::telemetry::{self, Direction, Edge, EdgeLabels, TcpRecord, UNKNOWN, Unproved, WireProtocol};
 use crate::tls::{self, Hello, MeshAlpn};
@@ -138,32 +139,39 @@ impl Walk {
             registered: registered.clone(),
             application,
             mode: own.mtls_mode(application.port()),
-            declared: port.and_then(|port| port.protocol),
+            declared: own.protocol(application.port()),
             caller: Caller { peer: None, destination_service: service },
         }
     }
 
     /// Who is there, and how do they come?
     async fn arrive(&mut self, mut stream: Stream) -> Result<(), Refused> {
-        if self.mode == MtlsMode::Disable {
-            return self.plaintext(stream).await;
+        let opened = match self.mode {
+            MtlsMode::Disable => return self.plaintext(stream, None).await,
+            MtlsMode::Strict => None,
+            MtlsMode::Permissive => match self.knock(&mut stream).await {
+                Ok(First::Client(opened)) => opened,
+                Ok(First::Server(opened)) => {
+                    self.note(Unproved::Plaintext);
+                    return self.server_first(stream, opened).await;
+                }
+                Ok(First::Nobody) => return Ok(()),
+                Err(error) => return Err((error, Some(stream))),
+            },
+        };
+        // That may have taken long.
+        if let Some(own) = self.worker.own_workload() {
+            self.mode = own.mtls_mode(self.application.port());
         }
-        let limits = self.worker.limits.clone();
-        let first = if self.mode == MtlsMode::Strict { limits.handshake_timeout } else { limits.detect_wait };
-        match self.hello(&mut stream, first).await {
-            Ok(Arrived::Silent) if self.mode == MtlsMode::Strict => {
-                let error = Error::downstream(Stage::Detect, Reason::MtlsRequired, "no ClientHello in time");
-                Err((error, Some(stream)))
-            }
-            Ok(Arrived::Silent) => self.late(stream).await,
-            Ok(arrived) => self.arrived(stream, arrived).await,
-            Err(error) => Err((error, Some(stream))),
-        }
-    }
-
-    async fn arrived(&mut self, mut stream: Stream, arrived: Arrived) -> Result<(), Refused> {
+        let arrived = match silence::undecided(&self.worker, self.hello(&mut stream)).await {
+            Ok(arrived) => arrived,
+            Err(error) => return Err((error, Some(stream))),
+        };
         match arrived {
-            Arrived::Mesh(hello) => self.mutual(stream, *hello).await,
+            Arrived::Mesh(hello) => {
+                opened.into_iter().for_each(silence::leave);
+                self.mutual(stream, *hello).await
+            }
             Arrived::ForeignTls => {
                 let permit = match self.admit(Arrival::ForeignTls, Unproved::ForeignTls) {
                     Ok(permit) => permit,
@@ -174,10 +182,10 @@ impl Walk {
                     }
                 };
                 self.count_detected(telemetry::Detected::Tls);
-                self.opaque(stream, WireProtocol::Tls, permit).await
+                self.opaque(stream, opened, WireProtocol::Tls, permit).await
             }
-            Arrived::Plaintext => self.plaintext(stream).await,
-            Arrived::Left | Arrived::Silent => Ok(()),
+            Arrived::Plaintext => self.plaintext(stream, opened).await,
+            Arrived::Left => Ok(()),
         }
     }
 
@@ -193,17 +201,25 @@ impl Walk {
         callers.note(self.registered.client, self.application.port(), how, SystemTime::now());
     }
 
-    /// Reads until it is known whether this is a sidecar's ClientHello. On a port that takes plaintext too, a silent
-    /// client may be one that waits for the server, or a sidecar that is slow.
-    async fn hello(&self, stream: &mut Stream, first: Duration) -> Result<Arrived, Error> {
-        if stream.ahead().is_empty() {
-            match tokio::time::timeout(first, stream.read_ahead()).await {
-                Ok(Ok(0)) => return Ok(Arrived::Left),
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => return Err(peek::left(&error)),
-                Err(_) => return Ok(Arrived::Silent),
+    /// On a port that takes plaintext too, a silent client may be a sidecar that is slow, or somebody who waits for the
+    /// application: it is opened where it may speak first.
+    async fn knock(&self, stream: &mut Stream) -> Result<First<Stream>, Error> {
+        let open = async || self.dial(policy::admit(self.mode, Arrival::Plaintext)?).await;
+        match self.declared {
+            Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
+                match tokio::time::timeout(self.worker.limits.client_idle, stream.read_ahead()).await {
+                    Ok(Ok(0)) | Err(_) => Ok(First::Nobody),
+                    Ok(Ok(_)) => Ok(First::Client(None)),
+                    Ok(Err(error)) => Err(peek::left(&error)),
+                }
             }
+            Some(Protocol::Tcp | Protocol::Tls) => silence::first_of_opaque(&self.worker, stream, open).await,
+            None => silence::first(&self.worker, &self.key(), stream, Moment::Always, open).await,
         }
+    }
+
+    /// Reads until it is known whether this is a sidecar's ClientHello.
+    async fn hello(&self, stream: &mut Stream) -> Result<Arrived, Error> {
         let whole = async {
             loop {
                 match tls::read_hello(stream.ahead()) {
@@ -211,6 +227,7 @@ impl Walk {
                     Hello::Foreign { .. } => return Ok(Arrived::ForeignTls),
                     Hello::Invalid => return Ok(Arrived::Plaintext),
                     Hello::Incomplete => match stream.read_ahead().await {
+                        Ok(0) if stream.ahead().is_empty() => return Ok(Arrived::Left),
                         Ok(0) => return Ok(Arrived::Plaintext),
                         Ok(_) => {}
                         Err(error) => return Err(peek::left(&error)),
@@ -218,46 +235,19 @@ impl Walk {
                 }
             }
         };
-        tokio::time::timeout(self.worker.limits.handshake_timeout, whole).await.unwrap_or_else(|_| {
-            Err(Error::downstream(Stage::Detect, Reason::TlsHandshake, "the ClientHello did not end in time"))
+        let done = tokio::time::timeout(self.worker.limits.handshake_timeout, whole).await;
+        done.unwrap_or_else(|_| {
+            if stream.ahead().is_empty() {
+                Err(Error::downstream(Stage::Detect, Reason::MtlsRequired, "no ClientHello in time"))
+            } else {
+                Err(Error::downstream(Stage::Detect, Reason::TlsHandshake, "the ClientHello did not end in time"))
+            }
         })
     }
 
-    /// A client that was silent on a PERMISSIVE port. Where HTTP is declared it speaks first, whenever that is; else the
-    /// application may, and is opened. Whatever comes first from the client may still be a sidecar's hello.
-    async fn late(&mut self, mut stream: Stream) -> Result<(), Refused> {
-        if matches!(self.declared, Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc)) {
-            let idle = self.worker.limits.client_idle;
-            return match self.hello(&mut stream, idle).await {
-                Ok(arrived) => self.arrived(stream, arrived).await,
-                Err(error) => Err((error, Some(stream))),
-            };
-        }
-        let permit = match policy::admit(self.mode, Arrival::Plaintext) {
-            Ok(permit) => permit,
-            Err(error) => return Err((error, Some(stream))),
-        };
-        let mut upstream = match self.dial(permit).await {
-            Ok(upstream) => upstream,
-            Err(error) => return Err((error, Some(stream))),
-        };
-        match peek::who_speaks(&mut stream, &mut upstream, self.worker.limits.tunnel_idle).await {
-            Ok(First::Server) => {
-                self.note(Unproved::Plaintext);
-                self.count_detected(telemetry::Detected::ServerFirst);
-                let protocol = if self.declared == Some(Protocol::Tls) { WireProtocol::Tls } else { WireProtocol::Tcp };
-                self.copy(stream, upstream, protocol).await;
-                Ok(())
-            }
-            Ok(First::Client) => {
-                drop(upstream);
-                match self.hello(&mut stream, Duration::ZERO).await {
-                    Ok(arrived) => self.arrived(stream, arrived).await,
-                    Err(error) => Err((error, Some(stream))),
-                }
-            }
-            Ok(First::Nobody) | Err(_) => Ok(()),
-        }
+    /// Under which it is remembered who speaks first.
+    fn key(&self) -> Key {
+        Key::Address(self.application)
     }
 
     /// A sidecar: prove who it is, then serve what its ALPN id says, as far as the port allows.
@@ -284,7 +274,7 @@ impl Walk {
     }
 
     /// Serves what the ALPN id of a caller says, as far as the port allows.
-    async fn framed(&self, mut stream: Stream, alpn: MeshAlpn, permit: Permit) -> Result<(), Refused> {
+    async fn framed(&self, stream: Stream, alpn: MeshAlpn, permit: Permit) -> Result<(), Refused> {
         match alpn {
             MeshAlpn::H1 => self.count_detected(telemetry::Detected::Http1),
             MeshAlpn::H2 => self.count_detected(telemetry::Detected::Http2),
@@ -293,51 +283,64 @@ impl Walk {
         match (alpn, self.declared) {
             (MeshAlpn::H1, _) => self.http1(stream, permit).await,
             (MeshAlpn::H2, _) => self.http2(stream, permit).await,
-            (MeshAlpn::Tcp, Some(Protocol::Tcp)) => self.opaque(stream, WireProtocol::Tcp, permit).await,
-            (MeshAlpn::Tcp, Some(Protocol::Tls)) => self.opaque(stream, WireProtocol::Tls, permit).await,
+            (MeshAlpn::Tcp, Some(Protocol::Tcp)) => self.opaque(stream, None, WireProtocol::Tcp, permit).await,
+            (MeshAlpn::Tcp, Some(Protocol::Tls)) => self.opaque(stream, None, WireProtocol::Tls, permit).await,
             (MeshAlpn::Tcp, Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc)) => {
                 Err((mismatch("opaque bytes for a port declared as HTTP"), Some(stream)))
             }
-            (MeshAlpn::Tcp, None) => {
-                let limits = &self.worker.limits;
-                let peeked = peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await;
-                match self.counted(peeked) {
-                    Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) => {
-                        Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
-                    }
-                    Ok(Peeked::Speaks(Detected::Tls)) => self.opaque(stream, WireProtocol::Tls, permit).await,
-                    Ok(Peeked::Speaks(Detected::Opaque)) => self.opaque(stream, WireProtocol::Tcp, permit).await,
-                    Ok(Peeked::Silent) => self.silent(stream, permit).await,
-                    Ok(Peeked::Left) => Ok(()),
-                    Err(error) => Err((error, Some(stream))),
-                }
-            }
+            (MeshAlpn::Tcp, None) => self.undeclared(stream, None, permit).await,
         }
     }
 
-    async fn plaintext(&self, mut stream: Stream) -> Result<(), Refused> {
+    async fn plaintext(&self, mut stream: Stream, opened: Option<Stream>) -> Result<(), Refused> {
         let permit = match self.admit(Arrival::Plaintext, Unproved::Plaintext) {
             Ok(permit) => permit,
             Err(error) => return Err((error, Some(stream))),
         };
         let limits = &self.worker.limits;
         let peeked = match self.declared {
-            Some(Protocol::Tcp) => return self.opaque(stream, WireProtocol::Tcp, permit).await,
-            Some(Protocol::Tls) => return self.opaque(stream, WireProtocol::Tls, permit).await,
+            Some(Protocol::Tcp) => return self.opaque(stream, opened, WireProtocol::Tcp, permit).await,
+            Some(Protocol::Tls) => return self.opaque(stream, opened, WireProtocol::Tls, permit).await,
             Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
                 peek::speaks_or_waits(&mut stream, limits.client_idle, limits.head_timeout).await
             }
-            None => peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await,
+            None => return self.undeclared(stream, opened, permit).await,
         };
-        match self.counted(peeked) {
-            Ok(Peeked::Speaks(Detected::Http1)) => self.http1(stream, permit).await,
+        match peeked {
             Ok(Peeked::Speaks(Detected::Http2)) => self.http2(stream, permit).await,
-            Ok(Peeked::Speaks(Detected::Opaque | Detected::Tls)) if self.declared.is_some() => {
+            Ok(Peeked::Speaks(Detected::Tls)) => Err((mismatch("TLS on a port declared as HTTP"), Some(stream))),
+            // What is not HTTP at all is told by the parser what is wrong with it.
+            Ok(Peeked::Speaks(Detected::Http1 | Detected::Opaque)) => self.http1(stream, permit).await,
+            Ok(Peeked::Silent | Peeked::Left) => Ok(()),
+            Err(error) => Err((error, Some(stream))),
+        }
+    }
+
+    /// A port whose protocol nobody declared, in plaintext or inside what was announced as opaque: whoever speaks first
+    /// decides, the client's bytes in any case.
+    async fn undeclared(&self, mut stream: Stream, opened: Option<Stream>, permit: Permit) -> Result<(), Refused> {
+        let open = async || self.dial(permit).await;
+        let first = silence::first(&self.worker, &self.key(), &mut stream, Moment::AsRemembered, open).await;
+        let opened = match first {
+            Ok(First::Client(later)) => opened.or(later),
+            Ok(First::Server(opened)) => return self.server_first(stream, opened).await,
+            Ok(First::Nobody) => return Ok(()),
+            Err(error) => return Err((error, Some(stream))),
+        };
+        match self.counted(silence::decide(&self.worker, &mut stream).await) {
+            Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) if self.caller.peer.is_some() => {
+                Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
+            }
+            Ok(Peeked::Speaks(Detected::Http1)) => {
+                opened.into_iter().for_each(silence::leave);
                 self.http1(stream, permit).await
             }
-            Ok(Peeked::Speaks(Detected::Tls)) => self.opaque(stream, WireProtocol::Tls, permit).await,
-            Ok(Peeked::Speaks(Detected::Opaque)) => self.opaque(stream, WireProtocol::Tcp, permit).await,
-            Ok(Peeked::Silent) if self.declared.is_none() => self.silent(stream, permit).await,
+            Ok(Peeked::Speaks(Detected::Http2)) => {
+                opened.into_iter().for_each(silence::leave);
+                self.http2(stream, permit).await
+            }
+            Ok(Peeked::Speaks(Detected::Tls)) => self.opaque(stream, opened, WireProtocol::Tls, permit).await,
+            Ok(Peeked::Speaks(Detected::Opaque)) => self.opaque(stream, opened, WireProtocol::Tcp, permit).await,
             Ok(Peeked::Silent | Peeked::Left) => Ok(()),
             Err(error) => Err((error, Some(stream))),
         }
@@ -382,14 +385,31 @@ impl Walk {
 
     // --- bytes that are not parsed ----------------------------------------------------------------------------
 
-    async fn opaque(&self, stream: Stream, protocol: WireProtocol, permit: Permit) -> Result<(), Refused> {
-        match self.dial(permit).await {
+    async fn opaque(
+        &self,
+        stream: Stream,
+        opened: Option<Stream>,
+        protocol: WireProtocol,
+        permit: Permit,
+    ) -> Result<(), Refused> {
+        let upstream = match opened {
+            Some(upstream) => Ok(upstream),
+            None => self.dial(permit).await,
+        };
+        match upstream {
             Ok(upstream) => {
                 self.copy(stream, upstream, protocol).await;
                 Ok(())
             }
             Err(error) => Err((error, Some(stream))),
         }
+    }
+
+    async fn server_first(&self, stream: Stream, upstream: Stream) -> Result<(), Refused> {
+        self.count_detected(telemetry::Detected::ServerFirst);
+        let protocol = if self.declared == Some(Protocol::Tls) { WireProtocol::Tls } else { WireProtocol::Tcp };
+        self.copy(stream, upstream, protocol).await;
+        Ok(())
     }
 
     async fn dial(&self, _permit: Permit) -> Result<Stream, Error> {
@@ -427,35 +447,6 @@ impl Walk {
         }
     }
 
-    /// The client waits: open the application and let either side speak. Whatever a client then says inside a
-    /// connection that was announced as opaque is opaque or refused, as it would have been at first.
-    async fn silent(&self, mut stream: Stream, permit: Permit) -> Result<(), Refused> {
-        let mut upstream = match self.dial(permit).await {
-            Ok(upstream) => upstream,
-            Err(error) => return Err((error, Some(stream))),
-        };
-        match peek::who_speaks(&mut stream, &mut upstream, self.worker.limits.tunnel_idle).await {
-            Ok(First::Server) => {
-                self.count_detected(telemetry::Detected::ServerFirst);
-                self.copy(stream, upstream, WireProtocol::Tcp).await;
-                Ok(())
-            }
-            Ok(First::Client) => match self.counted(peek::speaks(&mut stream, self.worker.limits.head_timeout).await) {
-                Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) if self.caller.peer.is_some() => {
-                    Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
-                }
-                Ok(Peeked::Speaks(Detected::Http1)) => self.http1(stream, permit).await,
-                Ok(Peeked::Speaks(Detected::Http2)) => self.http2(stream, permit).await,
-                Ok(_) => {
-                    self.copy(stream, upstream, WireProtocol::Tcp).await;
-                    Ok(())
-                }
-                Err(error) => Err((error, Some(stream))),
-            },
-            Ok(First::Nobody) | Err(_) => Ok(()),
-        }
-    }
-
     /// On a port whose protocol is not declared, how it was found.
     fn count_detected(&self, detected: telemetry::Detected) {
         if self.declared.is_none() {
@@ -486,8 +477,6 @@ enum Arrived {
     Mesh(Box<Accepted>),
     ForeignTls,
     Plaintext,
-    /// Not a byte so far.
-    Silent,
     Left,
 }
 

@@ -202,6 +202,12 @@ impl From<tokio_rustls::client::TlsStream<TcpStream>> for Stream {
     }
 }
 
+impl AsMut<Stream> for Stream {
+    fn as_mut(&mut self) -> &mut Stream {
+        self
+    }
+}
+
 impl Stream {
     /// A connection within this process, by its two ends.
     pub fn pipe() -> (Stream, Stream) {

@@ -29,7 +29,8 @@ use crate::protocol::http::exchange::{Exchange, Outgoing, Session};
 use crate::protocol::http::headers::Strip;
 use crate::protocol::http::{serve, tunnel};
 use crate::protocol::opaque::{self, CopyError};
-use crate::protocol::peek::{self, First, Peeked};
+use crate::protocol::peek::{self, Peeked};
+use crate::protocol::silence::{self, First, Moment};
 use crate::protocol::sni::{self, Sniffed};
 use crate::redirect;
 use crate::telemetry::{self, Edge, TcpRecord, WireProtocol};
@@ -77,7 +78,7 @@ async fn answer_probe(mut stream: TcpStream, original: SocketAddr) {
 async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, registered: &Rc<Registered>) {
     // A lookup that failed is told to an HTTP client in its own protocol, so detection goes on without it.
     let view = backend.view(worker).await;
-    let declared = view.as_ref().ok().and_then(|view| view.protocol);
+    let declared = view.as_ref().ok().and_then(|view| view.declared(worker));
     let permit = policy::admit_outbound();
     let limits = &worker.limits;
     let peeked = match declared {
@@ -87,29 +88,63 @@ async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, re
         Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
             peek::speaks_or_waits(&mut stream, limits.client_idle, limits.head_timeout).await
         }
-        None => counted(worker, peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await),
+        None => return undeclared(worker, backend, view, stream, registered, permit).await,
     };
     let known = view.as_deref().ok();
     match peeked {
-        Ok(Peeked::Speaks(Detected::Http1)) => http1(worker, backend, known, stream, registered, permit).await,
         Ok(Peeked::Speaks(Detected::Http2)) => http2(worker, backend, stream, registered, permit).await,
-        Ok(Peeked::Speaks(Detected::Tls)) if declared.is_none() => {
-            opaque(worker, view, stream, registered, WireProtocol::Tls, permit).await;
-        }
-        Ok(Peeked::Speaks(Detected::Opaque)) if declared.is_none() => {
-            opaque(worker, view, stream, registered, WireProtocol::Tcp, permit).await;
-        }
-        // Not HTTP on a port that declares it: the parser says what is wrong with it.
-        Ok(Peeked::Speaks(Detected::Opaque)) => http1(worker, backend, known, stream, registered, permit).await,
         Ok(Peeked::Speaks(Detected::Tls)) => {
             let error = Error::downstream(Stage::Detect, Reason::ProtocolMismatch, "TLS on a port declared as HTTP");
-            refuse_connection(worker, view.ok().as_deref(), &stream, &error);
+            refuse_connection(worker, known, &stream, &error);
         }
-        Ok(Peeked::Silent) if declared.is_none() => {
-            silent(worker, backend, view, stream, registered, permit).await;
+        // What is not HTTP at all is told by the parser what is wrong with it.
+        Ok(Peeked::Speaks(Detected::Http1 | Detected::Opaque)) => {
+            http1(worker, backend, known, stream, registered, permit).await;
         }
         Ok(Peeked::Silent | Peeked::Left) => {}
-        Err(error) => refuse_head(worker, view.ok().as_deref(), stream, &error).await,
+        Err(error) => refuse_head(worker, known, stream, &error).await,
+    }
+}
+
+/// A port whose protocol nobody declared: whoever speaks first decides, the client's bytes in any case.
+async fn undeclared(
+    worker: &Rc<Worker>,
+    backend: &Rc<Backend>,
+    view: Result<Rc<View>, Error>,
+    mut stream: Stream,
+    registered: &Rc<Registered>,
+    permit: Permit,
+) {
+    let known = view.as_deref().ok();
+    // It may be long before somebody speaks: what was known then is asked again.
+    let open = async || dial(worker, &backend.view(worker).await?, permit).await;
+    let key = known.and_then(|view| view.service.clone()).map_or_else(|| backend.key().clone(), Key::Service);
+    let opened = match silence::first(worker, &key, &mut stream, Moment::AsRemembered, open).await {
+        Ok(First::Client(opened)) => opened,
+        Ok(First::Server(opened)) => {
+            worker.telemetry.detected(telemetry::Detected::ServerFirst);
+            return copy(worker, stream, opened, registered, WireProtocol::Tcp).await;
+        }
+        Ok(First::Nobody) => return,
+        Err(error) => return refuse_connection(worker, known, &stream, &error),
+    };
+    let protocol = match counted(worker, silence::decide(worker, &mut stream).await) {
+        Ok(Peeked::Speaks(Detected::Http1)) => {
+            opened.into_iter().for_each(silence::leave);
+            return http1(worker, backend, known, stream, registered, permit).await;
+        }
+        Ok(Peeked::Speaks(Detected::Http2)) => {
+            opened.into_iter().for_each(silence::leave);
+            return http2(worker, backend, stream, registered, permit).await;
+        }
+        Ok(Peeked::Speaks(Detected::Tls)) => WireProtocol::Tls,
+        Ok(Peeked::Speaks(Detected::Opaque)) => WireProtocol::Tcp,
+        Ok(Peeked::Silent | Peeked::Left) => return,
+        Err(error) => return refuse_head(worker, known, stream, &error).await,
+    };
+    match opened {
+        Some(opened) => copy(worker, stream, opened, registered, protocol).await,
+        None => opaque(worker, backend.view(worker).await, stream, registered, protocol, permit).await,
     }
 }
 
@@ -295,7 +330,7 @@ async fn opaque(
         Err(error) => return refuse_connection(worker, None, &stream, &error),
     };
     match dial(worker, &view, permit).await {
-        Ok(opened) => copy(worker, &view, stream, opened, registered, protocol).await,
+        Ok(opened) => copy(worker, stream, opened, registered, protocol).await,
         Err(error) => refuse_connection(worker, Some(&view), &stream, &error),
     }
 }
@@ -307,35 +342,40 @@ async fn pass(worker: &Rc<Worker>, view: &Rc<View>, mut stream: Stream, register
         Ok(opened) => opened,
         Err(error) => return refuse_connection(worker, Some(view), &stream, &error),
     };
-    let idle = worker.limits.tunnel_idle;
-    let protocol = match peek::who_speaks(&mut stream, &mut opened.dialled.stream, idle).await {
-        Ok(First::Client) => sni::sniff(&mut stream, worker.limits.detect_wait).await.map(|sniffed| match sniffed {
-            Sniffed::Tls(_) => WireProtocol::Tls,
-            Sniffed::Other => WireProtocol::Tcp,
-        }),
-        Ok(First::Server | First::Nobody) => Ok(WireProtocol::Tcp),
+    let spoken = sni::somebody_spoke(&mut stream, &mut opened.dialled.stream, worker.limits.tunnel_idle).await;
+    let sniffed = match spoken {
+        Ok(()) if !stream.ahead().is_empty() => sni::sniff(&mut stream, worker.limits.detect_wait).await,
+        Ok(()) => Ok(Sniffed::Other),
         Err(error) => Err(error),
     };
-    let protocol = match protocol {
-        Ok(protocol) => protocol,
+    let protocol = match sniffed {
+        Ok(Sniffed::Tls(_)) => WireProtocol::Tls,
+        Ok(Sniffed::Other) => WireProtocol::Tcp,
         Err(error) => {
             opened.dialled.stream.reset_on_close();
             let error = Error::downstream(Stage::Forward, Reason::ClientClosed, error.to_string());
             return refuse_connection(worker, Some(view), &stream, &error);
         }
     };
-    copy(worker, view, stream, opened, registered, protocol).await;
+    copy(worker, stream, opened, registered, protocol).await;
 }
 
 /// An open upstream. It counts as an opaque connection only when it turns out to be one: see [`copy`].
 struct Opened {
     dialled: Dialled,
+    view: Rc<View>,
     slot: Rc<Slot>,
     _load: crate::balance::Open,
     _hold: Hold,
 }
 
-async fn dial(worker: &Rc<Worker>, view: &View, _permit: Permit) -> Result<Opened, Error> {
+impl AsMut<Stream> for Opened {
+    fn as_mut(&mut self) -> &mut Stream {
+        &mut self.dialled.stream
+    }
+}
+
+async fn dial(worker: &Rc<Worker>, view: &Rc<View>, _permit: Permit) -> Result<Opened, Error> {
     let mut tried = Tried::new(worker);
     loop {
         let Some((index, slot)) = view.pick(worker, Kind::Tcp, tried.indices()) else {
@@ -345,7 +385,8 @@ async fn dial(worker: &Rc<Worker>, view: &View, _permit: Permit) -> Result<Opene
         match worker.dialer.dial(&slot.target, MeshAlpn::Tcp).await {
             Ok(dialled) => {
                 load.connected(worker.now(), Outcome::Success);
-                return Ok(Opened { dialled, slot, _load: load, _hold: worker.drain.hold() });
+                let view = view.clone();
+                return Ok(Opened { dialled, view, slot, _load: load, _hold: worker.drain.hold() });
             }
             Err(error) => {
                 load.connected(worker.now(), blame(&error));
@@ -357,7 +398,6 @@ async fn dial(worker: &Rc<Worker>, view: &View, _permit: Permit) -> Result<Opene
 
 async fn copy(
     worker: &Rc<Worker>,
-    view: &View,
     mut stream: Stream,
     opened: Opened,
     registered: &Registered,
@@ -373,7 +413,7 @@ async fn copy(
         about.mtls = opened.dialled.peer.is_some();
     });
     registered.enter(State::Tunnel);
-    let edge = view.edge(worker, &opened.slot, protocol);
+    let edge = opened.view.edge(worker, &opened.slot, protocol);
     let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
     record.upstream(opened.slot.target.address);
     record.downstream(registered.client);
@@ -394,47 +434,6 @@ async fn copy(
         Ok(()) => {}
         Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
         Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
-    }
-}
-
-/// The client waits: open the upstream and let either side speak.
-async fn silent(
-    worker: &Rc<Worker>,
-    backend: &Rc<Backend>,
-    view: Result<Rc<View>, Error>,
-    mut stream: Stream,
-    registered: &Rc<Registered>,
-    permit: Permit,
-) {
-    let view = match view {
-        Ok(view) => view,
-        Err(error) => return refuse_connection(worker, None, &stream, &error),
-    };
-    let mut opened = match dial(worker, &view, permit).await {
-        Ok(opened) => opened,
-        Err(error) => return refuse_connection(worker, Some(&view), &stream, &error),
-    };
-    match peek::who_speaks(&mut stream, &mut opened.dialled.stream, worker.limits.tunnel_idle).await {
-        Ok(First::Server) => {
-            worker.telemetry.detected(telemetry::Detected::ServerFirst);
-            copy(worker, &view, stream, opened, registered, WireProtocol::Tcp).await;
-        }
-        Ok(First::Client) => match counted(worker, peek::speaks(&mut stream, worker.limits.head_timeout).await) {
-            Ok(Peeked::Speaks(Detected::Http1)) => {
-                drop(opened);
-                http1(worker, backend, Some(&view), stream, registered, permit).await;
-            }
-            Ok(Peeked::Speaks(Detected::Http2)) => {
-                drop(opened);
-                http2(worker, backend, stream, registered, permit).await;
-            }
-            Ok(Peeked::Speaks(Detected::Tls)) => {
-                copy(worker, &view, stream, opened, registered, WireProtocol::Tls).await;
-            }
-            Ok(_) => copy(worker, &view, stream, opened, registered, WireProtocol::Tcp).await,
-            Err(error) => refuse_head(worker, Some(&view), stream, &error).await,
-        },
-        Ok(First::Nobody) | Err(_) => {}
     }
 }
 

@@ -300,7 +300,7 @@ pub enum Retry {
 
 /// An error of the walk: where, whose, why, and whether to try again. `detail` is for logs and names the endpoint,
 /// the address or the library's words; it never holds a secret and is not sent to peers.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Error {
     pub stage: Stage,
     pub side: Side,

@@ -355,6 +355,7 @@ fn mesh_settings(resources: &Resources) -> MeshSettings {
         max_series: mesh.max_series.unwrap_or(DEFAULT_MAX_SERIES),
         leaf_lifetime_seconds: leaf_lifetime_seconds(resources),
         key_algorithm: mesh.key_algorithm,
+        opaque_ports: mesh.opaque_ports().to_vec(),
     }
 }
 

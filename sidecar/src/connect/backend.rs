@@ -32,7 +32,7 @@ pub struct Backend {
 pub struct View {
     /// Empty for an address that nobody registered.
     pub service: Option<ServicePort>,
-    pub protocol: Option<Protocol>,
+    protocol: Option<Protocol>,
     pub endpoints: Arc<Endpoints>,
     slots: Vec<Rc<Slot>>,
     balancer: RefCell<Balancer>,
@@ -55,6 +55,10 @@ impl Backend {
     pub fn new(worker: &Worker, key: Key) -> Backend {
         let known = RefCell::new(worker.directory.destination(&key));
         Backend { key, known, view: RefCell::default(), used: Cell::new(Instant::now()) }
+    }
+
+    pub fn key(&self) -> &Key {
+        &self.key
     }
 
     /// What is known now. Waits, bounded, for the control plane's first answer.
@@ -174,6 +178,14 @@ impl View {
             slots,
             balancer: RefCell::default(),
             unpicked: Edges::default(),
+        }
+    }
+
+    /// What is declared about the port; of an address that nobody registered only the mesh's settings say anything.
+    pub fn declared(&self, worker: &Worker) -> Option<Protocol> {
+        match (&self.service, self.slots.first()) {
+            (None, Some(slot)) => worker.own_workload()?.mesh.protocol(slot.endpoint.address.port()),
+            (Some(_) | None, _) => self.protocol,
         }
     }
 

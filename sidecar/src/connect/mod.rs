@@ -5,6 +5,7 @@ pub mod dial;
 pub mod lane;
 mod local;
 pub mod request_body;
+pub mod speculation;
 pub mod streams;
 mod upstream_io;
 pub mod worker;

@@ -14,6 +14,7 @@ use outrigger_api::snapshot::{Endpoint, EndpointTls, Key, MtlsMode, OutboundMode
 use super::backend::Backend;
 use super::dial::{Dialer, Target};
 use super::lane::{Framing, Lane};
+use super::speculation::Speculation;
 use crate::balance::{Loads, Nanos};
 use crate::config::limits::Limits;
 use crate::connection::{About, Command, Direction, IdleLimits, State, Table};
@@ -70,6 +71,7 @@ pub struct Worker {
     pub rng: RefCell<fastrand::Rng>,
     pub drain: outrigger_runtime::drain::DrainHandle,
     pub streams: super::streams::Streams,
+    pub speculation: Speculation,
     epoch: Instant,
     backends: RefCell<HashMap<Key, Rc<Backend>>>,
     /// When room was looked for last.
@@ -110,6 +112,7 @@ impl Worker {
             rng: RefCell::new(fastrand::Rng::new()),
             drain: shared.drain.clone(),
             streams: super::streams::Streams::default(),
+            speculation: Speculation::new(&shared.limits),
             epoch: shared.epoch,
             backends: RefCell::default(),
             looked: Cell::new(None),
@@ -231,6 +234,7 @@ impl Worker {
             tunnel_idle: self.limits.tunnel_idle,
         });
         self.streams.sweep(self.limits.stream_idle);
+        self.speculation.sweep();
         self.close_what_strict_forbids();
         self.backends.borrow_mut().retain(|_, backend| {
             let idle = backend.sweep(now);

@@ -2,6 +2,7 @@
 //! access log. The bytes stay in the stream; nobody waits long for them, and nothing is decided by what they say.
 
 use std::io;
+use std::task::Poll;
 use std::time::Duration;
 
 use crate::net::Stream;
@@ -13,6 +14,16 @@ pub enum Sniffed {
     /// A ClientHello, with the name that it asks for.
     Tls(Option<String>),
     Other,
+}
+
+/// Waits until either side has sent something or has ended, at most `patience`. What came is read ahead.
+pub async fn somebody_spoke(downstream: &mut Stream, upstream: &mut Stream, patience: Duration) -> io::Result<()> {
+    let spoken = std::future::poll_fn(|cx| {
+        let client = downstream.poll_read_ahead(cx)?;
+        let server = upstream.poll_read_ahead(cx)?;
+        if client.is_ready() || server.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+    });
+    tokio::time::timeout(patience, spoken).await.unwrap_or(Ok(()))
 }
 
 /// Looks at what the client has sent, and while that is the beginning of a ClientHello waits for more, at most `wait`.
