@@ -23,7 +23,7 @@ fn main() {
     let mut numbers = std::env::args().skip(1).filter_map(|argument| argument.parse().ok());
     let (rounds, seconds) = (numbers.next().unwrap_or(5).clamp(1, 100), numbers.next().unwrap_or(4).clamp(1, 60));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let Some(pods) = runtime.block_on(Pods::start(under_test!(), Families::V4, &[HTTP, OPAQUE])) else { return };
+    let Some(pods) = runtime.block_on(Pods::start(under_test!(), Families::V4, &[HTTP, OPAQUE], &[])) else { return };
     for port in [HTTP, OPAQUE] {
         serve(pods.at("catalog").enter(|| TcpListener::bind(("0.0.0.0", port.app)).unwrap()));
     }

@@ -41,9 +41,13 @@ pub struct Pods {
 }
 
 impl Pods {
-    /// Everything is up and knows of each other. `under_test` is `under_test!()`. None where this machine has no network
-    /// namespaces and users for us, which has then been said.
-    pub async fn start(under_test: &'static str, family: Families, ports: &[Port]) -> Option<Pods> {
+    /// Everything is up and knows of each other. `under_test` is `under_test!()`, `needs` names the programs of the test,
+    /// `python` being the one of MESH_TEST_PYTHON. None where this machine lacks one of them, network namespaces or users
+    /// for us, which has then been said.
+    pub async fn start(under_test: &'static str, family: Families, ports: &[Port], needs: &[&str]) -> Option<Pods> {
+        for need in needs {
+            refused(find(need))?;
+        }
         let yaml = format!("{STRICT}---\n{}", service(virtual_address(family), ports));
         let mesh = TransparentMesh::start(under_test, family, &NAMES, &yaml).await?;
         let other_users = mesh.at("cart").command_as(SIDECAR, "true").output().unwrap();
@@ -142,16 +146,19 @@ impl Pods {
 
     // --- programs -------------------------------------------------------------------------------------------------
 
+    /// A program in a pod, by its name.
+    pub fn program(&self, pod: &str, name: &str) -> Command {
+        self.at(pod).command(find(name).unwrap())
+    }
+
+    /// The same for a user who is nobody; only in catalog.
+    pub fn program_of_nobody(&self, name: &str) -> Command {
+        self.at("catalog").command_as(NOBODY, find(name).unwrap())
+    }
+
     /// A script of tests/clients in a pod.
     pub fn python(&self, pod: &str, script: &str, arguments: &[&str]) -> Command {
-        let interpreter = std::env::var_os("MESH_TEST_PYTHON").map(PathBuf::from).unwrap_or_else(|| {
-            panic!(
-                "MESH_TEST_PYTHON is not set: python3 -m venv DIR, DIR/bin/pip install -r \
-                 tests/clients/requirements.txt, MESH_TEST_PYTHON=DIR (.ci/run does all that)"
-            )
-        });
-        let interpreter = if interpreter.is_dir() { interpreter.join("bin/python") } else { interpreter };
-        let mut command = Command::new(std::path::absolute(interpreter).unwrap());
+        let mut command = Command::new(find("python").unwrap());
         command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("clients").join(script)).args(arguments);
         without_proxies(&mut command);
         self.at(pod).inside(&command)
@@ -185,13 +192,18 @@ impl Pods {
         process
     }
 
-    /// Waits until somebody listens on a port of catalog, without connecting: connections are counted.
-    pub async fn listening(&self, port: u16) {
+    /// A server that says nothing: waits until it listens on a port of catalog, without connecting, which is counted.
+    pub async fn serve_on(&self, command: Command, port: u16) -> Process {
+        let line = format!("{command:?}");
+        let mut process = Process::spawn(command);
         within(LONG, &format!("a listener on {port}"), async || {
-            let found = self.at("catalog").run(&format!("ss -Hltn sport = :{port}"));
-            (!found.is_empty()).then_some(())
+            if let Some(status) = process.try_wait() {
+                panic!("{line}: {status}\n{}\n{}", process.stdout(), process.stderr());
+            }
+            (!self.at("catalog").run(&format!("ss -Hltn sport = :{port}")).is_empty()).then_some(())
         })
         .await;
+        process
     }
 
     // --- what was counted -----------------------------------------------------------------------------------------
@@ -312,6 +324,26 @@ pub async fn run(command: Command) -> String {
     let (status, stdout, stderr) = Process::spawn(command).finish(LONG).await;
     assert!(status.success(), "{line}: {status}\n{stdout}\n{stderr}");
     stdout.trim_end().to_owned()
+}
+
+/// Where a program is: in PATH, or where Debian has those that are not for everybody.
+pub fn find(name: &str) -> Result<PathBuf, String> {
+    if name == "python" {
+        let given = std::env::var_os("MESH_TEST_PYTHON").map(PathBuf::from).ok_or(
+            "MESH_TEST_PYTHON is not set: python3 -m venv DIR, DIR/bin/pip install -r tests/clients/requirements.txt, \
+             MESH_TEST_PYTHON=DIR; .ci/run does all that",
+        )?;
+        let file = if given.is_dir() { given.join("bin/python") } else { given };
+        return std::path::absolute(file).map_err(|error| format!("MESH_TEST_PYTHON: {error}"));
+    }
+    // The rabbitmq-server in PATH wants to be root or rabbitmq; of several versions of PostgreSQL any will do.
+    let mut places = vec![PathBuf::from("/usr/lib/rabbitmq/bin")];
+    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    places.extend(versions.map(|version| version.path().join("bin")));
+    places.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+    places.push(PathBuf::from("/usr/sbin"));
+    let found = places.iter().map(|place| place.join(name)).find(|file| file.is_file());
+    found.ok_or_else(|| format!("{name} is not installed: see the packages of .ci/run"))
 }
 
 /// The service's clusterIP: behind the gateway, where nobody is.

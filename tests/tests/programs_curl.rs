@@ -18,7 +18,7 @@ const STATUS: &str = "%{http_version} %{response_code} %{size_download}";
 
 /// aiohttp on one port, nghttpd (HTTP/2 with prior knowledge, which echoes uploads) on the other.
 async fn start(family: Families) -> Option<(Pods, [Process; 2])> {
-    let pods = Pods::start(under_test!(), family, &[HTTP1, HTTP2]).await?;
+    let pods = Pods::start(under_test!(), family, &[HTTP1, HTTP2], &["curl", "python", "nghttpd"]).await?;
     let python = pods.python("catalog", "aiohttp_server.py", &[pods.everywhere(), "8080"]);
     let http1 = pods.serve(python).await;
     let documents = pods.path("documents");
@@ -26,10 +26,9 @@ async fn start(family: Families) -> Option<(Pods, [Process; 2])> {
     std::fs::write(documents.join("small"), "hello\n").unwrap();
     std::fs::write(documents.join("large"), body(LARGE)).unwrap();
     std::fs::write(documents.join("middle"), body(MIDDLE)).unwrap();
-    let mut nghttpd = pods.at("catalog").command("nghttpd");
+    let mut nghttpd = pods.program("catalog", "nghttpd");
     nghttpd.args(["--no-tls", "--echo-upload", "--address", pods.everywhere(), "--htdocs"]).arg(documents).arg("8081");
-    let http2 = Process::spawn(nghttpd);
-    pods.listening(8081).await;
+    let http2 = pods.serve_on(nghttpd, 8081).await;
     Some((pods, [http1, http2]))
 }
 

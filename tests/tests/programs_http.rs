@@ -4,14 +4,13 @@
 
 use outrigger_tests::namespace::Families;
 use outrigger_tests::pods::{Pods, Port, run};
-use outrigger_tests::process::Process;
 use outrigger_tests::under_test;
 
 const PORT: Port = Port { service: 80, app: 8080 };
 
 #[tokio::test]
 async fn requests_and_flask() {
-    let Some(pods) = Pods::start(under_test!(), Families::V4, &[PORT]).await else { return };
+    let Some(pods) = Pods::start(under_test!(), Families::V4, &[PORT], &["python"]).await else { return };
     let server = pods.python("catalog", "flask_server.py", &[pods.everywhere(), "8080"]);
     let _server = pods.serve(server).await;
     assert_eq!(run(pods.python("cart", "requests_client.py", &["http://catalog.shop"])).await, "ok");
@@ -21,7 +20,7 @@ async fn requests_and_flask() {
 
 #[tokio::test]
 async fn aiohttp_client_and_server() {
-    let Some(pods) = Pods::start(under_test!(), Families::V6, &[PORT]).await else { return };
+    let Some(pods) = Pods::start(under_test!(), Families::V6, &[PORT], &["python"]).await else { return };
     let server = pods.python("catalog", "aiohttp_server.py", &[pods.everywhere(), "8080"]);
     let _server = pods.serve(server).await;
     assert_eq!(run(pods.python("cart", "aiohttp_client.py", &["http://catalog.shop"])).await, "ok");
@@ -40,7 +39,7 @@ async fn grpcio_by_ipv6() {
 }
 
 async fn grpcio(family: Families) {
-    let Some(pods) = Pods::start(under_test!(), family, &[PORT]).await else { return };
+    let Some(pods) = Pods::start(under_test!(), family, &[PORT], &["python"]).await else { return };
     let listen = if family == Families::V6 { "[::]:8080" } else { "0.0.0.0:8080" };
     let _server = pods.serve(pods.python("catalog", "grpc_server.py", &[listen])).await;
     assert_eq!(run(pods.python("cart", "grpc_client.py", &["catalog.shop:80"])).await, "ok");
@@ -54,7 +53,7 @@ async fn grpcio(family: Families) {
 
 #[tokio::test]
 async fn websockets() {
-    let Some(pods) = Pods::start(under_test!(), Families::V4, &[PORT]).await else { return };
+    let Some(pods) = Pods::start(under_test!(), Families::V4, &[PORT], &["python"]).await else { return };
     let server = pods.python("catalog", "websocket_server.py", &[pods.everywhere(), "8080"]);
     let _server = pods.serve(server).await;
     assert_eq!(run(pods.python("cart", "websocket_client.py", &["ws://catalog.shop/"])).await, "ok");
@@ -64,15 +63,14 @@ async fn websockets() {
 
 #[tokio::test]
 async fn h2load_with_thousands_of_streams() {
-    let Some(pods) = Pods::start(under_test!(), Families::V4, &[PORT]).await else { return };
+    let Some(pods) = Pods::start(under_test!(), Families::V4, &[PORT], &["h2load", "nghttpd"]).await else { return };
     let documents = pods.path("documents");
     std::fs::create_dir(&documents).unwrap();
     std::fs::write(documents.join("small"), [b'x'; 300]).unwrap();
-    let mut server = pods.at("catalog").command("nghttpd");
+    let mut server = pods.program("catalog", "nghttpd");
     server.args(["--no-tls", "--address", pods.everywhere(), "--htdocs"]).arg(documents).arg("8080");
-    let _server = Process::spawn(server);
-    pods.listening(8080).await;
-    let mut load = pods.at("cart").command("h2load");
+    let _server = pods.serve_on(server, 8080).await;
+    let mut load = pods.program("cart", "h2load");
     load.args(["--requests=20000", "--clients=10", "--max-concurrent-streams=100", "http://catalog.shop/small"]);
     let shown = run(load).await;
     for line in [

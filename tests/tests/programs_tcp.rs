@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use outrigger_tests::namespace::Families;
-use outrigger_tests::pods::{NOBODY, Pods, Port, run};
+use outrigger_tests::pods::{NOBODY, Pods, Port, find, run};
 use outrigger_tests::process::Process;
 use outrigger_tests::under_test;
 
@@ -21,7 +21,10 @@ const RESET: &[&str] = &["upstream_reset", "client_closed"];
 
 #[tokio::test]
 async fn rabbitmq_and_pika() {
-    let Some(pods) = Pods::start(under_test!(), Families::V4, &[same(5672)]).await else { return };
+    let Some(pods) = Pods::start(under_test!(), Families::V4, &[same(5672)], &["python", "rabbitmq-server"]).await
+    else {
+        return;
+    };
     let _server = rabbitmq(&pods).await;
     assert_eq!(run(pods.python("cart", "rabbitmq_client.py", &["catalog.shop", "5672"])).await, "ok");
     // The broker resets a connection that is over, without the mesh as well.
@@ -41,7 +44,8 @@ async fn rabbitmq(pods: &Pods) -> Process {
     std::fs::write(home.join("plugins"), "[].\n").unwrap();
     let mut server = pods.at("catalog").command("unshare");
     server.args(["--pid", "--fork", "--kill-child", "--mount-proc", "setpriv", "--reuid", "65534", "--regid", "65534"]);
-    server.args(["--clear-groups", "--pdeathsig", "KILL", "/usr/lib/rabbitmq/bin/rabbitmq-server"]);
+    server.args(["--clear-groups", "--pdeathsig", "KILL"]);
+    server.arg(find("rabbitmq-server").unwrap());
     for (name, value) in [("HOME", ""), ("RABBITMQ_MNESIA_BASE", "mnesia"), ("RABBITMQ_LOG_BASE", "log")] {
         server.env(name, home.join(value));
     }
@@ -57,7 +61,9 @@ async fn rabbitmq(pods: &Pods) -> Process {
 #[tokio::test]
 async fn postgresql_and_psycopg() {
     let known = Port { service: 5432, app: 6543 };
-    let Some(pods) = Pods::start(under_test!(), Families::V6, &[known, same(6543)]).await else { return };
+    let Some(pods) = Pods::start(under_test!(), Families::V6, &[known, same(6543)], &["python", "initdb"]).await else {
+        return;
+    };
     let _server = postgresql(&pods).await;
     // On the second port nobody has said what is spoken: the client's own request for TLS decides. With TLS the server
     // leaves the client's last record unread, and so resets a connection that is over, without the mesh as well.
@@ -73,10 +79,9 @@ async fn postgresql_and_psycopg() {
 
 /// A cluster of its own, with TLS for those who ask for it.
 async fn postgresql(pods: &Pods) -> Process {
-    let programs = postgresql_programs();
     let home = pods.directory_of("postgresql", NOBODY);
     let data = home.join("data");
-    let mut make = pods.at("catalog").command_as(NOBODY, programs.join("initdb"));
+    let mut make = pods.program_of_nobody("initdb");
     make.args(["--username=postgres", "--auth=trust", "--no-sync", "--locale=C.UTF-8", "--encoding=UTF8"]);
     make.arg("--pgdata").arg(&data);
     run(make).await;
@@ -84,7 +89,7 @@ async fn postgresql(pods: &Pods) -> Process {
     let known = std::fs::read_to_string(&access).unwrap();
     std::fs::write(&access, known + "host all all all trust\n").unwrap();
     let (certificate, key) = own_certificate(pods, "postgres");
-    let mut server = pods.at("catalog").command_as(NOBODY, programs.join("postgres"));
+    let mut server = pods.program_of_nobody("postgres");
     server.arg("-D").arg(&data);
     for setting in [
         "listen_addresses=*",
@@ -100,20 +105,15 @@ async fn postgresql(pods: &Pods) -> Process {
     pods.serve_until(server, "database system is ready to accept connections").await
 }
 
-/// Where Debian has them, newest first; elsewhere they are in PATH.
-fn postgresql_programs() -> PathBuf {
-    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let mut all: Vec<PathBuf> = versions.map(|entry| entry.path().join("bin")).collect();
-    all.sort();
-    all.into_iter().rev().find(|path| path.join("initdb").exists()).unwrap_or_default()
-}
-
 #[tokio::test]
 async fn redis() {
     let known = Port { service: 6379, app: 7000 };
-    let Some(pods) = Pods::start(under_test!(), Families::V4, &[known, same(7000)]).await else { return };
+    let Some(pods) = Pods::start(under_test!(), Families::V4, &[known, same(7000)], &["python", "redis-server"]).await
+    else {
+        return;
+    };
     let home = pods.directory_of("redis", NOBODY);
-    let mut server = pods.at("catalog").command_as(NOBODY, "redis-server");
+    let mut server = pods.program_of_nobody("redis-server");
     server.args(["--port", "7000", "--bind", "*", "-::*", "--protected-mode", "no", "--save", "", "--dir"]).arg(home);
     let _server = pods.serve_until(server, "Ready to accept connections").await;
     for (port, connections, detected) in [("6379", 3, 0.0), ("7000", 6, 3.0)] {
@@ -136,7 +136,9 @@ async fn mail_by_ipv6() {
 }
 
 async fn mail(family: Families) {
-    let Some(pods) = Pods::start(under_test!(), family, &[same(25), same(587), same(2525)]).await else { return };
+    let Some(pods) = Pods::start(under_test!(), family, &[same(25), same(587), same(2525)], &["python"]).await else {
+        return;
+    };
     let server = pods.python("catalog", "smtp_server.py", &[pods.everywhere(), "25", "587", "2525"]);
     let server = pods.serve(server).await;
     for (port, connections, guessed) in [("25", 3, 0.0), ("587", 6, 0.0), ("2525", 9, 3.0)] {
@@ -152,7 +154,7 @@ async fn mail(family: Families) {
 #[tokio::test]
 async fn https_of_the_application() {
     for family in [Families::V4, Families::V6] {
-        let Some(pods) = Pods::start(under_test!(), family, &[same(443)]).await else { return };
+        let Some(pods) = Pods::start(under_test!(), family, &[same(443)], &["python", "curl"]).await else { return };
         let (certificate, key) = own_certificate(&pods, "https");
         let (certificate, key) = (certificate.to_str().unwrap(), key.to_str().unwrap());
         let server = pods.python("catalog", "aiohttp_server.py", &[pods.everywhere(), "443", certificate, key]);
