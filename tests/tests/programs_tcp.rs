@@ -43,8 +43,8 @@ async fn rabbitmq(pods: &Pods) -> Process {
     std::fs::write(home.join("rabbitmq.conf"), settings).unwrap();
     std::fs::write(home.join("plugins"), "[].\n").unwrap();
     let mut server = pods.at("catalog").command("unshare");
-    server.args(["--pid", "--fork", "--kill-child", "--mount-proc", "setpriv", "--reuid", "65534", "--regid", "65534"]);
-    server.args(["--clear-groups", "--pdeathsig", "KILL"]);
+    server.args(["--pid", "--fork", "--kill-child", "--mount-proc", "--wd=/"]);
+    server.args(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--pdeathsig=KILL"]);
     server.arg(find("rabbitmq-server").unwrap());
     for (name, value) in [("HOME", ""), ("RABBITMQ_MNESIA_BASE", "mnesia"), ("RABBITMQ_LOG_BASE", "log")] {
         server.env(name, home.join(value));
