@@ -2,7 +2,8 @@
 //! byte-stream type of the walk: plain or TLS, with bytes that were read ahead and are read again first.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -135,9 +136,17 @@ pub fn is_taken(address: SocketAddr) -> bool {
     probe().is_err_and(|error: io::Error| error.kind() == io::ErrorKind::AddrInUse)
 }
 
-/// Whether an address belongs to this machine (or network namespace): only then can it be bound.
+/// Whether an address belongs to this machine (or network namespace): who sends to its own address sends from it. That it
+/// could be bound says less, where `net.ipv4.ip_nonlocal_bind` lets anything be bound.
 pub fn is_local(ip: IpAddr) -> bool {
-    ip.is_loopback() || std::net::UdpSocket::bind((ip, 0)).is_ok()
+    let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let source = || {
+        let socket = std::net::UdpSocket::bind((any, 0))?;
+        // Sends nothing.
+        socket.connect((ip, 9))?;
+        socket.local_addr()
+    };
+    ip.is_loopback() || (!ip.is_unspecified() && source().is_ok_and(|source| source.ip() == ip))
 }
 
 /// Connects; the caller bounds the time.
@@ -267,6 +276,15 @@ impl Stream {
         }
     }
 
+    /// Waits until the peer's kernel has everything that was written; the caller bounds the time.
+    pub async fn delivered(&self) {
+        let mut pause = Duration::from_millis(1);
+        while self.tcp().is_some_and(|tcp| unacknowledged(tcp) > 0) {
+            tokio::time::sleep(pause).await;
+            pause = (2 * pause).min(Duration::from_millis(50));
+        }
+    }
+
     /// Makes the close of this socket a reset, so that a truncation cannot be taken for an end.
     pub fn reset_on_close(&self) {
         if let Some(tcp) = self.tcp() {
@@ -277,6 +295,15 @@ impl Stream {
             pipe.reset.store(true, Ordering::Relaxed);
         }
     }
+}
+
+/// Bytes that the peer's kernel has not acknowledged; 0 as well when that cannot be known.
+#[expect(unsafe_code, reason = "ioctl(2) with SIOCOUTQ, which Linux calls TIOCOUTQ too, has no safe form")]
+fn unacknowledged(tcp: &TcpStream) -> libc::c_int {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the descriptor is open for as long as `tcp` is borrowed, and the kernel writes one int.
+    let done = unsafe { libc::ioctl(tcp.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
+    if done == 0 { bytes } else { 0 }
 }
 
 impl Io {
@@ -369,6 +396,58 @@ impl AsyncWrite for Stream {
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_shutdown(cx),
             Io::Dialled(tls) => Pin::new(tls.as_mut()).poll_shutdown(cx),
             Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_shutdown(cx),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    #[tokio::test]
+    async fn a_pipe_is_a_connection_with_half_close_and_resets() {
+        let (mut one, mut other) = Stream::pipe();
+        one.write_all(b"question").await.unwrap();
+        one.shutdown().await.unwrap();
+        let mut heard = Vec::new();
+        other.read_to_end(&mut heard).await.unwrap();
+        assert_eq!(heard, b"question");
+        other.write_all(b"ans").await.unwrap();
+        other.reset_on_close();
+        drop(other);
+        let mut first = [0; 3];
+        one.read_exact(&mut first).await.unwrap();
+        let error = one.read(&mut [0; 9]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "a truncation is no end");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_was_not_redirected_has_no_original_destination() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+            let own = listener.local_addr().unwrap();
+            let (_client, accepted) = tokio::join!(TcpStream::connect(own), listener.accept());
+            let error = OriginalDst::of(&accepted.unwrap().0).unwrap_err();
+            assert_eq!(error.reason, Reason::OwnPort, "{error}");
+            assert!(error.to_string().contains(&own.to_string()), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_local() {
+        for (ip, local) in [
+            ("127.0.0.1", true),
+            ("127.9.9.9", true),
+            ("::1", true),
+            ("0.0.0.0", false),
+            ("::", false),
+            ("192.0.2.1", false),
+            ("2001:db8::1", false),
+            ("255.255.255.255", false),
+            ("224.0.0.1", false),
+        ] {
+            assert_eq!(is_local(ip.parse().unwrap()), local, "{ip}");
         }
     }
 }

@@ -7,16 +7,19 @@
 //! itself come from [`Namespace::connect`] and [`Namespace::listen`].
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpSocket};
 
-use crate::eventually::soon;
+use crate::eventually::{PATIENCE, soon};
 use crate::wire::Connection;
 
 /// Which addresses the machines of a network have. Loopback has both in any case.
@@ -117,7 +120,8 @@ impl Namespace {
     }
 
     fn hold(name: &'static str, number: u8) -> Result<Namespace, String> {
-        let files = tempfile::tempdir().map_err(|error| format!("no temporary directory: {error}"))?;
+        let files = tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o755)).tempdir();
+        let files = files.map_err(|error| format!("no temporary directory: {error}"))?;
         let mut holder = Command::new("unshare")
             .args(["--net", "--mount", "--", "sh", "-c", "echo up; exec cat"])
             .stdin(Stdio::piped())
@@ -172,6 +176,21 @@ impl Namespace {
         if is_new {
             self.run(&format!("mount --bind {} {path}", own.display()));
         }
+    }
+
+    /// A directory of this machine's own that every user may look into.
+    pub fn directory(&self) -> &Path {
+        self.files.path()
+    }
+
+    /// The same program at a path that every user can run here, for binaries that stand in somebody's home.
+    pub fn for_all(&self, program: impl AsRef<Path>) -> PathBuf {
+        let program = program.as_ref();
+        let own = self.files.path().join("for-all");
+        std::fs::create_dir_all(&own).unwrap();
+        let from = program.parent().expect("a whole path");
+        self.run(&format!("mount --bind {} {}", from.display(), own.display()));
+        own.join(program.file_name().expect("a file"))
     }
 
     /// A command that runs here. Its process is the program itself, so that signals reach it.
@@ -253,18 +272,35 @@ impl Namespace {
         self.try_connect(address).await.unwrap_or_else(|error| panic!("{} to {address}: {error}", self.name))
     }
 
-    pub async fn try_connect(&self, address: SocketAddr) -> std::io::Result<Connection> {
+    pub async fn try_connect(&self, address: SocketAddr) -> io::Result<Connection> {
         let stream = soon("connect", self.socket(address.ip()).connect(address)).await?;
         stream.set_nodelay(true)?;
         Ok(stream.into())
     }
 
-    /// Listens here, as the test's own user.
+    /// Listens here, as the test's own user; at an IPv6 address for that family alone. Where the address was in use a
+    /// moment ago, a process that another test is just starting may hold the old socket until it is that program.
     pub fn listen(&self, address: SocketAddr) -> TcpListener {
+        let begun = Instant::now();
+        loop {
+            match self.try_listen(address) {
+                Ok(listener) => return listener,
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse && begun.elapsed() < PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(error) => panic!("{} listens at {address}: {error}", self.name),
+            }
+        }
+    }
+
+    fn try_listen(&self, address: SocketAddr) -> io::Result<TcpListener> {
         let socket = self.socket(address.ip());
-        socket.set_reuseaddr(true).unwrap();
-        socket.bind(address).unwrap_or_else(|error| panic!("{} listens at {address}: {error}", self.name));
-        socket.listen(1024).unwrap()
+        socket.set_reuseaddr(true)?;
+        if address.is_ipv6() {
+            SockRef::from(&socket).set_only_v6(true)?;
+        }
+        socket.bind(address)?;
+        socket.listen(1024)
     }
 }
 
@@ -298,7 +334,11 @@ pub fn refused<T>(tried: Result<T, String>) -> Option<T> {
     }
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
     // Past the test runner, which keeps to itself what a passing test prints.
+<<<<<<< HEAD
     let _ = writeln!(std::io::stderr(), "{test} DID NOT RUN: {why}");
+=======
+    let _ = writeln!(io::stderr(), "{test} DID NOT RUN: no network namespace can be made here: {why}");
+>>>>>>> h-redirect
     None
 }
 

@@ -53,9 +53,7 @@ impl Pods {
         let other_users = mesh.at("cart").command_as(SIDECAR, "true").output().unwrap();
         let said = String::from_utf8_lossy(&other_users.stderr).trim().to_owned();
         refused(if other_users.status.success() { Ok(()) } else { Err(format!("no user but root: {said}")) })?;
-        for (path, mode) in [("", 0o755), ("state", 0o711), ("state/trust-bundle.pem", 0o644)] {
-            std::fs::set_permissions(mesh.path(path), std::fs::Permissions::from_mode(mode)).unwrap();
-        }
+        std::fs::set_permissions(mesh.path(""), std::fs::Permissions::from_mode(0o755)).unwrap();
         let mut pods = Pods { sidecars: Vec::new(), mesh, family, under_test };
         for name in NAMES {
             pods.at(name).hosts(&[(pods.service(), "catalog.shop"), (pods.service(), "catalog")]);
@@ -94,9 +92,10 @@ impl Pods {
 
     fn sidecar(&self, name: &str) -> Process {
         let run = self.mesh.sidecar_command(self.at(name), name);
-        let state = self.path(&format!("state-{name}-{name}"));
-        std::fs::create_dir(&state).unwrap();
-        chown(state, Some(SIDECAR), Some(SIDECAR)).unwrap();
+        let home = self.path(&format!("home-{name}"));
+        for path in [home.clone(), home.join("token"), home.join("trust-bundle.pem")] {
+            chown(path, Some(SIDECAR), Some(SIDECAR)).unwrap();
+        }
         // The binary may lie where only root can go; here it has a place that everybody can.
         let binary = self.path("sidecar");
         std::fs::write(&binary, "").unwrap();

@@ -34,6 +34,7 @@ pub struct TransparentMesh {
 pub struct TransparentSidecar<'m> {
     pub machine: &'m Namespace,
     pub process: Process,
+    under_test: String,
     family: Families,
 }
 
@@ -107,14 +108,7 @@ impl TransparentMesh {
         let mut sidecar = self.start_sidecar(machine, app, more);
         sidecar.process.ready().await;
         sidecar.redirect();
-        eventually("the sidecar is ready", async || {
-            let (status, body) = sidecar.ready().await;
-            if status != 200 {
-                assert_ne!(body["reason"], "lease_refused", "{body}");
-            }
-            (status == 200).then_some(())
-        })
-        .await;
+        sidecar.is_ready().await;
         sidecar
     }
 
@@ -122,22 +116,39 @@ impl TransparentMesh {
     pub fn start_sidecar<'m>(&'m self, machine: &'m Namespace, app: &str, more: &[&str]) -> TransparentSidecar<'m> {
         let mut run = self.sidecar_command(machine, app);
         run.args(["--mark", MARK]).args(more);
-        TransparentSidecar { machine, process: Process::spawn(machine.inside(&run)), family: self.families }
+        let process = Process::spawn(machine.inside(&run));
+        TransparentSidecar { machine, process, under_test: self.under_test.clone(), family: self.families }
     }
 
-    /// What starts a sidecar with `app` as its label, service account and workload; without what exempts it from the rules.
+    /// The same as another user, with no privilege and no mark.
+    pub fn start_sidecar_as<'m>(&'m self, uid: u32, machine: &'m Namespace, app: &str) -> TransparentSidecar<'m> {
+        let run = self.sidecar_command(machine, app);
+        // What it reads and writes is in a directory of its own.
+        let home = self.path(&format!("home-{}", machine.name()));
+        std::os::unix::fs::chown(self.directory.path(), Some(uid), None).unwrap();
+        std::os::unix::fs::chown(&home, Some(uid), None).unwrap();
+        for file in std::fs::read_dir(&home).unwrap() {
+            std::os::unix::fs::chown(file.unwrap().path(), Some(uid), None).unwrap();
+        }
+        let process = Process::spawn(machine.inside_as(Some(uid), &run));
+        TransparentSidecar { machine, process, under_test: self.under_test.clone(), family: self.families }
+    }
+
+    /// What starts a sidecar, without what exempts it from the rules. All that it reads and writes is in `home-MACHINE`.
     pub fn sidecar_command(&self, machine: &Namespace, app: &str) -> Command {
         let name = format!("{app}-{}", machine.name());
-        let token_file = self.path(&format!("{name}.token"));
-        std::fs::write(&token_file, self.token(app)).unwrap();
+        let home = self.path(&format!("home-{}", machine.name()));
+        std::fs::create_dir_all(&home).unwrap();
+        std::fs::write(home.join("token"), self.token(app)).unwrap();
+        std::fs::copy(self.path("state/trust-bundle.pem"), home.join("trust-bundle.pem")).unwrap();
         let shown = |path: PathBuf| path.display().to_string();
         let control_plane = SocketAddr::new(address(self.network.hub(), self.families), CONTROL_PLANE_PORT);
         let mut run = command(&self.under_test, Program::Sidecar);
         run.args(["run", "--transparent", "--control-plane", &control_plane.to_string()]);
-        run.args(["--trust-bundle", &shown(self.path("state/trust-bundle.pem")), "--token-file", &shown(token_file)]);
+        run.args(["--trust-bundle", &shown(home.join("trust-bundle.pem")), "--token-file", &shown(home.join("token"))]);
         run.args(["--name", &name, "--namespace", "shop", "--service-account", app, "--workload", app]);
         run.args(["--label", &format!("app={app}"), "--drain-delay", "0s"]);
-        run.args(["--state", &shown(self.path(&format!("state-{name}")))]);
+        run.args(["--state", &shown(home.join(format!("state-{name}")))]);
         run
     }
 
@@ -156,9 +167,37 @@ impl TransparentMesh {
 }
 
 impl TransparentSidecar<'_> {
-    /// Makes every connection of this machine go through the sidecar.
+    /// Waits until `/ready` is 200.
+    pub async fn is_ready(&self) {
+        eventually("the sidecar is ready", async || {
+            let (status, body) = self.ready().await;
+            if status != 200 {
+                assert_ne!(body["reason"], "lease_refused", "{body}");
+            }
+            (status == 200).then_some(())
+        })
+        .await;
+    }
+
+    /// Makes the connections of this machine go through the sidecar, as a user would.
     pub fn redirect(&self) {
-        self.machine.run(&format!("nft -f - <<'END'\n{RULES}END\n"));
+        let (code, said) = self.redirect_command(&["apply", "--mark", MARK]);
+        assert_eq!(code, 0, "{said}");
+    }
+
+    /// `outrigger-sidecar redirect ...` on this machine: exit code, and what it said.
+    pub fn redirect_command(&self, arguments: &[&str]) -> (i32, String) {
+        let mut redirect = command(&self.under_test, Program::Sidecar);
+        redirect.arg("redirect").args(arguments);
+        let output = self.machine.inside(&redirect).output().unwrap();
+        let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+        (output.status.code().expect("ended by itself"), said)
+    }
+
+    /// Rules of somebody's own, that leave out less: what is for this machine's own addresses and what is for somebody
+    /// else's goes to the sidecar, too.
+    pub fn redirect_by_hand(&self) {
+        self.machine.run(&format!("nft delete table inet outrigger\nnft -f - <<'END'\n{RULES}END\n"));
     }
 
     /// An HTTP application on this machine, at its address on the link.

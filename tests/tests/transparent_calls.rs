@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use outrigger_tests::application::Backend;
 use outrigger_tests::mesh::STRICT;
-use outrigger_tests::namespace::Families;
+use outrigger_tests::namespace::{Families, only_root};
 use outrigger_tests::transparent::{TransparentMesh, TransparentSidecar, get};
 use outrigger_tests::under_test;
 
@@ -106,6 +106,7 @@ async fn a_workload_calls_its_own_service() {
     mesh.service("catalog", Some(V4), 80, 8080, "").await;
     let catalog = mesh.sidecar("catalog", "catalog", &[]).await;
     let application = catalog.application("catalog", 8080);
+    catalog.redirect_by_hand();
     let own_address = SocketAddr::new(mesh.address("catalog"), 8080).to_string();
     for (count, address) in (1..).zip([format!("{V4}:80"), own_address]) {
         let mut connection = mesh.at("catalog").connect(address.parse().unwrap()).await;
@@ -139,4 +140,48 @@ async fn a_workload_calls_its_own_service() {
     accepted.send("and an answer").await;
     accepted.finish().await;
     assert_eq!(client.take_to_end().await.0, b"and an answer");
+}
+
+#[tokio::test]
+async fn a_sidecar_without_any_privilege_is_exempt_by_its_user() {
+    if only_root() {
+        return eprintln!("a_sidecar_without_any_privilege DID NOT RUN: there is no other user than root here");
+    }
+    let names = ["web", "catalog"];
+    let Some(mesh) = TransparentMesh::start(under_test!(), Families::V4, &names, STRICT).await else { return };
+    mesh.service("catalog", Some(V4), 80, 8080, "").await;
+    let mut sidecars = Vec::new();
+    for name in names {
+        let mut sidecar = mesh.start_sidecar_as(1337, mesh.at(name), name);
+        let (code, said) = sidecar.redirect_command(&["apply"]);
+        assert_eq!(code, 0, "{said}");
+        sidecar.process.ready().await;
+        sidecar.is_ready().await;
+        let (code, said) = sidecar.redirect_command(&["check"]);
+        assert_eq!(code, 0, "{said}");
+        sidecars.push(sidecar);
+    }
+    let _application = sidecars[1].application("catalog", 8080);
+    let answer = get(mesh.at("web"), &format!("{V4}:80"), "/hello").await;
+    assert_eq!((answer.status, answer.header("x-app")), (200, Some("catalog")), "{}", answer.text());
+    both_count(&sidecars[0], &sidecars[1], 1).await;
+}
+
+#[tokio::test]
+async fn explicit_listeners_work_beside() {
+    let names = ["web", "catalog"];
+    let Some(mesh) = TransparentMesh::start(under_test!(), Families::V4, &names, STRICT).await else { return };
+    mesh.service("catalog", Some(V4), 80, 8080, "").await;
+    // An application on loopback that an explicit listener leads to, whose port the rules redirect like any other.
+    let explicit = ["--inbound", "0.0.0.0:9443=127.0.0.1:8080"];
+    let catalog = mesh.sidecar("catalog", "catalog", &explicit).await;
+    let listener = mesh.at("catalog").listen("127.0.0.1:8080".parse().unwrap());
+    let _application = outrigger_tests::Application::serve("catalog", listener);
+    let web = mesh.sidecar("web", "web", &["--outbound", "127.0.0.1:7080=catalog:80"]).await;
+    let by_mesh_port = SocketAddr::new(mesh.address("catalog"), 9443).to_string();
+    for (count, address) in (1..).zip([format!("{V4}:80"), "127.0.0.1:7080".to_owned(), by_mesh_port]) {
+        let answer = get(mesh.at("web"), &address, "/hello").await;
+        assert_eq!((answer.status, answer.header("x-app")), (200, Some("catalog")), "{address}: {}", answer.text());
+        both_count(&web, &catalog, count).await;
+    }
 }

@@ -59,6 +59,7 @@ async fn refused(families: Families) {
         (format!("ip -6 route add 2001:db8::7/128 via {ip}"), "[2001:db8::7]:8080")
     };
     hub.run(&route);
+    catalog.redirect_by_hand();
     is_refused(hub, &catalog, foreign.parse().unwrap(), "foreign_address", "no address of this network namespace")
         .await;
 

@@ -30,21 +30,28 @@ pub struct Catalog {
     pub resources: Arc<Resources>,
     pub trust_domain: TrustDomain,
     by_cluster_ip: HashMap<SocketAddr, name::ServicePort>,
+    /// Who has a clusterIP, and who wants the same.
+    contested: Vec<(SocketAddr, ServiceName, ServiceName)>,
 }
 
 impl Catalog {
     pub fn new(resources: Arc<Resources>, trust_domain: TrustDomain) -> Catalog {
-        let mut by_cluster_ip = HashMap::new();
+        let mut by_cluster_ip: HashMap<SocketAddr, name::ServicePort> = HashMap::new();
+        let mut contested = Vec::new();
         for service in resources.services.values() {
             let Ok(name) = ServiceName::new(&service.metadata.name, &service.metadata.namespace) else { continue };
             for ip in &service.spec.cluster_ips {
                 for port in &service.spec.ports {
                     let key = name::ServicePort { service: name.clone(), port: port.port };
-                    by_cluster_ip.entry(SocketAddr::new(*ip, port.port)).or_insert(key);
+                    let address = SocketAddr::new(*ip, port.port);
+                    let holder = by_cluster_ip.entry(address).or_insert(key);
+                    if holder.service != name {
+                        contested.push((address, holder.service.clone(), name.clone()));
+                    }
                 }
             }
         }
-        Catalog { resources, trust_domain, by_cluster_ip }
+        Catalog { resources, trust_domain, by_cluster_ip, contested }
     }
 
     /// What the sidecar of `id` is told of itself. Before it has a lease its labels are those that were granted.
@@ -132,6 +139,11 @@ impl Catalog {
                     ));
                 }
             }
+        }
+        for (address, holder, other) in &self.contested {
+            warnings.push(format!(
+                "Service {other}: {address} is the clusterIP of {holder} already, which gets its traffic"
+            ));
         }
         for instance in registry.all() {
             let modes = policy::mtls_modes(&self.resources, &instance.id.namespace, &instance.labels);

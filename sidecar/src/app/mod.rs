@@ -67,6 +67,7 @@ impl Sidecar {
             workload: config.workload.clone(),
             namespace: config.namespace.clone(),
             principal: principal.to_string(),
+            mark: config.mark,
         });
         outrigger_runtime::metrics::build_info(telemetry.registry(), "outrigger_build_info")?;
         outrigger_runtime::process_metrics::register(telemetry.registry())?;

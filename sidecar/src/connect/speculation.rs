@@ -32,6 +32,7 @@ pub struct Speculation {
     destinations: RefCell<HashMap<Key, Rc<Suspect>>>,
     memory: Duration,
     places: Semaphore,
+    most_places: usize,
     /// Who waits for a place, and how many were already told to give one up for them.
     wanted: Cell<usize>,
     promised: Cell<usize>,
@@ -70,6 +71,7 @@ impl Speculation {
             destinations: RefCell::default(),
             memory: limits.detect_memory,
             places: Semaphore::new(limits.speculative_connects),
+            most_places: limits.speculative_connects,
             wanted: Cell::new(0),
             promised: Cell::new(0),
             want: Notify::new(),
@@ -129,18 +131,11 @@ impl Speculation {
     }
 
     /// Counts a client as undecided. When there are too many, the one that has been for longest is told to go: it had the
-    /// most time to speak.
+    /// most time to speak. Those that hold a place stay: what they find out, everybody waits for.
     pub fn enter(&self) -> Undecided<'_> {
-        let mut undecided = self.undecided.borrow_mut();
-        while undecided.len() >= self.most_undecided {
-            let Some((_, oldest)) = undecided.pop_first() else { break };
-            oldest.notify_one();
-        }
-        let id = self.next.get();
-        self.next.set(id + 1);
-        let go = Rc::new(Notify::new());
-        undecided.insert(id, go.clone());
-        Undecided { speculation: self, id, go }
+        let undecided = Undecided { speculation: self, id: Cell::new(0), go: Rc::new(Notify::new()) };
+        undecided.join();
+        undecided
     }
 
     /// The watchdog's tick: forgets what nobody needs any more.
@@ -188,11 +183,30 @@ impl Drop for Wanting<'_> {
 /// A client of whom nothing is known yet.
 pub struct Undecided<'a> {
     speculation: &'a Speculation,
-    id: u64,
+    id: Cell<u64>,
     go: Rc<Notify>,
 }
 
 impl Undecided<'_> {
+    /// Is one of those that may be told to go, as the youngest.
+    pub fn join(&self) {
+        let all = self.speculation;
+        let mut undecided = all.undecided.borrow_mut();
+        let with_places = all.most_places.saturating_sub(all.places.available_permits());
+        while undecided.len() + with_places >= all.most_undecided {
+            let Some((_, oldest)) = undecided.pop_first() else { break };
+            oldest.notify_one();
+        }
+        self.id.set(all.next.get());
+        all.next.set(self.id.get() + 1);
+        undecided.insert(self.id.get(), self.go.clone());
+    }
+
+    /// Has a place, and may stay.
+    pub fn stay(&self) {
+        self.speculation.undecided.borrow_mut().remove(&self.id.get());
+    }
+
     /// Ready when it must make room.
     pub async fn must_go(&self) {
         self.go.notified().await;
@@ -201,7 +215,7 @@ impl Undecided<'_> {
 
 impl Drop for Undecided<'_> {
     fn drop(&mut self) {
-        self.speculation.undecided.borrow_mut().remove(&self.id);
+        self.stay();
     }
 }
 
@@ -257,7 +271,13 @@ mod tests {
         assert!(first.must_go().now_or_never().is_some());
         drop(first);
         assert!(second.must_go().now_or_never().is_none());
-        drop((second, third));
+        let suspect = all.suspect(&key(1));
+        let _place = all.place(&suspect).await;
+        second.stay();
+        let fourth = all.enter();
+        assert!(second.must_go().now_or_never().is_none(), "who has a place stays");
+        assert!(third.must_go().now_or_never().is_some());
+        drop((second, third, fourth));
         assert!(all.undecided.borrow().is_empty());
     }
 

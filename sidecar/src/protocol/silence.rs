@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::detect::detect;
 use super::peek::{self, Peeked};
-use crate::connect::speculation::{News, Place, SpeaksFirst, Suspect};
+use crate::connect::speculation::{News, Place, SpeaksFirst, Suspect, Undecided};
 use crate::connect::worker::Worker;
 use crate::net::Stream;
 use crate::outcome::{Error, Reason, Retry, Stage};
@@ -60,7 +60,7 @@ pub async fn first<U: AsMut<Stream>>(
     tokio::select! {
         // First in order: who speaks in the moment in which it is told to go may stay.
         biased;
-        first = speculate(worker, &suspect, stream, &open) => first,
+        first = speculate(worker, &suspect, &undecided, stream, &open) => first,
         () = undecided.must_go() => Err(crowded()),
         () = sleep(worker.limits.client_idle) => {
             Err(Error::downstream(Stage::Detect, Reason::IdleTimeout, "neither side ever spoke"))
@@ -111,6 +111,7 @@ pub async fn undecided<T>(worker: &Worker, waiting: impl Future<Output = Result<
 async fn speculate<U: AsMut<Stream>>(
     worker: &Worker,
     suspect: &Suspect,
+    undecided: &Undecided<'_>,
     stream: &mut Stream,
     open: &impl AsyncFn() -> Result<U, Error>,
 ) -> Result<First<U>, Error> {
@@ -135,9 +136,13 @@ async fn speculate<U: AsMut<Stream>>(
         if place.is_some() && speculation.speaks_first(suspect).is_some() {
             continue;
         }
+        if place.is_some() {
+            undecided.stay();
+        }
         if let Some(first) = ahead(worker, suspect, stream, open, place).await? {
             return Ok(first);
         }
+        undecided.join();
     }
 }
 

@@ -61,6 +61,8 @@ pub struct Own {
     pub namespace: String,
     /// SPIFFE id, empty before it is known.
     pub principal: String,
+    /// SO_MARK of the connection to the collector.
+    pub mark: Option<u32>,
 }
 
 /// One per process, shared by workers and the control thread.
@@ -163,7 +165,7 @@ impl Telemetry {
             check_endpoint(&target.endpoint)?;
             if self.spans.get().is_none() {
                 // Configured by one task; were there two, the second queue would end unused.
-                let _ = self.spans.set(SpanQueue::start(self.metrics.clone())?);
+                let _ = self.spans.set(SpanQueue::start(self.metrics.clone(), self.own.mark)?);
             }
         }
         let traces = target.is_some();
