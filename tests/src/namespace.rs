@@ -334,11 +334,7 @@ pub fn refused<T>(tried: Result<T, String>) -> Option<T> {
     }
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
     // Past the test runner, which keeps to itself what a passing test prints.
-<<<<<<< HEAD
-    let _ = writeln!(std::io::stderr(), "{test} DID NOT RUN: {why}");
-=======
-    let _ = writeln!(io::stderr(), "{test} DID NOT RUN: no network namespace can be made here: {why}");
->>>>>>> h-redirect
+    let _ = writeln!(io::stderr(), "{test} DID NOT RUN: {why}");
     None
 }
 
