@@ -120,23 +120,38 @@ impl Protocol {
         }
     }
 
-    /// What `Service.spec.ports[].appProtocol` says; a value that names no protocol of ours declares nothing.
-    /// Knows the Kubernetes values too (`kubernetes.io/h2c`, `kubernetes.io/ws`, `kubernetes.io/wss`).
+    /// What `Service.spec.ports[].appProtocol` says, in any case; a value that names no protocol of ours declares
+    /// nothing. Knows the Kubernetes values too (`kubernetes.io/h2c`, `kubernetes.io/ws`, `kubernetes.io/wss`).
     pub fn from_app_protocol(text: &str) -> Option<Protocol> {
         match text.to_ascii_lowercase().as_str() {
-            "http" | "http1" | "kubernetes.io/ws" => Some(Protocol::Http),
-            "http2" | "h2c" | "kubernetes.io/h2c" => Some(Protocol::Http2),
-            "grpc" => Some(Protocol::Grpc),
-            "tcp" => Some(Protocol::Tcp),
-            "tls" | "https" | "kubernetes.io/wss" => Some(Protocol::Tls),
-            _ => None,
+            "kubernetes.io/ws" => Some(Protocol::Http),
+            "kubernetes.io/h2c" => Some(Protocol::Http2),
+            "kubernetes.io/wss" => Some(Protocol::Tls),
+            word => Protocol::from_word(word),
         }
     }
 
-    /// What a port's name declares by its prefix, as in `grpc` or `http-web`.
+    /// What a port's name declares by its prefix, as in `grpc`, `http-web` or `grpc-web-public`.
     pub fn from_port_name(name: &str) -> Option<Protocol> {
-        let prefix = name.split_once('-').map_or(name, |(prefix, _)| prefix);
-        if prefix == "https" { Some(Protocol::Tls) } else { prefix.parse().ok() }
+        if name == "grpc-web" || name.starts_with("grpc-web-") {
+            return Protocol::from_word("grpc-web");
+        }
+        Protocol::from_word(name.split_once('-').map_or(name, |(prefix, _)| prefix))
+    }
+
+    /// The words that Services use, and the names of well-known protocols that nobody here parses. gRPC-Web is
+    /// carried as the HTTP that it is.
+    fn from_word(word: &str) -> Option<Protocol> {
+        match word {
+            "http" | "http1" | "grpc-web" => Some(Protocol::Http),
+            "http2" | "h2c" => Some(Protocol::Http2),
+            "grpc" => Some(Protocol::Grpc),
+            "tcp" | "amqp" | "memcache" | "mongo" | "mongodb" | "mysql" | "postgresql" | "redis" | "smtp" | "ssh" => {
+                Some(Protocol::Tcp)
+            }
+            "tls" | "https" => Some(Protocol::Tls),
+            _ => None,
+        }
     }
 }
 
@@ -202,11 +217,35 @@ mod tests {
             ("grpc-api", Some(Protocol::Grpc)),
             ("https", Some(Protocol::Tls)),
             ("tcp-db", Some(Protocol::Tcp)),
+            ("grpc-web", Some(Protocol::Http)),
+            ("grpc-web-public", Some(Protocol::Http)),
+            ("grpc-webby", Some(Protocol::Grpc)),
+            ("mysql", Some(Protocol::Tcp)),
+            ("mongo-primary", Some(Protocol::Tcp)),
+            ("redis-cache", Some(Protocol::Tcp)),
             ("httpish", None),
             ("web", None),
+            ("udp", None),
         ];
         for (name, expected) in cases {
             assert_eq!(Protocol::from_port_name(name), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn app_protocols() {
+        let cases: [(&[&str], Option<Protocol>); 6] = [
+            (&["http", "HTTP", "http1", "grpc-web", "kubernetes.io/ws"], Some(Protocol::Http)),
+            (&["http2", "h2c", "kubernetes.io/h2c", "Kubernetes.io/H2C"], Some(Protocol::Http2)),
+            (&["grpc", "GRPC"], Some(Protocol::Grpc)),
+            (&["tcp", "redis", "mongo", "mysql", "postgresql", "amqp", "smtp"], Some(Protocol::Tcp)),
+            (&["tls", "https", "kubernetes.io/wss"], Some(Protocol::Tls)),
+            (&["", "udp", "example.com/own", "kubernetes.io/http", "http-web"], None),
+        ];
+        for (texts, expected) in cases {
+            for text in texts {
+                assert_eq!(Protocol::from_app_protocol(text), expected, "{text}");
+            }
         }
     }
 }

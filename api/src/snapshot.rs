@@ -36,12 +36,19 @@ pub struct Workload {
     /// For ports that nobody declared.
     pub default_mtls_mode: MtlsMode,
     pub mesh: MeshSettings,
+    /// It is known as an instance; before, `ports` come from policies alone.
+    pub registered: bool,
 }
 
 impl Workload {
     /// The mode in force for an application port.
     pub fn mtls_mode(&self, port: u16) -> MtlsMode {
         self.ports.get(&port).map_or(self.default_mtls_mode, |port| port.mtls_mode)
+    }
+
+    /// What is declared about an application port; of one that nobody registered only the opaque ports say anything.
+    pub fn protocol(&self, port: u16) -> Option<Protocol> {
+        self.ports.get(&port).map_or_else(|| self.mesh.protocol(port), |port| port.protocol)
     }
 }
 
@@ -66,6 +73,15 @@ pub struct MeshSettings {
     pub max_series: u32,
     pub leaf_lifetime_seconds: u64,
     pub key_algorithm: KeyAlgorithm,
+    /// Ports that are tcp where nothing else declares a protocol.
+    pub opaque_ports: Vec<u16>,
+}
+
+impl MeshSettings {
+    /// What is declared about a port that nobody registered.
+    pub fn protocol(&self, port: u16) -> Option<Protocol> {
+        self.opaque_ports.contains(&port).then_some(Protocol::Tcp)
+    }
 }
 
 /// What kind of key a leaf has.
@@ -81,6 +97,10 @@ pub enum KeyAlgorithm {
 pub const DEFAULT_MAX_SERIES: u32 = 2_000;
 /// Lifetime of a leaf when MeshConfig does not say: 24 h.
 pub const DEFAULT_LEAF_LIFETIME_SECONDS: u64 = 24 * 60 * 60;
+/// Opaque ports when MeshConfig does not say: those of protocols in which the server speaks first, or that nothing but
+/// their own client understands. SMTP, MySQL and its group replication, PostgreSQL, Redis, Elasticsearch's transport,
+/// memcached.
+pub const DEFAULT_OPAQUE_PORTS: [u16; 8] = [25, 587, 3306, 4444, 5432, 6379, 9300, 11211];
 
 impl Default for MeshSettings {
     fn default() -> MeshSettings {
@@ -92,6 +112,7 @@ impl Default for MeshSettings {
             max_series: DEFAULT_MAX_SERIES,
             leaf_lifetime_seconds: DEFAULT_LEAF_LIFETIME_SECONDS,
             key_algorithm: KeyAlgorithm::default(),
+            opaque_ports: DEFAULT_OPAQUE_PORTS.to_vec(),
         }
     }
 }

@@ -144,6 +144,7 @@ impl Workload {
             default_mtls_mode: mtls_mode_to_wire(workload.default_mtls_mode).into(),
             mesh: Some((&workload.mesh).into()),
             trust_bundle: Some(trust_bundle),
+            registered: workload.registered,
         }
     }
 
@@ -172,6 +173,7 @@ impl Workload {
             ports,
             default_mtls_mode: mtls_mode_from_wire(self.default_mtls_mode)?,
             mesh: mesh.try_into()?,
+            registered: self.registered,
         })
     }
 }
@@ -199,6 +201,7 @@ impl From<&snapshot::MeshSettings> for MeshSettings {
                 snapshot::KeyAlgorithm::Ed25519 => KeyAlgorithm::Ed25519,
             }
             .into(),
+            opaque_ports: mesh.opaque_ports.iter().copied().map(u32::from).collect(),
         }
     }
 }
@@ -236,6 +239,11 @@ impl TryFrom<&MeshSettings> for snapshot::MeshSettings {
                 Ok(KeyAlgorithm::Ed25519) => snapshot::KeyAlgorithm::Ed25519,
                 Err(_) => return Err(WireError::Unknown { field: "key_algorithm", value: mesh.key_algorithm }),
             },
+            opaque_ports: mesh
+                .opaque_ports
+                .iter()
+                .map(|number| port("opaque_ports", *number))
+                .collect::<Result<_, _>>()?,
         })
     }
 }

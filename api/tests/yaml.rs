@@ -52,7 +52,7 @@ fn good_files_mean_what_they_say() {
     let all = parsed.resources;
 
     let mesh = all.mesh;
-    assert_eq!(mesh.trust_domain.unwrap().as_str(), "example.org");
+    assert_eq!(mesh.trust_domain.as_ref().unwrap().as_str(), "example.org");
     assert_eq!(mesh.leaf_lifetime_seconds, Some(5400));
     assert_eq!(mesh.key_algorithm, KeyAlgorithm::Ed25519);
     assert_eq!(mesh.outbound, OutboundTraffic::RegistryOnly);
@@ -60,7 +60,7 @@ fn good_files_mean_what_they_say() {
     assert_eq!(mesh.tracing.random_sampling_percentage, Some(12.5));
     assert_eq!(mesh.access_log, AccessLogMode::Off);
     assert_eq!(mesh.max_series, Some(500));
-    assert_eq!(mesh.opaque_ports, [3306, 5672]);
+    assert_eq!(mesh.opaque_ports(), [3306, 5672]);
     assert_eq!(mesh.defaults.load_balancer, LoadBalancerType::RoundRobin);
 
     let key = |namespace: &str, name: &str| (namespace.to_owned(), name.to_owned());

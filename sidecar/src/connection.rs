@@ -79,6 +79,9 @@ pub struct About {
     pub protocol: &'static str,
     pub destination: String,
     pub mtls: bool,
+    /// The server name in an application's own TLS.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sni: Option<String>,
 }
 
 /// Interim answers that wait, in bytes: the largest head fits.

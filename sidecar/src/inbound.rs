@@ -9,16 +9,17 @@ use std::time::{Duration, Instant, SystemTime};
 use http::{HeaderValue, Request, Response};
 use outrigger_api::identity::SpiffeId;
 use outrigger_api::name::Protocol;
-use outrigger_api::snapshot::{MtlsMode, Workload};
+use outrigger_api::snapshot::{Key, MtlsMode, Workload};
 use rustls::server::Accepted;
 use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 
 use crate::connect::dial::Target;
 use crate::connect::lane::{Framing, Lane, Unsent};
 use crate::connect::request_body::Received;
 use crate::connect::worker::Worker;
 use crate::connection::{Registered, State};
-use crate::net::Stream;
+use crate::net::{OriginalDst, Stream};
 use crate::outcome::{Error, Reason, Stage};
 use crate::policy::{self, Arrival, Permit};
 use crate::protocol::detect::Detected;
@@ -27,9 +28,11 @@ use crate::protocol::http::exchange::{Exchange, Session};
 use crate::protocol::http::headers::{CLIENT_CERTIFICATE, IDENTITY, Strip};
 use crate::protocol::http::serve;
 use crate::protocol::opaque::{self, CopyError};
-use crate::protocol::peek::{self, First, Peeked};
-use crate::telemetry::{self, Direction, Edge, EdgeLabels, TcpRecord, UNKNOWN, WireProtocol};
-use crate::tls::{self, Hello, MeshAlpn, Peer};
+use crate::protocol::peek::{self, Peeked};
+use crate::protocol::silence::{self, First, Moment};
+use crate::protocol::sni::{self, Sniffed};
+use crate::telemetry::{self, Direction, Edge, EdgeLabels, TcpRecord, UNKNOWN, Unproved, WireProtocol};
+use crate::tls::{self, Hello, MeshAlpn};
 
 /// How long after the end of the caller's certificate its connection is told to finish.
 const RETIRE_GRACE: Duration = Duration::from_secs(5);
@@ -47,6 +50,60 @@ pub async fn serve(worker: Rc<Worker>, application: SocketAddr, stream: Stream, 
     }
 }
 
+/// Serves one redirected connection: to the application where the peer meant it to go.
+pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered: Rc<Registered>) {
+    match application(&worker, &stream) {
+        Ok(application) => serve(worker, application, stream.into(), registered).await,
+        Err(error) => {
+            let caller = Caller { peer: None, destination_service: String::new() };
+            caller.refused(&worker, &registered, &error);
+            Stream::from(stream).reset_on_close();
+        }
+    }
+}
+
+/// The application that a redirected connection is for. Nothing but this workload's own addresses is reached through its
+/// sidecar, and no port of the sidecar itself.
+fn application(worker: &Worker, stream: &TcpStream) -> Result<SocketAddr, Error> {
+    let original = OriginalDst::of(stream)?.address();
+    if let Some(application) = worker.own.application_behind(original) {
+        return Ok(application);
+    }
+    let refuse = |reason, detail| Err(Error::downstream(Stage::Accept, reason, detail));
+    if worker.dialer.is_own_port(original.port()) {
+        return refuse(Reason::OwnPort, format!("{original}: port {} is this sidecar's own", original.port()));
+    }
+    if !worker.is_reached_at(original.ip()) {
+        return refuse(Reason::ForeignAddress, format!("{original} is no address of this network namespace"));
+    }
+    Ok(original)
+}
+
+/// Serves one connection of the workload to itself, which its own outbound side made within this process.
+pub async fn serve_own(
+    worker: Rc<Worker>,
+    application: SocketAddr,
+    alpn: MeshAlpn,
+    stream: Stream,
+    registered: Rc<Registered>,
+) {
+    registered.describe(|about| {
+        about.destination = application.to_string();
+        about.principal = Some(worker.own.principal.to_string());
+    });
+    let Some(own) = worker.own_workload() else { return stream.reset_on_close() };
+    let mut walk = Walk::new(&worker, &own, application, &registered);
+    let (identity, workload) = (worker.own.principal.clone(), worker.own.workload.as_str().into());
+    walk.caller.peer = Some(Proved { identity, workload, mtls: false });
+    let served = match policy::admit(walk.mode, Arrival::Own) {
+        Ok(permit) => walk.framed(stream, alpn, permit).await,
+        Err(error) => Err((error, Some(stream))),
+    };
+    if let Err((error, stream)) = served {
+        walk.refuse(stream, &error).await;
+    }
+}
+
 /// What is known of one inbound connection on its way.
 struct Walk {
     worker: Rc<Worker>,
@@ -59,8 +116,16 @@ struct Walk {
 
 /// Who calls.
 struct Caller {
-    peer: Option<Peer>,
+    peer: Option<Proved>,
     destination_service: String,
+}
+
+/// A caller of whom it is known who it is.
+struct Proved {
+    identity: SpiffeId,
+    workload: Arc<str>,
+    /// By mutual TLS; else it is the workload itself.
+    mtls: bool,
 }
 
 type Refused = (Error, Option<Stream>);
@@ -74,34 +139,41 @@ impl Walk {
             registered: registered.clone(),
             application,
             mode: own.mtls_mode(application.port()),
-            declared: port.and_then(|port| port.protocol),
+            declared: own.protocol(application.port()),
             caller: Caller { peer: None, destination_service: service },
         }
     }
 
     /// Who is there, and how do they come?
     async fn arrive(&mut self, mut stream: Stream) -> Result<(), Refused> {
-        if self.mode == MtlsMode::Disable {
-            return self.plaintext(stream).await;
+        let opened = match self.mode {
+            MtlsMode::Disable => return self.plaintext(stream, None).await,
+            MtlsMode::Strict => None,
+            MtlsMode::Permissive => match self.knock(&mut stream).await {
+                Ok(First::Client(opened)) => opened,
+                Ok(First::Server(opened)) => {
+                    self.note(Unproved::Plaintext);
+                    return self.server_first(stream, opened).await;
+                }
+                Ok(First::Nobody) => return Ok(()),
+                Err(error) => return Err((error, Some(stream))),
+            },
+        };
+        // That may have taken long.
+        if let Some(own) = self.worker.own_workload() {
+            self.mode = own.mtls_mode(self.application.port());
         }
-        let limits = self.worker.limits.clone();
-        let first = if self.mode == MtlsMode::Strict { limits.handshake_timeout } else { limits.detect_wait };
-        match self.hello(&mut stream, first).await {
-            Ok(Arrived::Silent) if self.mode == MtlsMode::Strict => {
-                let error = Error::downstream(Stage::Detect, Reason::MtlsRequired, "no ClientHello in time");
-                Err((error, Some(stream)))
-            }
-            Ok(Arrived::Silent) => self.late(stream).await,
-            Ok(arrived) => self.arrived(stream, arrived).await,
-            Err(error) => Err((error, Some(stream))),
-        }
-    }
-
-    async fn arrived(&mut self, mut stream: Stream, arrived: Arrived) -> Result<(), Refused> {
+        let arrived = match silence::undecided(&self.worker, self.hello(&mut stream)).await {
+            Ok(arrived) => arrived,
+            Err(error) => return Err((error, Some(stream))),
+        };
         match arrived {
-            Arrived::Mesh(hello) => self.mutual(stream, *hello).await,
+            Arrived::Mesh(hello) => {
+                opened.into_iter().for_each(silence::leave);
+                self.mutual(stream, *hello).await
+            }
             Arrived::ForeignTls => {
-                let permit = match policy::admit(self.mode, Arrival::ForeignTls) {
+                let permit = match self.admit(Arrival::ForeignTls, Unproved::ForeignTls) {
                     Ok(permit) => permit,
                     Err(error) => {
                         // The close is what counts; the alert tells a person what was missing.
@@ -110,24 +182,44 @@ impl Walk {
                     }
                 };
                 self.count_detected(telemetry::Detected::Tls);
-                self.opaque(stream, WireProtocol::Tls, permit).await
+                self.opaque(stream, opened, WireProtocol::Tls, permit).await
             }
-            Arrived::Plaintext => self.plaintext(stream).await,
-            Arrived::Left | Arrived::Silent => Ok(()),
+            Arrived::Plaintext => self.plaintext(stream, opened).await,
+            Arrived::Left => Ok(()),
         }
     }
 
-    /// Reads until it is known whether this is a sidecar's ClientHello. On a port that takes plaintext too, a silent
-    /// client may be one that waits for the server, or a sidecar that is slow.
-    async fn hello(&self, stream: &mut Stream, first: Duration) -> Result<Arrived, Error> {
-        if stream.ahead().is_empty() {
-            match tokio::time::timeout(first, stream.read_ahead()).await {
-                Ok(Ok(0)) => return Ok(Arrived::Left),
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => return Err(peek::left(&error)),
-                Err(_) => return Ok(Arrived::Silent),
+    /// Asks policy about a caller that proves nothing, and notes who it is.
+    fn admit(&self, arrival: Arrival, how: Unproved) -> Result<Permit, Error> {
+        let admitted = policy::admit(self.mode, arrival);
+        self.note(if admitted.is_ok() { how } else { Unproved::Refused });
+        admitted
+    }
+
+    fn note(&self, how: Unproved) {
+        let callers = self.worker.telemetry.plaintext_callers();
+        callers.note(self.registered.client, self.application.port(), how, SystemTime::now());
+    }
+
+    /// On a port that takes plaintext too, a silent client may be a sidecar that is slow, or somebody who waits for the
+    /// application: it is opened where it may speak first.
+    async fn knock(&self, stream: &mut Stream) -> Result<First<Stream>, Error> {
+        let open = async || self.dial(policy::admit(self.mode, Arrival::Plaintext)?).await;
+        match self.declared {
+            Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
+                match tokio::time::timeout(self.worker.limits.client_idle, stream.read_ahead()).await {
+                    Ok(Ok(0)) | Err(_) => Ok(First::Nobody),
+                    Ok(Ok(_)) => Ok(First::Client(None)),
+                    Ok(Err(error)) => Err(peek::left(&error)),
+                }
             }
+            Some(Protocol::Tcp | Protocol::Tls) => silence::first_of_opaque(&self.worker, stream, open).await,
+            None => silence::first(&self.worker, &self.key(), stream, Moment::Always, open).await,
         }
+    }
+
+    /// Reads until it is known whether this is a sidecar's ClientHello.
+    async fn hello(&self, stream: &mut Stream) -> Result<Arrived, Error> {
         let whole = async {
             loop {
                 match tls::read_hello(stream.ahead()) {
@@ -135,6 +227,7 @@ impl Walk {
                     Hello::Foreign { .. } => return Ok(Arrived::ForeignTls),
                     Hello::Invalid => return Ok(Arrived::Plaintext),
                     Hello::Incomplete => match stream.read_ahead().await {
+                        Ok(0) if stream.ahead().is_empty() => return Ok(Arrived::Left),
                         Ok(0) => return Ok(Arrived::Plaintext),
                         Ok(_) => {}
                         Err(error) => return Err(peek::left(&error)),
@@ -142,45 +235,19 @@ impl Walk {
                 }
             }
         };
-        tokio::time::timeout(self.worker.limits.handshake_timeout, whole).await.unwrap_or_else(|_| {
-            Err(Error::downstream(Stage::Detect, Reason::TlsHandshake, "the ClientHello did not end in time"))
+        let done = tokio::time::timeout(self.worker.limits.handshake_timeout, whole).await;
+        done.unwrap_or_else(|_| {
+            if stream.ahead().is_empty() {
+                Err(Error::downstream(Stage::Detect, Reason::MtlsRequired, "no ClientHello in time"))
+            } else {
+                Err(Error::downstream(Stage::Detect, Reason::TlsHandshake, "the ClientHello did not end in time"))
+            }
         })
     }
 
-    /// A client that was silent on a PERMISSIVE port. Where HTTP is declared it speaks first, whenever that is; else the
-    /// application may, and is opened. Whatever comes first from the client may still be a sidecar's hello.
-    async fn late(&mut self, mut stream: Stream) -> Result<(), Refused> {
-        if matches!(self.declared, Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc)) {
-            let idle = self.worker.limits.client_idle;
-            return match self.hello(&mut stream, idle).await {
-                Ok(arrived) => self.arrived(stream, arrived).await,
-                Err(error) => Err((error, Some(stream))),
-            };
-        }
-        let permit = match policy::admit(self.mode, Arrival::Plaintext) {
-            Ok(permit) => permit,
-            Err(error) => return Err((error, Some(stream))),
-        };
-        let mut upstream = match self.dial(permit).await {
-            Ok(upstream) => upstream,
-            Err(error) => return Err((error, Some(stream))),
-        };
-        match peek::who_speaks(&mut stream, &mut upstream, self.worker.limits.tunnel_idle).await {
-            Ok(First::Server) => {
-                self.count_detected(telemetry::Detected::ServerFirst);
-                let protocol = if self.declared == Some(Protocol::Tls) { WireProtocol::Tls } else { WireProtocol::Tcp };
-                self.copy(stream, upstream, protocol).await;
-                Ok(())
-            }
-            Ok(First::Client) => {
-                drop(upstream);
-                match self.hello(&mut stream, Duration::ZERO).await {
-                    Ok(arrived) => self.arrived(stream, arrived).await,
-                    Err(error) => Err((error, Some(stream))),
-                }
-            }
-            Ok(First::Nobody) | Err(_) => Ok(()),
-        }
+    /// Under which it is remembered who speaks first.
+    fn key(&self) -> Key {
+        Key::Address(self.application)
     }
 
     /// A sidecar: prove who it is, then serve what its ALPN id says, as far as the port allows.
@@ -193,7 +260,7 @@ impl Walk {
         let (stream, peer) = tls::accept_hello(&material, hello, stream)
             .await
             .map_err(|error| (Error::downstream(Stage::Accept, error.reason(), error.to_string()), None))?;
-        let mut stream = Stream::from(stream);
+        let stream = Stream::from(stream);
         self.registered.describe(|about| {
             about.principal = Some(peer.identity.to_string());
             about.mtls = true;
@@ -202,7 +269,12 @@ impl Walk {
         let left = peer.not_after.duration_since(SystemTime::now()).unwrap_or_default();
         self.registered.retire_after(left + RETIRE_GRACE);
         let alpn = peer.alpn;
-        self.caller.peer = Some(peer);
+        self.caller.peer = Some(Proved { identity: peer.identity, workload: peer.workload, mtls: true });
+        self.framed(stream, alpn, permit).await
+    }
+
+    /// Serves what the ALPN id of a caller says, as far as the port allows.
+    async fn framed(&self, stream: Stream, alpn: MeshAlpn, permit: Permit) -> Result<(), Refused> {
         match alpn {
             MeshAlpn::H1 => self.count_detected(telemetry::Detected::Http1),
             MeshAlpn::H2 => self.count_detected(telemetry::Detected::Http2),
@@ -211,51 +283,64 @@ impl Walk {
         match (alpn, self.declared) {
             (MeshAlpn::H1, _) => self.http1(stream, permit).await,
             (MeshAlpn::H2, _) => self.http2(stream, permit).await,
-            (MeshAlpn::Tcp, Some(Protocol::Tcp)) => self.opaque(stream, WireProtocol::Tcp, permit).await,
-            (MeshAlpn::Tcp, Some(Protocol::Tls)) => self.opaque(stream, WireProtocol::Tls, permit).await,
+            (MeshAlpn::Tcp, Some(Protocol::Tcp)) => self.opaque(stream, None, WireProtocol::Tcp, permit).await,
+            (MeshAlpn::Tcp, Some(Protocol::Tls)) => self.opaque(stream, None, WireProtocol::Tls, permit).await,
             (MeshAlpn::Tcp, Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc)) => {
                 Err((mismatch("opaque bytes for a port declared as HTTP"), Some(stream)))
             }
-            (MeshAlpn::Tcp, None) => {
-                let limits = &self.worker.limits;
-                let peeked = peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await;
-                match self.counted(peeked) {
-                    Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) => {
-                        Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
-                    }
-                    Ok(Peeked::Speaks(Detected::Tls)) => self.opaque(stream, WireProtocol::Tls, permit).await,
-                    Ok(Peeked::Speaks(Detected::Opaque)) => self.opaque(stream, WireProtocol::Tcp, permit).await,
-                    Ok(Peeked::Silent) => self.silent(stream, permit).await,
-                    Ok(Peeked::Left) => Ok(()),
-                    Err(error) => Err((error, Some(stream))),
-                }
-            }
+            (MeshAlpn::Tcp, None) => self.undeclared(stream, None, permit).await,
         }
     }
 
-    async fn plaintext(&self, mut stream: Stream) -> Result<(), Refused> {
-        let permit = match policy::admit(self.mode, Arrival::Plaintext) {
+    async fn plaintext(&self, mut stream: Stream, opened: Option<Stream>) -> Result<(), Refused> {
+        let permit = match self.admit(Arrival::Plaintext, Unproved::Plaintext) {
             Ok(permit) => permit,
             Err(error) => return Err((error, Some(stream))),
         };
         let limits = &self.worker.limits;
         let peeked = match self.declared {
-            Some(Protocol::Tcp) => return self.opaque(stream, WireProtocol::Tcp, permit).await,
-            Some(Protocol::Tls) => return self.opaque(stream, WireProtocol::Tls, permit).await,
+            Some(Protocol::Tcp) => return self.opaque(stream, opened, WireProtocol::Tcp, permit).await,
+            Some(Protocol::Tls) => return self.opaque(stream, opened, WireProtocol::Tls, permit).await,
             Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
                 peek::speaks_or_waits(&mut stream, limits.client_idle, limits.head_timeout).await
             }
-            None => peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await,
+            None => return self.undeclared(stream, opened, permit).await,
         };
-        match self.counted(peeked) {
-            Ok(Peeked::Speaks(Detected::Http1)) => self.http1(stream, permit).await,
+        match peeked {
             Ok(Peeked::Speaks(Detected::Http2)) => self.http2(stream, permit).await,
-            Ok(Peeked::Speaks(Detected::Opaque | Detected::Tls)) if self.declared.is_some() => {
+            Ok(Peeked::Speaks(Detected::Tls)) => Err((mismatch("TLS on a port declared as HTTP"), Some(stream))),
+            // What is not HTTP at all is told by the parser what is wrong with it.
+            Ok(Peeked::Speaks(Detected::Http1 | Detected::Opaque)) => self.http1(stream, permit).await,
+            Ok(Peeked::Silent | Peeked::Left) => Ok(()),
+            Err(error) => Err((error, Some(stream))),
+        }
+    }
+
+    /// A port whose protocol nobody declared, in plaintext or inside what was announced as opaque: whoever speaks first
+    /// decides, the client's bytes in any case.
+    async fn undeclared(&self, mut stream: Stream, opened: Option<Stream>, permit: Permit) -> Result<(), Refused> {
+        let open = async || self.dial(permit).await;
+        let first = silence::first(&self.worker, &self.key(), &mut stream, Moment::AsRemembered, open).await;
+        let opened = match first {
+            Ok(First::Client(later)) => opened.or(later),
+            Ok(First::Server(opened)) => return self.server_first(stream, opened).await,
+            Ok(First::Nobody) => return Ok(()),
+            Err(error) => return Err((error, Some(stream))),
+        };
+        match self.counted(silence::decide(&self.worker, &mut stream).await) {
+            Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) if self.caller.peer.is_some() => {
+                Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
+            }
+            Ok(Peeked::Speaks(Detected::Http1)) => {
+                opened.into_iter().for_each(silence::leave);
                 self.http1(stream, permit).await
             }
-            Ok(Peeked::Speaks(Detected::Tls)) => self.opaque(stream, WireProtocol::Tls, permit).await,
-            Ok(Peeked::Speaks(Detected::Opaque)) => self.opaque(stream, WireProtocol::Tcp, permit).await,
-            Ok(Peeked::Silent) if self.declared.is_none() => self.silent(stream, permit).await,
+            Ok(Peeked::Speaks(Detected::Http2)) => {
+                opened.into_iter().for_each(silence::leave);
+                self.http2(stream, permit).await
+            }
+            Ok(Peeked::Speaks(Detected::Tls)) => self.opaque(stream, opened, WireProtocol::Tls, permit).await,
+            Ok(Peeked::Speaks(Detected::Opaque)) => self.opaque(stream, opened, WireProtocol::Tcp, permit).await,
             Ok(Peeked::Silent | Peeked::Left) => Ok(()),
             Err(error) => Err((error, Some(stream))),
         }
@@ -300,8 +385,18 @@ impl Walk {
 
     // --- bytes that are not parsed ----------------------------------------------------------------------------
 
-    async fn opaque(&self, stream: Stream, protocol: WireProtocol, permit: Permit) -> Result<(), Refused> {
-        match self.dial(permit).await {
+    async fn opaque(
+        &self,
+        stream: Stream,
+        opened: Option<Stream>,
+        protocol: WireProtocol,
+        permit: Permit,
+    ) -> Result<(), Refused> {
+        let upstream = match opened {
+            Some(upstream) => Ok(upstream),
+            None => self.dial(permit).await,
+        };
+        match upstream {
             Ok(upstream) => {
                 self.copy(stream, upstream, protocol).await;
                 Ok(())
@@ -310,12 +405,19 @@ impl Walk {
         }
     }
 
+    async fn server_first(&self, stream: Stream, upstream: Stream) -> Result<(), Refused> {
+        self.count_detected(telemetry::Detected::ServerFirst);
+        let protocol = if self.declared == Some(Protocol::Tls) { WireProtocol::Tls } else { WireProtocol::Tcp };
+        self.copy(stream, upstream, protocol).await;
+        Ok(())
+    }
+
     async fn dial(&self, _permit: Permit) -> Result<Stream, Error> {
-        let target = Target { address: self.application, tls: None };
+        let target = Target::plain(self.application);
         self.worker.dialer.dial(&target, MeshAlpn::Tcp).await.map(|dialled| dialled.stream)
     }
 
-    async fn copy(&self, stream: Stream, upstream: Stream, protocol: WireProtocol) {
+    async fn copy(&self, mut stream: Stream, upstream: Stream, protocol: WireProtocol) {
         let _hold = self.worker.drain.hold();
         self.registered.describe(|about| about.protocol = protocol.as_str());
         let edge = self.caller.edge(&self.worker, protocol);
@@ -323,41 +425,25 @@ impl Walk {
         record.downstream(self.registered.client);
         record.upstream(self.application);
         self.registered.enter(State::Tunnel);
+        if protocol == WireProtocol::Tls {
+            match sni::sniff(&mut stream, self.worker.limits.detect_wait).await {
+                Ok(Sniffed::Tls(name)) => {
+                    self.registered.describe(|about| about.sni = name.clone());
+                    record.sni(name);
+                }
+                Ok(Sniffed::Other) => {}
+                Err(error) => {
+                    upstream.reset_on_close();
+                    return record.failed(Reason::ClientClosed, || error.to_string());
+                }
+            }
+        }
         let forth = |count| record.add_received(count);
         let back = |count| record.add_sent(count);
         match opaque::copy(stream, upstream, &self.registered, forth, back).await {
             Ok(()) => {}
             Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
             Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
-        }
-    }
-
-    /// The client waits: open the application and let either side speak. Whatever a client then says inside a
-    /// connection that was announced as opaque is opaque or refused, as it would have been at first.
-    async fn silent(&self, mut stream: Stream, permit: Permit) -> Result<(), Refused> {
-        let mut upstream = match self.dial(permit).await {
-            Ok(upstream) => upstream,
-            Err(error) => return Err((error, Some(stream))),
-        };
-        match peek::who_speaks(&mut stream, &mut upstream, self.worker.limits.tunnel_idle).await {
-            Ok(First::Server) => {
-                self.count_detected(telemetry::Detected::ServerFirst);
-                self.copy(stream, upstream, WireProtocol::Tcp).await;
-                Ok(())
-            }
-            Ok(First::Client) => match self.counted(peek::speaks(&mut stream, self.worker.limits.head_timeout).await) {
-                Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) if self.caller.peer.is_some() => {
-                    Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
-                }
-                Ok(Peeked::Speaks(Detected::Http1)) => self.http1(stream, permit).await,
-                Ok(Peeked::Speaks(Detected::Http2)) => self.http2(stream, permit).await,
-                Ok(_) => {
-                    self.copy(stream, upstream, WireProtocol::Tcp).await;
-                    Ok(())
-                }
-                Err(error) => Err((error, Some(stream))),
-            },
-            Ok(First::Nobody) | Err(_) => Ok(()),
         }
     }
 
@@ -377,10 +463,7 @@ impl Walk {
 
     /// Counts a connection that ends before a byte reached the application, and closes it.
     async fn refuse(&self, stream: Option<Stream>, error: &Error) {
-        let edge = self.caller.edge(&self.worker, WireProtocol::Tcp);
-        let record = TcpRecord::begin(&self.worker.telemetry, &edge, Instant::now());
-        record.downstream(self.registered.client);
-        record.failed(error.reason, || error.to_string());
+        self.caller.refused(&self.worker, &self.registered, error);
         let Some(mut stream) = stream else { return };
         if error.reason == Reason::RequestHeadTimeout {
             serve::refuse_head(&mut stream, error.reason, &self.worker.own.instance).await;
@@ -394,8 +477,6 @@ enum Arrived {
     Mesh(Box<Accepted>),
     ForeignTls,
     Plaintext,
-    /// Not a byte so far.
-    Silent,
     Left,
 }
 
@@ -464,6 +545,13 @@ async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<Re
 }
 
 impl Caller {
+    fn refused(&self, worker: &Worker, registered: &Registered, error: &Error) {
+        let edge = self.edge(worker, WireProtocol::Tcp);
+        let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
+        record.downstream(registered.client);
+        record.failed(error.reason, || error.to_string());
+    }
+
     fn edge(&self, worker: &Worker, protocol: WireProtocol) -> Arc<Edge> {
         let (workload, namespace, principal) = match &self.peer {
             Some(peer) => (peer.workload.to_string(), peer.identity.namespace().to_owned(), peer.identity.to_string()),
@@ -478,7 +566,7 @@ impl Caller {
             destination_workload: worker.own.workload.clone(),
             destination_namespace: worker.own.namespace.clone(),
             protocol,
-            mtls: self.peer.is_some(),
+            mtls: self.peer.as_ref().is_some_and(|peer| peer.mtls),
             destination_principal: worker.own.principal.to_string(),
         })
     }

@@ -14,5 +14,6 @@ pub mod outbound;
 pub mod outcome;
 pub mod policy;
 pub mod protocol;
+pub mod redirect;
 pub mod telemetry;
 pub mod tls;

@@ -9,6 +9,8 @@ use http::{Method, Request, Response};
 use outrigger_api::name::{Protocol, ServicePort};
 use outrigger_api::snapshot::Key;
 use outrigger_runtime::drain::Hold;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 
 use crate::balance::{Kind, Outcome};
 use crate::connect::backend::{Backend, Slot, View, lost_edge};
@@ -17,7 +19,7 @@ use crate::connect::lane::{Answered, Framing, Unsent};
 use crate::connect::request_body::Received;
 use crate::connect::worker::Worker;
 use crate::connection::{Registered, State};
-use crate::net::Stream;
+use crate::net::{OriginalDst, Stream};
 use crate::outcome::{Error, Reason, Retry, Side, Stage};
 use crate::policy::{self, Permit};
 use crate::protocol::detect::Detected;
@@ -26,7 +28,10 @@ use crate::protocol::http::exchange::{Exchange, Outgoing, Session};
 use crate::protocol::http::headers::Strip;
 use crate::protocol::http::serve;
 use crate::protocol::opaque::{self, CopyError};
-use crate::protocol::peek::{self, First, Peeked};
+use crate::protocol::peek::{self, Peeked};
+use crate::protocol::silence::{self, First, Moment};
+use crate::protocol::sni::{self, Sniffed};
+use crate::redirect;
 use crate::telemetry::{self, Edge, TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
 
@@ -37,10 +42,59 @@ pub async fn serve(worker: Rc<Worker>, key: Key, stream: Stream, registered: Rc<
     walk(&worker, &backend, stream, &registered).await;
 }
 
+/// Serves one redirected connection, to where the application meant it to go. What nobody registered passes through with
+/// its bytes untouched.
+pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered: Rc<Registered>) {
+    let original = match OriginalDst::of(&stream) {
+        Ok(original) => original.address(),
+        Err(error) => return turn_away(&worker, stream, &registered, &error),
+    };
+    if redirect::is_probe(original) {
+        return answer_probe(&worker, stream, original).await;
+    }
+    if redirect::is_exempt_target(original) {
+        return;
+    }
+    registered.describe(|about| about.destination = original.to_string());
+    let backend = worker.backend(&Key::Address(original));
+    let view = backend.view(&worker).await;
+    if worker.dialer.has_opened(registered.client, original) {
+        let detail = format!(
+            "this sidecar's own connection to {original} came back: the redirect rules do not exempt it. Run it as the user \
+             of `redirect apply --uid` (1337), or with the same --mark for `run` and `redirect apply`"
+        );
+        let error = Error::own(Stage::Accept, Reason::OwnPort, detail);
+        return turn_away(&worker, stream, &registered, &error);
+    }
+    match view {
+        Ok(view) if view.service.is_none() => {
+            pass(&worker, &view, stream.into(), &registered, policy::admit_outbound()).await;
+        }
+        Ok(_) | Err(_) => walk(&worker, &backend, stream.into(), &registered).await,
+    }
+}
+
+/// Closes a connection that is nobody's to carry.
+fn turn_away(worker: &Worker, stream: TcpStream, registered: &Registered, error: &Error) {
+    let record = TcpRecord::begin(&worker.telemetry, &lost_edge(worker, WireProtocol::Tcp), Instant::now());
+    record.downstream(registered.client);
+    record.failed(error.reason, || error.to_string());
+    Stream::from(stream).reset_on_close();
+}
+
+/// `redirect check` asks whether its connection arrives here, and with the address that it dialled.
+async fn answer_probe(worker: &Worker, mut stream: TcpStream, original: SocketAddr) {
+    let comes_back = worker.dialer.comes_back(redirect::exempt_target(original)).await;
+    let answer = if comes_back { redirect::complaint(original) } else { redirect::answer(original) };
+    // Who asks sees an answer that is missing for himself.
+    let _ = stream.write_all(answer.as_bytes()).await;
+    let _ = stream.shutdown().await;
+}
+
 async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, registered: &Rc<Registered>) {
     // A lookup that failed is told to an HTTP client in its own protocol, so detection goes on without it.
     let view = backend.view(worker).await;
-    let declared = view.as_ref().ok().and_then(|view| view.protocol);
+    let declared = view.as_ref().ok().and_then(|view| view.declared(worker));
     let permit = policy::admit_outbound();
     let limits = &worker.limits;
     let peeked = match declared {
@@ -50,29 +104,63 @@ async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, re
         Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
             peek::speaks_or_waits(&mut stream, limits.client_idle, limits.head_timeout).await
         }
-        None => counted(worker, peek::speaks_or_waits(&mut stream, limits.detect_wait, limits.head_timeout).await),
+        None => return undeclared(worker, backend, view, stream, registered, permit).await,
     };
     let known = view.as_deref().ok();
     match peeked {
-        Ok(Peeked::Speaks(Detected::Http1)) => http1(worker, backend, known, stream, registered, permit).await,
         Ok(Peeked::Speaks(Detected::Http2)) => http2(worker, backend, stream, registered, permit).await,
-        Ok(Peeked::Speaks(Detected::Tls)) if declared.is_none() => {
-            opaque(worker, view, stream, registered, WireProtocol::Tls, permit).await;
-        }
-        Ok(Peeked::Speaks(Detected::Opaque)) if declared.is_none() => {
-            opaque(worker, view, stream, registered, WireProtocol::Tcp, permit).await;
-        }
-        // Not HTTP on a port that declares it: the parser says what is wrong with it.
-        Ok(Peeked::Speaks(Detected::Opaque)) => http1(worker, backend, known, stream, registered, permit).await,
         Ok(Peeked::Speaks(Detected::Tls)) => {
             let error = Error::downstream(Stage::Detect, Reason::ProtocolMismatch, "TLS on a port declared as HTTP");
-            refuse_connection(worker, view.ok().as_deref(), &stream, &error);
+            refuse_connection(worker, known, &stream, &error);
         }
-        Ok(Peeked::Silent) if declared.is_none() => {
-            silent(worker, backend, view, stream, registered, permit).await;
+        // What is not HTTP at all is told by the parser what is wrong with it.
+        Ok(Peeked::Speaks(Detected::Http1 | Detected::Opaque)) => {
+            http1(worker, backend, known, stream, registered, permit).await;
         }
         Ok(Peeked::Silent | Peeked::Left) => {}
-        Err(error) => refuse_head(worker, view.ok().as_deref(), stream, &error).await,
+        Err(error) => refuse_head(worker, known, stream, &error).await,
+    }
+}
+
+/// A port whose protocol nobody declared: whoever speaks first decides, the client's bytes in any case.
+async fn undeclared(
+    worker: &Rc<Worker>,
+    backend: &Rc<Backend>,
+    view: Result<Rc<View>, Error>,
+    mut stream: Stream,
+    registered: &Rc<Registered>,
+    permit: Permit,
+) {
+    let known = view.as_deref().ok();
+    // It may be long before somebody speaks: what was known then is asked again.
+    let open = async || dial(worker, &backend.view(worker).await?, permit).await;
+    let key = known.and_then(|view| view.service.clone()).map_or_else(|| backend.key().clone(), Key::Service);
+    let opened = match silence::first(worker, &key, &mut stream, Moment::AsRemembered, open).await {
+        Ok(First::Client(opened)) => opened,
+        Ok(First::Server(opened)) => {
+            worker.telemetry.detected(telemetry::Detected::ServerFirst);
+            return copy(worker, stream, opened, registered, WireProtocol::Tcp).await;
+        }
+        Ok(First::Nobody) => return,
+        Err(error) => return refuse_connection(worker, known, &stream, &error),
+    };
+    let protocol = match counted(worker, silence::decide(worker, &mut stream).await) {
+        Ok(Peeked::Speaks(Detected::Http1)) => {
+            opened.into_iter().for_each(silence::leave);
+            return http1(worker, backend, known, stream, registered, permit).await;
+        }
+        Ok(Peeked::Speaks(Detected::Http2)) => {
+            opened.into_iter().for_each(silence::leave);
+            return http2(worker, backend, stream, registered, permit).await;
+        }
+        Ok(Peeked::Speaks(Detected::Tls)) => WireProtocol::Tls,
+        Ok(Peeked::Speaks(Detected::Opaque)) => WireProtocol::Tcp,
+        Ok(Peeked::Silent | Peeked::Left) => return,
+        Err(error) => return refuse_head(worker, known, stream, &error).await,
+    };
+    match opened {
+        Some(opened) => copy(worker, stream, opened, registered, protocol).await,
+        None => opaque(worker, backend.view(worker).await, stream, registered, protocol, permit).await,
     }
 }
 
@@ -261,20 +349,52 @@ async fn opaque(
         Err(error) => return refuse_connection(worker, None, &stream, &error),
     };
     match dial(worker, &view, permit).await {
-        Ok(opened) => copy(worker, &view, stream, opened, registered, protocol).await,
+        Ok(opened) => copy(worker, stream, opened, registered, protocol).await,
         Err(error) => refuse_connection(worker, Some(&view), &stream, &error),
     }
+}
+
+/// What nobody registered: to where the application meant it to go, without a look at more than whether it is TLS. Either
+/// side may speak first, or end first.
+async fn pass(worker: &Rc<Worker>, view: &Rc<View>, mut stream: Stream, registered: &Rc<Registered>, permit: Permit) {
+    let mut opened = match dial(worker, view, permit).await {
+        Ok(opened) => opened,
+        Err(error) => return refuse_connection(worker, Some(view), &stream, &error),
+    };
+    let spoken = sni::somebody_spoke(&mut stream, &mut opened.dialled.stream, worker.limits.tunnel_idle).await;
+    let sniffed = match spoken {
+        Ok(()) if !stream.ahead().is_empty() => sni::sniff(&mut stream, worker.limits.detect_wait).await,
+        Ok(()) => Ok(Sniffed::Other),
+        Err(error) => Err(error),
+    };
+    let protocol = match sniffed {
+        Ok(Sniffed::Tls(_)) => WireProtocol::Tls,
+        Ok(Sniffed::Other) => WireProtocol::Tcp,
+        Err(error) => {
+            opened.dialled.stream.reset_on_close();
+            let error = Error::downstream(Stage::Forward, Reason::ClientClosed, error.to_string());
+            return refuse_connection(worker, Some(view), &stream, &error);
+        }
+    };
+    copy(worker, stream, opened, registered, protocol).await;
 }
 
 /// An open upstream. It counts as an opaque connection only when it turns out to be one: see [`copy`].
 struct Opened {
     dialled: Dialled,
+    view: Rc<View>,
     slot: Rc<Slot>,
     _load: crate::balance::Open,
     _hold: Hold,
 }
 
-async fn dial(worker: &Rc<Worker>, view: &View, _permit: Permit) -> Result<Opened, Error> {
+impl AsMut<Stream> for Opened {
+    fn as_mut(&mut self) -> &mut Stream {
+        &mut self.dialled.stream
+    }
+}
+
+async fn dial(worker: &Rc<Worker>, view: &Rc<View>, _permit: Permit) -> Result<Opened, Error> {
     let mut tried = Tried::new(worker, Instant::now());
     loop {
         let Some((index, slot)) = view.pick(worker, Kind::Tcp, worker.now(), tried.indices()) else {
@@ -284,7 +404,8 @@ async fn dial(worker: &Rc<Worker>, view: &View, _permit: Permit) -> Result<Opene
         match worker.dialer.dial(&slot.target, MeshAlpn::Tcp).await {
             Ok(dialled) => {
                 load.connected(worker.now(), Outcome::Success);
-                return Ok(Opened { dialled, slot, _load: load, _hold: worker.drain.hold() });
+                let view = view.clone();
+                return Ok(Opened { dialled, view, slot, _load: load, _hold: worker.drain.hold() });
             }
             Err(error) => {
                 load.connected(worker.now(), blame(&error));
@@ -296,68 +417,42 @@ async fn dial(worker: &Rc<Worker>, view: &View, _permit: Permit) -> Result<Opene
 
 async fn copy(
     worker: &Rc<Worker>,
-    view: &View,
-    stream: Stream,
+    mut stream: Stream,
     opened: Opened,
     registered: &Registered,
     protocol: WireProtocol,
 ) {
+    let sniffed = if protocol == WireProtocol::Tls {
+        sni::sniff(&mut stream, worker.limits.detect_wait).await
+    } else {
+        Ok(Sniffed::Other)
+    };
     registered.describe(|about| {
         about.protocol = protocol.as_str();
         about.mtls = opened.dialled.peer.is_some();
     });
     registered.enter(State::Tunnel);
-    let edge = view.edge(worker, &opened.slot, protocol);
+    let edge = opened.view.edge(worker, &opened.slot, protocol);
     let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
     record.upstream(opened.slot.target.address);
     record.downstream(registered.client);
+    match sniffed {
+        Ok(Sniffed::Tls(name)) => {
+            registered.describe(|about| about.sni = name.clone());
+            record.sni(name);
+        }
+        Ok(Sniffed::Other) => {}
+        Err(error) => {
+            opened.dialled.stream.reset_on_close();
+            return record.failed(Reason::ClientClosed, || error.to_string());
+        }
+    }
     let forth = |count| record.add_received(count);
     let back = |count| record.add_sent(count);
     match opaque::copy(stream, opened.dialled.stream, registered, forth, back).await {
         Ok(()) => {}
         Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
         Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
-    }
-}
-
-/// The client waits: open the upstream and let either side speak.
-async fn silent(
-    worker: &Rc<Worker>,
-    backend: &Rc<Backend>,
-    view: Result<Rc<View>, Error>,
-    mut stream: Stream,
-    registered: &Rc<Registered>,
-    permit: Permit,
-) {
-    let view = match view {
-        Ok(view) => view,
-        Err(error) => return refuse_connection(worker, None, &stream, &error),
-    };
-    let mut opened = match dial(worker, &view, permit).await {
-        Ok(opened) => opened,
-        Err(error) => return refuse_connection(worker, Some(&view), &stream, &error),
-    };
-    match peek::who_speaks(&mut stream, &mut opened.dialled.stream, worker.limits.tunnel_idle).await {
-        Ok(First::Server) => {
-            worker.telemetry.detected(telemetry::Detected::ServerFirst);
-            copy(worker, &view, stream, opened, registered, WireProtocol::Tcp).await;
-        }
-        Ok(First::Client) => match counted(worker, peek::speaks(&mut stream, worker.limits.head_timeout).await) {
-            Ok(Peeked::Speaks(Detected::Http1)) => {
-                drop(opened);
-                http1(worker, backend, Some(&view), stream, registered, permit).await;
-            }
-            Ok(Peeked::Speaks(Detected::Http2)) => {
-                drop(opened);
-                http2(worker, backend, stream, registered, permit).await;
-            }
-            Ok(Peeked::Speaks(Detected::Tls)) => {
-                copy(worker, &view, stream, opened, registered, WireProtocol::Tls).await;
-            }
-            Ok(_) => copy(worker, &view, stream, opened, registered, WireProtocol::Tcp).await,
-            Err(error) => refuse_head(worker, Some(&view), stream, &error).await,
-        },
-        Ok(First::Nobody) | Err(_) => {}
     }
 }
 

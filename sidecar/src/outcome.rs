@@ -25,6 +25,7 @@ pub enum Reason {
     UnknownDestination,
     DestinationUnavailable,
     OwnPort,
+    ForeignAddress,
     ForbiddenAddress,
     MethodNotAllowed,
     // What the upstream did.
@@ -63,7 +64,7 @@ const fn row(word: &'static str, status: u16, grpc: u8, proxy_status: &'static s
 }
 
 impl Reason {
-    pub const ALL: [Reason; 29] = [
+    pub const ALL: [Reason; 30] = [
         Reason::BadRequest,
         Reason::RequestHeadTimeout,
         Reason::RequestHeadTooLarge,
@@ -79,6 +80,7 @@ impl Reason {
         Reason::UnknownDestination,
         Reason::DestinationUnavailable,
         Reason::OwnPort,
+        Reason::ForeignAddress,
         Reason::ForbiddenAddress,
         Reason::MethodNotAllowed,
         Reason::ConnectionRefused,
@@ -174,6 +176,13 @@ impl Reason {
                 14,
                 "proxy_loop_detected",
                 "The destination is a port on which the sidecar itself listens.",
+            ),
+            Reason::ForeignAddress => row(
+                "foreign_address",
+                502,
+                14,
+                "destination_ip_prohibited",
+                "The destination is no address of this workload.",
             ),
             Reason::ForbiddenAddress => row(
                 "forbidden_address",
@@ -291,7 +300,7 @@ pub enum Retry {
 
 /// An error of the walk: where, whose, why, and whether to try again. `detail` is for logs and names the endpoint,
 /// the address or the library's words; it never holds a secret and is not sent to peers.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Error {
     pub stage: Stage,
     pub side: Side,

@@ -18,11 +18,15 @@ pub enum Arrival {
     Plaintext,
     /// TLS of the application's own, which passes unparsed.
     ForeignTls,
+    /// The workload itself, from within this process.
+    Own,
 }
 
 /// May this connection come in?
 pub fn admit(mode: MtlsMode, arrival: Arrival) -> Result<Permit, Error> {
     match (mode, arrival) {
+        // Nothing is on a wire, so no mode has anything to ask of it.
+        (MtlsMode::Strict | MtlsMode::Permissive | MtlsMode::Disable, Arrival::Own) => Ok(Permit(())),
         (MtlsMode::Strict | MtlsMode::Permissive, Arrival::Mutual) => Ok(Permit(())),
         (MtlsMode::Permissive | MtlsMode::Disable, Arrival::Plaintext | Arrival::ForeignTls) => Ok(Permit(())),
         (MtlsMode::Strict, Arrival::Plaintext) => Err(refuse("plaintext on a STRICT port")),

@@ -93,7 +93,8 @@ impl Application {
         std::array::from_fn(|index| Application::serve(&format!("{name}-{}", index + 1), listeners.next().unwrap()))
     }
 
-    fn serve(name: &str, listener: TcpListener) -> Application {
+    /// On a listener of a network namespace, say.
+    pub fn serve(name: &str, listener: TcpListener) -> Application {
         let address = listener.local_addr().unwrap();
         let (release, released) = watch::channel(false);
         let shared = Shared { name: name.to_owned(), record: Arc::default(), released };
@@ -228,6 +229,13 @@ async fn serve(shared: &Shared, connection: usize, mut stream: TcpStream) {
 /// A raw TCP server: the test accepts, reads, writes and closes.
 pub struct Backend {
     listener: TcpListener,
+}
+
+/// On a listener of a network namespace, say.
+impl From<TcpListener> for Backend {
+    fn from(listener: TcpListener) -> Backend {
+        Backend { listener }
+    }
 }
 
 impl Backend {

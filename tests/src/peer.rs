@@ -129,6 +129,14 @@ impl Peer {
         Ok(tokio_rustls::TlsStream::from(tls).into())
     }
 
+    /// TLS of an application's own, on a connection that is there already.
+    pub async fn secure(&self, connection: Connection, name: &str, alpn: &[&str]) -> std::io::Result<Connection> {
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(self.client_config(alpn)));
+        let name = ServerName::try_from(name.to_owned()).unwrap();
+        let tls = soon("the TLS handshake", connector.connect(name, connection.into_tcp())).await?;
+        Ok(tokio_rustls::TlsStream::from(tls).into())
+    }
+
     /// The server's side of a handshake on an accepted connection.
     pub async fn accept(&self, connection: Connection, alpn: &[&str]) -> std::io::Result<Connection> {
         let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(self.server_config(alpn)));

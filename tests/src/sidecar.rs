@@ -52,6 +52,7 @@ impl<'a> SidecarBuilder<'a> {
             outbound: Vec::new(),
             http_proxy: None,
             http_proxy_allow: Vec::new(),
+            transparent: false,
             mark: None,
             workers: 1,
             admin_listen: LOOPBACK,
@@ -189,12 +190,16 @@ impl<'a> SidecarBuilder<'a> {
         config.inbound.iter().for_each(|inbound| flag("inbound", format!("{}={}", inbound.listen, inbound.app)));
         config.outbound.iter().for_each(|one| flag("outbound", format!("{}={}", one.listen, one.destination)));
         config.http_proxy.iter().for_each(|address| flag("http-proxy", address.to_string()));
+        config.mark.iter().for_each(|mark| flag("mark", mark.to_string()));
         flag("admin-listen", config.admin_listen.to_string());
         flag("metrics-listen", config.metrics_listen.to_string());
         flag("health-listen", config.health_listen.to_string());
         config.state.iter().for_each(|state| flag("state", state.display().to_string()));
         flag("workers", config.workers.to_string());
         flag("drain-delay", format!("{}ms", config.drain_delay.as_millis()));
+        if config.transparent {
+            all.push("--transparent".to_owned());
+        }
         all
     }
 

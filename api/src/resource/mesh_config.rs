@@ -24,9 +24,16 @@ pub struct MeshConfig {
     pub access_log: AccessLogMode,
     /// `metrics.maxSeries`
     pub max_series: Option<u32>,
-    /// Ports whose protocol is tcp unless a Service or a sidecar declares another.
-    pub opaque_ports: Vec<u16>,
+    /// Ports whose protocol is tcp unless a Service or a sidecar declares another; None: the defaults.
+    pub opaque_ports: Option<Vec<u16>>,
     pub defaults: Defaults,
+}
+
+impl MeshConfig {
+    /// The opaque ports in force: a list that is written replaces the defaults.
+    pub fn opaque_ports(&self) -> &[u16] {
+        self.opaque_ports.as_deref().unwrap_or(&crate::snapshot::DEFAULT_OPAQUE_PORTS)
+    }
 }
 
 pub use crate::snapshot::KeyAlgorithm;
@@ -99,7 +106,7 @@ pub(super) struct RawMeshConfig {
     tracing: RawTracing,
     access_log: Option<AccessLogMode>,
     metrics: RawMetrics,
-    opaque_ports: Vec<Port>,
+    opaque_ports: Option<Vec<Port>>,
     defaults: RawDefaults,
 }
 
@@ -173,9 +180,10 @@ impl RawMeshConfig {
             let path = path.key("metrics").key("maxSeries");
             findings.error(&path, "0 would leave no metric at all: expected at least 1".to_owned());
         }
-        let mut opaque_ports: Vec<u16> = self.opaque_ports.into_iter().map(|Port(port)| port).collect();
-        opaque_ports.sort_unstable();
-        opaque_ports.dedup();
+        let opaque_ports = self.opaque_ports.map(|ports| {
+            let ports: std::collections::BTreeSet<u16> = ports.into_iter().map(|Port(port)| port).collect();
+            ports.into_iter().collect()
+        });
         MeshConfig {
             trust_domain,
             leaf_lifetime_seconds,

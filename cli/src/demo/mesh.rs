@@ -224,6 +224,7 @@ impl Launch<'_> {
             outbound: outbound.collect::<Result<_, DemoError>>()?,
             http_proxy: None,
             http_proxy_allow: Vec::new(),
+            transparent: false,
             mark: None,
             workers: 1,
             admin_listen: LOOPBACK,

@@ -30,21 +30,28 @@ pub struct Catalog {
     pub resources: Arc<Resources>,
     pub trust_domain: TrustDomain,
     by_cluster_ip: HashMap<SocketAddr, name::ServicePort>,
+    /// Who has a clusterIP, and who wants the same.
+    contested: Vec<(SocketAddr, ServiceName, ServiceName)>,
 }
 
 impl Catalog {
     pub fn new(resources: Arc<Resources>, trust_domain: TrustDomain) -> Catalog {
-        let mut by_cluster_ip = HashMap::new();
+        let mut by_cluster_ip: HashMap<SocketAddr, name::ServicePort> = HashMap::new();
+        let mut contested = Vec::new();
         for service in resources.services.values() {
             let Ok(name) = ServiceName::new(&service.metadata.name, &service.metadata.namespace) else { continue };
             for ip in &service.spec.cluster_ips {
                 for port in &service.spec.ports {
                     let key = name::ServicePort { service: name.clone(), port: port.port };
-                    by_cluster_ip.entry(SocketAddr::new(*ip, port.port)).or_insert(key);
+                    let address = SocketAddr::new(*ip, port.port);
+                    let holder = by_cluster_ip.entry(address).or_insert(key);
+                    if holder.service != name {
+                        contested.push((address, holder.service.clone(), name.clone()));
+                    }
                 }
             }
         }
-        Catalog { resources, trust_domain, by_cluster_ip }
+        Catalog { resources, trust_domain, by_cluster_ip, contested }
     }
 
     /// What the sidecar of `id` is told of itself. Before it has a lease its labels are those that were granted.
@@ -54,7 +61,7 @@ impl Catalog {
         let modes = policy::mtls_modes(&self.resources, &id.namespace, labels);
         let mut ports: BTreeMap<u16, OwnPort<'_>> = BTreeMap::new();
         match instance.map(|instance| &instance.ports) {
-            Some(Ports::Leased(leased)) => ports.extend(
+            Some(Ports::Leased(leased) | Ports::Intercepted(leased)) => ports.extend(
                 leased.iter().map(|port| (port.application, OwnPort { declared: port.protocol, service: None })),
             ),
             Some(Ports::Named(named)) => ports.extend(named.values().map(|port| (*port, OwnPort::default()))),
@@ -84,6 +91,7 @@ impl Catalog {
             ports: ports.into_iter().map(inbound).collect(),
             default_mtls_mode: modes.default,
             mesh: mesh_settings(&self.resources),
+            registered: instance.is_some(),
         }
     }
 
@@ -123,7 +131,7 @@ impl Catalog {
                 let TargetPort::Name(name) = &port.target_port else { continue };
                 let mut leased = registry
                     .of_namespace(&service.metadata.namespace)
-                    .filter(|instance| matches!(instance.ports, Ports::Leased(_)) && selects(service, instance));
+                    .filter(|instance| instance.leased_ports().is_some() && selects(service, instance));
                 if let Some(instance) = leased.next() {
                     warnings.push(format!(
                         "{full_name}: targetPort {name:?} is a name, and the ports of {} have none; give its number",
@@ -131,6 +139,11 @@ impl Catalog {
                     ));
                 }
             }
+        }
+        for (address, holder, other) in &self.contested {
+            warnings.push(format!(
+                "Service {other}: {address} is the clusterIP of {holder} already, which gets its traffic"
+            ));
         }
         for instance in registry.all() {
             let modes = policy::mtls_modes(&self.resources, &instance.id.namespace, &instance.labels);
@@ -168,11 +181,12 @@ impl Catalog {
     fn endpoint_itself(&self, registry: &Registry, address: SocketAddr) -> Option<Destination> {
         let port = address.port();
         let dialled = |instance: &Instance| match &instance.ports {
-            Ports::Leased(ports) => {
-                let by_mesh = ports.iter().find(|leased| leased.mesh == port);
-                by_mesh.or_else(|| ports.iter().find(|leased| leased.application == port)).map(Target::of)
+            Ports::Leased(ports) => leased_at(ports, port),
+            Ports::Intercepted(ports) => leased_at(ports, port).or(Some(Target::plain(port))),
+            // A workload with a sidecar has it at every port; of one without, an unlisted port is nothing that is known.
+            Ports::Named(ports) => {
+                (instance.mesh || ports.values().any(|named| *named == port)).then(|| Target::plain(port))
             }
-            Ports::Named(ports) => ports.values().any(|named| *named == port).then(|| Target::plain(port)),
         };
         // Where peers dial comes before what an application calls its port: an address may be shared, as on loopback.
         let here = || registry.at(address.ip());
@@ -271,19 +285,28 @@ impl Target {
     }
 }
 
+/// By the port at which peers dial, or else by the application's.
+fn leased_at(ports: &[LeasedPort], port: u16) -> Option<Target> {
+    let by_mesh = ports.iter().find(|leased| leased.mesh == port);
+    by_mesh.or_else(|| ports.iter().find(|leased| leased.application == port)).map(Target::of)
+}
+
 fn target(instance: &Instance, wanted: &TargetPort) -> Option<Target> {
     let (application, leased) = application_port(instance, wanted)?;
     Some(leased.map_or(Target::plain(application), Target::of))
 }
 
-/// The instance's port that a targetPort means: a sidecar serves the ports that it registered and no other, they
-/// have no names; a Workload document serves any number and the names that it lists.
+/// The instance's port that a targetPort means: a sidecar serves the ports that it registered, which have no names, and
+/// every other only when it is transparent; a Workload document serves any number and the names that it lists.
 fn application_port<'a>(instance: &'a Instance, wanted: &TargetPort) -> Option<(u16, Option<&'a LeasedPort>)> {
     match (&instance.ports, wanted) {
         (Ports::Leased(ports), TargetPort::Number(number)) => {
             ports.iter().find(|port| port.application == *number).map(|port| (*number, Some(port)))
         }
-        (Ports::Leased(_), TargetPort::Name(_)) => None,
+        (Ports::Intercepted(ports), TargetPort::Number(number)) => {
+            Some((*number, ports.iter().find(|port| port.application == *number)))
+        }
+        (Ports::Leased(_) | Ports::Intercepted(_), TargetPort::Name(_)) => None,
         (Ports::Named(_), TargetPort::Number(number)) => Some((*number, None)),
         (Ports::Named(ports), TargetPort::Name(name)) => ports.get(name).map(|number| (*number, None)),
     }
@@ -344,6 +367,7 @@ fn mesh_settings(resources: &Resources) -> MeshSettings {
         max_series: mesh.max_series.unwrap_or(DEFAULT_MAX_SERIES),
         leaf_lifetime_seconds: leaf_lifetime_seconds(resources),
         key_algorithm: mesh.key_algorithm,
+        opaque_ports: mesh.opaque_ports().to_vec(),
     }
 }
 

@@ -73,7 +73,8 @@ impl Moment {
         let id = lease_id(account, last);
         let ports = vec![LeasedPort { application: 8080, mesh: 18080, protocol }];
         let ip = [10, 0, 0, last].into();
-        let registration = Registration { workload: "cart".into(), labels: labels(text), ip, ports };
+        let registration =
+            Registration { workload: "cart".into(), labels: labels(text), ip, ports, transparent: false };
         self.registry.register(&id, last.into(), &registration).unwrap();
         self
     }
@@ -220,14 +221,104 @@ fn by_address() {
     }
 }
 
+/// `name` at 10.0.0.<last>, transparent, with these ports declared besides.
+fn intercepted(mut moment: Moment, name: &str, last: u8, ports: Vec<LeasedPort>) -> Moment {
+    let id = lease_id(name, last);
+    let labels = labels(&format!("app={name}"));
+    let ip = [10, 0, 0, last].into();
+    let registration = Registration { workload: name.into(), labels, ip, ports, transparent: true };
+    moment.registry.register(&id, last.into(), &registration).unwrap();
+    moment
+}
+
+#[test]
+fn a_transparent_sidecar_serves_every_port_at_its_own_number() {
+    let moment = Moment::default()
+        .service("cart", "app=cart", &[], http())
+        .service("cart-admin", "app=cart", &[], vec![port(None, 9000, TargetPort::Number(9000))])
+        .policy(Some("app=cart"), Some(MtlsMode::Strict), &[(9000, MtlsMode::Disable), (9001, MtlsMode::Permissive)]);
+    let declared = vec![
+        LeasedPort { application: 7000, mesh: 17000, protocol: None },
+        LeasedPort { application: 8080, mesh: 8080, protocol: Some(Protocol::Grpc) },
+    ];
+    let moment = intercepted(moment, "cart", 1, declared);
+    for (key, endpoint) in [
+        ("cart:80", "10.0.0.1:8080 cart"),
+        ("cart-admin:9000", "10.0.0.1:9000 plaintext"),
+        ("10.0.0.1:8080", "10.0.0.1:8080 cart"),
+        // In no Service and in no registration.
+        ("10.0.0.1:4242", "10.0.0.1:4242 cart"),
+        // Declared with a mesh port of its own, by either number.
+        ("10.0.0.1:7000", "10.0.0.1:17000 cart"),
+        ("10.0.0.1:17000", "10.0.0.1:17000 cart"),
+        ("10.0.0.1:9000", "10.0.0.1:9000 plaintext"),
+    ] {
+        assert_eq!(moment.endpoints(key), [endpoint], "{key}");
+    }
+    let named = |address: &str| {
+        let found = moment.find(address).unwrap();
+        (found.service.to_string(), found.port, found.protocol)
+    };
+    assert_eq!(named("10.0.0.1:8080"), ("cart.shop".to_owned(), 80, Some(Protocol::Grpc)));
+    assert_eq!(named("10.0.0.1:4242"), ("cart.shop".to_owned(), 4242, None), "under its workload's name");
+
+    let own = moment.catalog().own_workload(&moment.registry, &lease_id("cart", 1), &Labels::new());
+    assert!(own.registered);
+    let services: Vec<_> = own.ports.iter().filter_map(|(port, of)| Some((*port, of.service.clone()?))).collect();
+    let services: Vec<_> = services.iter().map(|(port, service)| (*port, &*service.name)).collect();
+    assert_eq!(services, [(8080, "cart"), (9000, "cart-admin")]);
+    let modes = [8080, 9000, 9001, 4242].map(|port| own.mtls_mode(port));
+    assert_eq!(modes, [MtlsMode::Strict, MtlsMode::Disable, MtlsMode::Permissive, MtlsMode::Strict]);
+    let early = moment.catalog().own_workload(&moment.registry, &lease_id("cart", 9), &labels("app=cart"));
+    assert!(!early.registered && !early.ports.contains_key(&8080), "services are known with the lease only");
+}
+
+#[test]
+fn a_workload_with_a_sidecar_is_dialled_with_mutual_tls_at_any_port() {
+    let moment = Moment::default()
+        .workload("meshed", 1, true, &[("web", 8080)])
+        .workload("plain", 2, false, &[("web", 8080)])
+        .policy(Some("app=cart"), None, &[(9000, MtlsMode::Disable)]);
+    assert_eq!(moment.endpoints("10.0.1.1:8080"), ["10.0.1.1:8080 static"]);
+    assert_eq!(moment.endpoints("10.0.1.1:4242"), ["10.0.1.1:4242 static"]);
+    assert_eq!(moment.endpoints("10.0.1.1:9000"), ["10.0.1.1:9000 plaintext"]);
+    assert_eq!(moment.find("10.0.1.2:4242"), None, "nothing is known of it");
+}
+
+#[test]
+fn services_on_one_port_are_told_apart_by_their_addresses() {
+    let mut moment = intercepted(Moment::default(), "cart", 1, Vec::new());
+    moment = intercepted(moment, "pay", 2, Vec::new());
+    moment = moment.service("cart", "app=cart", &[], http()).service("pay", "app=pay", &[], http());
+    let set = |moment: &mut Moment, name: &str, ips: Vec<IpAddr>| {
+        moment.resources.services.get_mut(&("shop".into(), name.into())).unwrap().spec.cluster_ips = ips;
+    };
+    set(&mut moment, "pay", vec![[10, 96, 0, 2].into(), "fd96::2".parse().unwrap()]);
+    assert_eq!(moment.endpoints("10.96.0.1:80"), ["10.0.0.1:8080 cart"]);
+    assert_eq!(moment.endpoints("10.96.0.2:80"), ["10.0.0.2:8080 pay"]);
+    assert_eq!(moment.endpoints("[fd96::2]:80"), ["10.0.0.2:8080 pay"]);
+    assert!(moment.catalog().warnings(&moment.registry).is_empty());
+
+    set(&mut moment, "pay", vec![[10, 96, 0, 1].into()]);
+    assert_eq!(moment.endpoints("10.96.0.1:80"), ["10.0.0.1:8080 cart"]);
+    let warnings = moment.catalog().warnings(&moment.registry);
+    let told = "Service pay.shop: 10.96.0.1:80 is the clusterIP of cart.shop already, which gets its traffic";
+    assert_eq!(warnings, [told]);
+}
+
 #[test]
 fn a_shared_address_is_told_apart_by_the_mesh_port() {
     let mut moment = Moment::default();
     for (name, application, mesh) in [("a", 9001, 9002), ("b", 9002, 9003)] {
         let id = InstanceId { namespace: "shop".into(), service_account: name.into(), name: name.into() };
         let ports = vec![LeasedPort { application, mesh, protocol: None }];
-        let registration =
-            Registration { workload: name.into(), labels: Labels::new(), ip: [127, 0, 0, 1].into(), ports };
+        let registration = Registration {
+            workload: name.into(),
+            labels: Labels::new(),
+            ip: [127, 0, 0, 1].into(),
+            ports,
+            transparent: false,
+        };
         moment.registry.register(&id, 1, &registration).unwrap();
     }
     assert_eq!(moment.endpoints("127.0.0.1:9002"), ["127.0.0.1:9002 a"]);

@@ -155,7 +155,7 @@ fn read(message: &wire::Registration, peer: IpAddr, grant: &Labels) -> Result<Re
         return Err(format!("the workload's name must be at most {MAX_NAME} bytes without spaces"));
     }
     let labels = message.labels.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
-    Ok(Registration { workload: workload.clone(), labels, ip, ports })
+    Ok(Registration { workload: workload.clone(), labels, ip, ports, transparent: message.transparent })
 }
 
 #[cfg(test)]

@@ -3,12 +3,8 @@
 
 use outrigger_api::name::Protocol;
 use outrigger_api::policy::ModeSet;
-use outrigger_api::resource::{Labels, Resources, ServicePort};
+use outrigger_api::resource::{Labels, Resources, ServicePort, TargetPort};
 use outrigger_api::snapshot::MtlsMode;
-
-/// Ports of protocols in which the server speaks first, or that nothing but their own client understands: SMTP, MySQL
-/// and its group replication, PostgreSQL, Redis, Elasticsearch's transport, memcached.
-const OPAQUE_PORTS: [u16; 8] = [25, 587, 3306, 4444, 5432, 6379, 9300, 11211];
 
 /// The modes in force for a workload with these labels.
 pub fn mtls_modes(resources: &Resources, namespace: &str, labels: &Labels) -> ModeSet {
@@ -21,8 +17,8 @@ pub fn mode_of(modes: &ModeSet, port: u16) -> MtlsMode {
     modes.ports.get(&port).copied().unwrap_or(modes.default)
 }
 
-/// What is declared about a port: the sidecar's own word, then appProtocol, then the port's name, then the lists of
-/// opaque ports. None: the sidecar detects.
+/// What is declared about a port: the sidecar's own word, then appProtocol, then the port's name, then the opaque
+/// ports, in which the Service's port counts as well as its targetPort. None: the sidecar detects.
 pub fn protocol(
     resources: &Resources,
     sidecar: Option<Protocol>,
@@ -34,8 +30,12 @@ pub fn protocol(
         let by_name = || Protocol::from_port_name(service.name.as_deref()?);
         service.app_protocol.as_deref().and_then(Protocol::from_app_protocol).or_else(by_name)
     };
-    let is_opaque = |port: u16| OPAQUE_PORTS.contains(&port) || resources.mesh.opaque_ports.contains(&port);
-    let opaque = service.map(|service| service.port).into_iter().chain(application_port).any(is_opaque);
+    let target = service.and_then(|service| match &service.target_port {
+        TargetPort::Number(number) => Some(*number),
+        TargetPort::Name(_) => None,
+    });
+    let numbers = [service.map(|service| service.port), target, application_port];
+    let opaque = numbers.into_iter().flatten().any(|port| resources.mesh.opaque_ports().contains(&port));
     sidecar.or_else(by_service).or(opaque.then_some(Protocol::Tcp))
 }
 
@@ -46,14 +46,11 @@ pub fn contains(labels: &Labels, wanted: &Labels) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use outrigger_api::resource::TargetPort;
-
     use super::*;
 
     #[test]
     fn who_declares_a_protocol() {
         let mut resources = Resources::default();
-        resources.mesh.opaque_ports = vec![7000];
         let port = |name: Option<&str>, app: Option<&str>, port| ServicePort {
             name: name.map(Into::into),
             port,
@@ -65,7 +62,8 @@ mod tests {
             (None, port(Some("http"), Some("http2"), 3306), Some(Protocol::Http2)),
             (None, port(Some("http-web"), Some("example.com/x"), 3306), Some(Protocol::Http)),
             (None, port(Some("web"), None, 3306), Some(Protocol::Tcp)),
-            (None, port(None, None, 7000), Some(Protocol::Tcp)),
+            (None, port(Some("redis"), None, 80), Some(Protocol::Tcp)),
+            (None, port(None, None, 7000), None),
             (None, port(None, None, 8080), None),
         ];
         for (sidecar, service, expected) in cases {
@@ -73,5 +71,11 @@ mod tests {
         }
         assert_eq!(protocol(&resources, None, Some(&port(None, None, 80)), Some(5432)), Some(Protocol::Tcp));
         assert_eq!(protocol(&resources, None, None, Some(80)), None);
+        let target = ServicePort { target_port: TargetPort::Number(5432), ..port(None, None, 80) };
+        assert_eq!(protocol(&resources, None, Some(&target), None), Some(Protocol::Tcp));
+        // A list of the operator's own takes the place of the defaults.
+        resources.mesh.opaque_ports = Some(vec![7000]);
+        assert_eq!(protocol(&resources, None, Some(&port(None, None, 7000)), None), Some(Protocol::Tcp));
+        assert_eq!(protocol(&resources, None, Some(&port(None, None, 3306)), None), None);
     }
 }

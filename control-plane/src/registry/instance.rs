@@ -36,6 +36,8 @@ pub struct Registration {
     pub labels: Labels,
     pub ip: IpAddr,
     pub ports: Vec<LeasedPort>,
+    /// Every port of `ip` is the sidecar's: those that are not in `ports` are served at their own number.
+    pub transparent: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +69,8 @@ pub struct Instance {
 pub enum Ports {
     /// Exactly these; they have no names.
     Leased(Vec<LeasedPort>),
+    /// Every port, at its own number but for those that are listed; they have no names.
+    Intercepted(Vec<LeasedPort>),
     /// By name. A number that is not among them may exist as well.
     Named(BTreeMap<String, u16>),
 }
@@ -78,7 +82,10 @@ impl Instance {
             workload: registration.workload.clone(),
             labels: registration.labels.clone(),
             ip: registration.ip,
-            ports: Ports::Leased(registration.ports.clone()),
+            ports: match registration.transparent {
+                true => Ports::Intercepted(registration.ports.clone()),
+                false => Ports::Leased(registration.ports.clone()),
+            },
             weight: 1,
             mesh: true,
             stale,
@@ -102,10 +109,18 @@ impl Instance {
         }
     }
 
-    /// Peers dial this instance at that port.
+    /// The ports that a sidecar named, when it told of this instance.
+    pub fn leased_ports(&self) -> Option<&[LeasedPort]> {
+        match &self.ports {
+            Ports::Leased(ports) | Ports::Intercepted(ports) => Some(ports),
+            Ports::Named(_) => None,
+        }
+    }
+
+    /// Peers dial this instance at that port, as it said.
     pub fn listens_on(&self, port: u16) -> bool {
         match &self.ports {
-            Ports::Leased(ports) => ports.iter().any(|leased| leased.mesh == port),
+            Ports::Leased(ports) | Ports::Intercepted(ports) => ports.iter().any(|leased| leased.mesh == port),
             Ports::Named(ports) => ports.values().any(|named| *named == port),
         }
     }
@@ -120,6 +135,8 @@ pub struct SavedLease {
     labels: Labels,
     ip: IpAddr,
     ports: Vec<SavedPort>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    transparent: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -133,8 +150,8 @@ struct SavedPort {
 impl SavedLease {
     /// None for a static instance.
     pub(super) fn of(instance: &Instance) -> Option<SavedLease> {
-        let Ports::Leased(ports) = &instance.ports else { return None };
-        let ports = ports
+        let ports = instance
+            .leased_ports()?
             .iter()
             .map(|port| SavedPort {
                 application: port.application,
@@ -148,6 +165,7 @@ impl SavedLease {
             labels: instance.labels.clone(),
             ip: instance.ip,
             ports,
+            transparent: matches!(instance.ports, Ports::Intercepted(_)),
         })
     }
 
@@ -161,7 +179,13 @@ impl SavedLease {
                 protocol: port.protocol.and_then(|protocol| protocol.parse().ok()),
             })
             .collect();
-        let registration = Registration { workload: self.workload, labels: self.labels, ip: self.ip, ports };
+        let registration = Registration {
+            workload: self.workload,
+            labels: self.labels,
+            ip: self.ip,
+            ports,
+            transparent: self.transparent,
+        };
         (self.id, registration)
     }
 }

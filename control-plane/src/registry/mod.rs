@@ -26,6 +26,8 @@ pub const STALE: Duration = Duration::from_secs(60);
 pub enum RegisterError {
     #[error("{address} is registered by {holder}; give this instance its own address or port")]
     AddressInUse { address: SocketAddr, holder: InstanceId },
+    #[error("all ports of {ip} are taken by the transparent sidecar of {holder}; one address has one such sidecar")]
+    AddressIntercepted { ip: IpAddr, holder: InstanceId },
 }
 
 #[derive(Debug, Default)]
@@ -63,6 +65,9 @@ impl Registry {
         stream: u64,
         registration: &Registration,
     ) -> Result<Vec<InstanceId>, RegisterError> {
+        if registration.transparent {
+            self.check_interception(id, registration.ip)?;
+        }
         for port in &registration.ports {
             self.check_address(id, SocketAddr::new(registration.ip, port.mesh))?;
         }
@@ -234,9 +239,20 @@ impl Registry {
         }
     }
 
+    /// Beside a transparent sidecar others may listen on ports that its rules exclude, but it is the only one of its kind.
+    fn check_interception(&self, id: &InstanceId, ip: IpAddr) -> Result<(), RegisterError> {
+        let intercepts = |other: &&Arc<Instance>| matches!(other.ports, Ports::Intercepted(_));
+        match self.at(ip).filter(intercepts).find(|other| !same_identity(&other.id, id)) {
+            Some(holder) => Err(RegisterError::AddressIntercepted { ip, holder: holder.id.clone() }),
+            None => Ok(()),
+        }
+    }
+
     /// Where a successor listens now, whoever was lost from there is not coming back.
     fn evict_the_lost(&mut self, id: &InstanceId, registration: &Registration) -> Vec<InstanceId> {
-        let taken = |other: &Instance| registration.ports.iter().any(|port| other.listens_on(port.mesh));
+        let intercepts = |other: &Instance| registration.transparent && matches!(other.ports, Ports::Intercepted(_));
+        let listens = |other: &Instance| registration.ports.iter().any(|port| other.listens_on(port.mesh));
+        let taken = |other: &Instance| intercepts(other) || listens(other);
         let evicted: Vec<InstanceId> = self
             .at(registration.ip)
             .filter(|other| other.id != *id && same_identity(&other.id, id) && self.is_lost(&other.id) && taken(other))

@@ -6,7 +6,7 @@ fn id(name: &str) -> InstanceId {
 
 fn at(ip: [u8; 4], port: u16) -> Registration {
     let ports = vec![LeasedPort { application: 8080, mesh: port, protocol: None }];
-    Registration { workload: "cart".into(), labels: Default::default(), ip: ip.into(), ports }
+    Registration { workload: "cart".into(), labels: Default::default(), ip: ip.into(), ports, transparent: false }
 }
 
 /// The instance `cart-<n>` at 10.0.0.<n>, held by stream n.
@@ -179,4 +179,25 @@ fn static_workloads_stand_beside_leases_and_behind_their_own() {
     registry.withdraw(&id("cart-1"), 1);
     assert!(!registry.get(&id("cart-1")).unwrap().mesh);
     assert_eq!(registry.of_namespace("other").count(), 0);
+}
+
+#[test]
+fn one_address_has_one_transparent_sidecar_and_beside_it_whoever_its_rules_leave_out() {
+    let mut registry = Registry::default();
+    let other = InstanceId { service_account: "pay".into(), ..id("pay-1") };
+    let transparent = |ports| Registration { ports, transparent: true, ..at([10, 0, 0, 1], 80) };
+    let ip = IpAddr::from([10, 0, 0, 1]);
+    registry.register(&id("cart-1"), 1, &transparent(Vec::new())).unwrap();
+    let refused = registry.register(&other, 2, &transparent(Vec::new()));
+    assert_eq!(refused, Err(RegisterError::AddressIntercepted { ip, holder: id("cart-1") }));
+    registry.register(&other, 2, &at([10, 0, 0, 1], 18080)).unwrap();
+    // Its successor of the same identity takes the place of the lost one.
+    registry.lost(&id("cart-1"), 1, Instant::now());
+    registry.register(&id("cart-2"), 3, &transparent(Vec::new())).unwrap();
+    assert!(registry.get(&id("cart-1")).is_none());
+
+    let mut restored = Registry::default();
+    restored.restore(registry.save(), Instant::now());
+    assert_eq!(restored.get(&id("cart-2")).unwrap().ports, Ports::Intercepted(Vec::new()));
+    assert!(matches!(restored.get(&other).unwrap().ports, Ports::Leased(_)));
 }

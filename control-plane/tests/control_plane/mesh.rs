@@ -105,6 +105,7 @@ impl Lease {
             labels: [("app".to_owned(), label.to_owned())].into(),
             ip: String::new(),
             ports: vec![port],
+            transparent: false,
         };
         self.say(lease_request::Kind::Register(registration)).await
     }

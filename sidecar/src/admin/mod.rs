@@ -28,7 +28,7 @@ use tokio::sync::Notify;
 use crate::config::Config;
 use crate::connection::Table;
 use crate::discovery::{Directory, Known};
-use crate::telemetry::Telemetry;
+use crate::telemetry::{self, Telemetry};
 use crate::tls::Tls;
 
 /// What the answers are made from.
@@ -57,6 +57,7 @@ pub struct ConfigView {
     service_account: String,
     workload: String,
     trust_domain: String,
+    transparent: bool,
     inbound: Vec<String>,
     outbound: Vec<String>,
     http_proxy: Option<String>,
@@ -74,6 +75,7 @@ impl ConfigView {
             service_account: config.service_account.clone(),
             workload: config.workload.clone(),
             trust_domain: config.trust_domain.to_string(),
+            transparent: config.transparent,
             inbound: config.inbound.iter().map(|one| format!("{}={}", one.listen, one.app)).collect(),
             outbound: config.outbound.iter().map(|one| format!("{}={}", one.listen, one.destination)).collect(),
             http_proxy: config.http_proxy.map(|address| address.to_string()),
@@ -84,17 +86,25 @@ impl ConfigView {
     }
 }
 
-/// Serves the three listeners until the drain is done.
-pub async fn serve(admin: Admin, listeners: [std::net::TcpListener; 3], drain: &DrainHandle) -> io::Result<()> {
-    let [admin_socket, metrics_socket, health_socket] = listeners;
-    let routers = [
-        (admin_socket, operator_routes(admin.clone()), Hosts::Loopback),
-        (metrics_socket, metrics_routes(admin.clone()), Hosts::Any),
-        (health_socket, health_routes(admin), Hosts::Any),
+/// The listeners of this module; one per address family where they listen everywhere.
+pub struct ForOperators {
+    pub admin: Vec<std::net::TcpListener>,
+    pub metrics: Vec<std::net::TcpListener>,
+    pub health: Vec<std::net::TcpListener>,
+}
+
+/// Serves them until the drain is done.
+pub async fn serve(admin: Admin, listeners: ForOperators, drain: &DrainHandle) -> io::Result<()> {
+    let kinds = [
+        (listeners.admin, operator_routes(admin.clone()), Hosts::Loopback),
+        (listeners.metrics, metrics_routes(admin.clone()), Hosts::Any),
+        (listeners.health, health_routes(admin), Hosts::Any),
     ];
-    for (socket, router, hosts) in routers {
-        let listener = TcpListener::from_std(socket)?;
-        tokio::spawn(outrigger_runtime::admin::serve(listener, router, hosts, drain.when(State::Done)));
+    for (sockets, router, hosts) in kinds {
+        for socket in sockets {
+            let (listener, router) = (TcpListener::from_std(socket)?, router.clone());
+            tokio::spawn(outrigger_runtime::admin::serve(listener, router, hosts, drain.when(State::Done)));
+        }
     }
     Ok(())
 }
@@ -103,6 +113,7 @@ fn operator_routes(admin: Admin) -> Router {
     Router::new()
         .route("/config", get(config))
         .route("/connections", get(connections))
+        .route("/plaintext-callers", get(plaintext_callers))
         .route("/certs", get(certs))
         .route("/certs/renew", post(renew))
         .route("/log-level", get(log_level).post(set_log_level))
@@ -225,6 +236,10 @@ async fn connections(Extract(admin): Extract<Admin>) -> Json<Value> {
         .map(|(worker, table)| json!({"worker": worker, "connections": table.views()}))
         .collect();
     Json(json!(views))
+}
+
+async fn plaintext_callers(Extract(admin): Extract<Admin>) -> Json<telemetry::CallersView> {
+    Json(admin.telemetry.plaintext_callers().view())
 }
 
 async fn certs(Extract(admin): Extract<Admin>) -> Json<Value> {

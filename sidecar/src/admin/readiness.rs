@@ -30,8 +30,9 @@ pub struct Readiness {
     pub identity: tokio::sync::watch::Receiver<IdentityStatus>,
     pub drain: outrigger_runtime::drain::DrainHandle,
     /// Ports of the application that it registers: peers have to learn of them before this sidecar is of use, and it
-    /// has to learn what is declared and demanded on them.
-    pub offers: Vec<u16>,
+    /// has to learn what is declared and demanded on them. None: it registers nothing. A transparent sidecar may register
+    /// without naming a port.
+    pub offers: Option<Vec<u16>>,
 }
 
 impl Readiness {
@@ -55,7 +56,7 @@ impl Readiness {
                 "the control plane has not told yet what this workload is; `outrigger status` shows who is connected",
             ));
         }
-        if !self.offers.is_empty() && *self.directory.connected().borrow() {
+        if self.offers.is_some() && *self.directory.connected().borrow() {
             match &*self.directory.lease().borrow() {
                 LeaseState::Accepted { .. } if self.knows_its_ports() => {}
                 LeaseState::Accepted { .. } => {
@@ -82,7 +83,8 @@ impl Readiness {
     fn knows_its_ports(&self) -> bool {
         let own = self.directory.own();
         let own = own.borrow();
-        own.as_ref().is_some_and(|own| self.offers.iter().all(|port| own.ports.contains_key(port)))
+        own.as_ref()
+            .is_some_and(|own| own.registered && self.offers.iter().flatten().all(|port| own.ports.contains_key(port)))
     }
 
     /// Returns when [`Readiness::check`] has been good once.

@@ -9,7 +9,7 @@ use outrigger_api::snapshot::{KeyAlgorithm, Workload};
 use outrigger_runtime::drain::{DrainHandle, State};
 use tokio::sync::{Notify, watch};
 
-use crate::admin::{self, Admin};
+use crate::admin::{self, Admin, ForOperators};
 use crate::config::Config;
 use crate::connection::Table;
 use crate::discovery::{self, Directory, DiscoverySettings, Lease};
@@ -29,7 +29,7 @@ pub(super) struct Control {
     pub(super) tables: Arc<[Arc<Table>]>,
     pub(super) drain: DrainHandle,
     pub(super) admin: Admin,
-    pub(super) listeners: [std::net::TcpListener; 3],
+    pub(super) listeners: ForOperators,
 }
 
 impl Control {
@@ -61,6 +61,7 @@ impl Control {
             service_account: config.service_account.clone(),
             trust_domain: config.trust_domain.clone(),
             state: config.state.clone(),
+            mark: config.mark,
             key_algorithm,
         };
         let discovery = DiscoverySettings {
@@ -70,6 +71,7 @@ impl Control {
             namespace: config.namespace.clone(),
             service_account: config.service_account.clone(),
             state: config.state.clone(),
+            mark: config.mark,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         if config.state.is_none() {

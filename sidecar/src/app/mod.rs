@@ -2,6 +2,7 @@
 //! `main` for a process and by the demo and the tests for a sidecar among others in one process.
 
 mod control;
+mod listeners;
 pub mod process;
 mod worker;
 
@@ -13,24 +14,25 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use outrigger_api::identity::SpiffeId;
-use outrigger_api::snapshot::Key;
 use outrigger_runtime::drain::{Budget, Drain, State};
 use outrigger_runtime::heartbeat::Heartbeats;
 use outrigger_runtime::logging::Logs;
 use tokio::sync::{Notify, mpsc, watch};
 
 use control::Control;
+use listeners::{Bound, DataListener, bind};
 use worker::{Crew, Purpose, Start};
 
 use crate::admin::{self, Admin, Readiness};
 use crate::balance::Loads;
 use crate::config::{Config, Limits};
 use crate::connect::dial::OwnListeners;
+use crate::connect::own_dials::OwnDials;
 use crate::connect::worker::{Own, Shared};
 use crate::connection::{Places, Table};
 use crate::discovery::{Directory, Lease};
 use crate::identity::IdentityStatus;
-use crate::net::{self, SocketOptions};
+use crate::net::SocketOptions;
 use crate::telemetry::{self, Telemetry};
 use crate::tls::{Clock, Tls};
 
@@ -43,15 +45,6 @@ pub struct Sidecar {
     quit: Arc<Notify>,
     threads: Vec<JoinHandle<()>>,
     ended: watch::Receiver<Option<String>>,
-}
-
-/// What is bound before anything runs.
-struct Bound {
-    listening: Vec<(String, SocketAddr)>,
-    data: Vec<(SocketAddr, Vec<std::net::TcpListener>, Purpose)>,
-    admin: std::net::TcpListener,
-    metrics: std::net::TcpListener,
-    health: std::net::TcpListener,
 }
 
 impl Sidecar {
@@ -75,6 +68,7 @@ impl Sidecar {
             workload: config.workload.clone(),
             namespace: config.namespace.clone(),
             principal: principal.to_string(),
+            mark: config.mark,
         });
         outrigger_runtime::metrics::build_info(telemetry.registry(), "outrigger_build_info")?;
         outrigger_runtime::process_metrics::register(telemetry.registry())?;
@@ -91,7 +85,7 @@ impl Sidecar {
             directory: directory.clone(),
             identity,
             drain: drain.handle(),
-            offers: config.inbound.iter().map(|inbound| inbound.app.port()).collect(),
+            offers: offers(&config),
         };
         let shared = Shared {
             own: Arc::new(Own {
@@ -99,10 +93,13 @@ impl Sidecar {
                 workload: config.workload.clone(),
                 namespace: config.namespace.clone(),
                 principal,
+                inbound: inbound(&bound),
+                transparent: config.transparent,
             }),
             telemetry: telemetry.clone(),
             directory: directory.clone(),
             tls: tls.clone(),
+            own_dials: if config.transparent { OwnDials::remembered() } else { OwnDials::default() },
             loads: Loads::default(),
             epoch: Instant::now(),
             limits: limits.clone(),
@@ -137,7 +134,7 @@ impl Sidecar {
             tables,
             drain: drain.handle(),
             admin,
-            listeners: [bound.admin, bound.metrics, bound.health],
+            listeners: bound.operators,
         };
         threads.push(thread("control", &ending, move || control.run())?);
         Ok(Sidecar { listening: bound.listening, readiness, drain, budget, quit, threads, ended })
@@ -193,71 +190,58 @@ impl Sidecar {
     }
 }
 
-fn bind(config: &Config, socket: &SocketOptions) -> io::Result<Bound> {
-    let mut listening = Vec::new();
-    let mut open = |name: String, address: SocketAddr, count: usize| -> io::Result<(SocketAddr, Vec<_>)> {
-        if net::is_taken(address) {
-            let message =
-                format!("cannot listen on {address} ({name}): the port is in use; end what holds it or choose another");
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, message));
-        }
-        let first = net::listen(address, socket)?;
-        let bound = first.local_addr()?;
-        let mut all = vec![first];
-        for _ in 1..count {
-            all.push(net::listen(bound, socket)?);
-        }
-        listening.push((name, bound));
-        Ok((bound, all))
-    };
-    let single = |mut all: Vec<std::net::TcpListener>| all.pop().ok_or_else(|| io::Error::other("no listener"));
-    let admin = single(open("admin".to_owned(), config.admin_listen, 1)?.1)?;
-    let metrics = single(open("metrics".to_owned(), config.metrics_listen, 1)?.1)?;
-    let health = single(open("health".to_owned(), config.health_listen, 1)?.1)?;
-    let mut data = Vec::new();
-    for inbound in &config.inbound {
-        let (address, all) = open(format!("inbound:{}", inbound.app.port()), inbound.listen, config.workers)?;
-        data.push((address, all, Purpose::Inbound { application: inbound.app }));
+/// What has to be registered before this sidecar is of use; None: it registers nothing.
+fn offers(config: &Config) -> Option<Vec<u16>> {
+    let explicit = config.inbound.iter().map(|inbound| inbound.app.port());
+    if config.transparent {
+        return Some(config.ports.iter().map(|declared| declared.port).chain(explicit).collect());
     }
-    for outbound in &config.outbound {
-        let (address, all) = open(format!("outbound:{}", outbound.destination), outbound.listen, config.workers)?;
-        data.push((address, all, Purpose::Outbound { destination: Key::Service(outbound.destination.clone()) }));
-    }
-    if let Some(proxy) = config.http_proxy {
-        let (address, all) = open("http-proxy".to_owned(), proxy, config.workers)?;
-        data.push((address, all, Purpose::Proxy { allow: config.http_proxy_allow.clone().into() }));
-    }
-    Ok(Bound { listening, data, admin, metrics, health })
+    Some(explicit.collect()).filter(|ports: &Vec<u16>| !ports.is_empty())
 }
 
 /// What peers are told: the mesh ports as they were really bound.
 fn lease(config: &Config, bound: &Bound) -> Option<Lease> {
     let declared =
         |port: u16| config.ports.iter().find(|declared| declared.port == port).and_then(|port| port.protocol);
-    let ports: Vec<_> = bound
+    let mut ports: Vec<_> = bound
         .data
         .iter()
-        .filter_map(|(address, _, purpose)| match purpose {
+        .filter_map(|listener| match &listener.purpose {
             Purpose::Inbound { application } => {
-                Some((application.port(), address.port(), declared(application.port())))
+                Some((application.port(), listener.address.port(), declared(application.port())))
             }
-            Purpose::Outbound { .. } | Purpose::Proxy { .. } => None,
+            Purpose::Outbound { .. } | Purpose::Proxy { .. } | Purpose::Redirected(_) => None,
         })
         .collect();
+    if config.transparent {
+        let listed: Vec<u16> = ports.iter().map(|(application, ..)| *application).collect();
+        let others = config.ports.iter().filter(|declared| !listed.contains(&declared.port));
+        ports.extend(others.map(|declared| (declared.port, declared.port, declared.protocol)));
+    }
     let lease = Lease {
         instance: config.name.clone(),
         workload: config.workload.clone(),
         labels: config.labels.clone(),
         ip: config.workload_address,
         ports,
+        transparent: config.transparent,
     };
-    (!lease.ports.is_empty()).then_some(lease)
+    (lease.transparent || !lease.ports.is_empty()).then_some(lease)
+}
+
+/// The listeners at which peers dial an application, and where that is.
+fn inbound(bound: &Bound) -> Vec<(SocketAddr, SocketAddr)> {
+    let application = |listener: &DataListener| match &listener.purpose {
+        Purpose::Inbound { application } => Some((listener.address, *application)),
+        Purpose::Outbound { .. } | Purpose::Proxy { .. } | Purpose::Redirected(_) => None,
+    };
+    bound.data.iter().filter_map(application).collect()
 }
 
 fn start_workers(
     shared: &Shared,
     tables: &Arc<[Arc<Table>]>,
-    data: Vec<(SocketAddr, Vec<std::net::TcpListener>, Purpose)>,
+    data: Vec<DataListener>,
     own_listeners: &OwnListeners,
     socket: SocketOptions,
     hearts: &Heartbeats,
@@ -266,7 +250,7 @@ fn start_workers(
     let (inboxes, receivers): (Vec<_>, Vec<_>) = tables.iter().map(|_| mpsc::unbounded_channel()).unzip();
     let inboxes: Arc<[_]> = inboxes.into();
     let mut listeners: Vec<Vec<_>> = tables.iter().map(|_| Vec::new()).collect();
-    for (_, sockets, purpose) in data {
+    for DataListener { sockets, purpose, .. } in data {
         for (own, socket) in listeners.iter_mut().zip(sockets) {
             own.push((socket, purpose.clone()));
         }

@@ -10,6 +10,7 @@ use outrigger_runtime::{open_files, stdout};
 
 use super::Sidecar;
 use crate::config::{Config, Limits};
+use crate::redirect;
 
 /// Runs `sidecar COMMAND ...`; `argv` begins with the command.
 pub fn main(program: &'static str, argv: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -17,6 +18,7 @@ pub fn main(program: &'static str, argv: impl IntoIterator<Item = OsString>) -> 
     let command = argv.next();
     match command.as_ref().and_then(|command| command.to_str()) {
         Some("run") => run(argv),
+        Some("redirect") => redirect::main(program, argv, std::env::vars_os()),
         Some("--version" | "-V") => {
             stdout::say(&format!("{program} {}\n", env!("CARGO_PKG_VERSION")));
             ExitCode::SUCCESS
@@ -33,7 +35,10 @@ pub fn main(program: &'static str, argv: impl IntoIterator<Item = OsString>) -> 
 }
 
 fn usage(program: &str) -> String {
-    format!("usage: {program} run [FLAGS]\n\n`{program} run --help` lists the flags.\n")
+    format!(
+        "usage: {program} run [FLAGS]\n       {program} redirect apply|print|check|remove [FLAGS]\n\n`{program} run --help` \
+         and `{program} redirect --help` tell more.\n"
+    )
 }
 
 fn run(argv: impl Iterator<Item = OsString>) -> ExitCode {

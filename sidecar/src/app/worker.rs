@@ -16,14 +16,23 @@ use crate::connect::dial::{Dialer, OwnListeners};
 use crate::connect::worker::{Shared, Worker};
 use crate::connection::{Command, Direction, Registered, Table};
 use crate::net::SocketOptions;
+use crate::outcome::{Error, Reason, Stage};
 use crate::{inbound, outbound};
 
 /// What a listener is for. Direction is data: one accept loop serves all.
 #[derive(Clone, Debug)]
 pub enum Purpose {
-    Inbound { application: SocketAddr },
-    Outbound { destination: Key },
-    Proxy { allow: Arc<[ipnet::IpNet]> },
+    Inbound {
+        application: SocketAddr,
+    },
+    Outbound {
+        destination: Key,
+    },
+    Proxy {
+        allow: Arc<[ipnet::IpNet]>,
+    },
+    /// Connections that redirect rules lead here; each has its own original destination.
+    Redirected(Direction),
 }
 
 impl Purpose {
@@ -31,6 +40,7 @@ impl Purpose {
         match self {
             Purpose::Inbound { .. } => Direction::Inbound,
             Purpose::Outbound { .. } | Purpose::Proxy { .. } => Direction::Outbound,
+            Purpose::Redirected(direction) => *direction,
         }
     }
 }
@@ -71,8 +81,19 @@ pub fn run(start: Start) -> io::Result<()> {
 
 async fn serve(start: Start) -> io::Result<()> {
     let Start { shared, crew, mut inbox, listeners, own_listeners, socket, heart } = start;
-    let dialer = Dialer::new(shared.tls.clone(), socket, &shared.limits, own_listeners);
+    let dialer = Dialer::new(shared.tls.clone(), socket, &shared.limits, own_listeners, shared.own_dials.clone());
     let worker = Worker::new(&shared, crew.tables[crew.own].clone(), dialer);
+    let itself = Rc::downgrade(&worker);
+    worker.dialer.set_door(Box::new(move |application, alpn, stream| {
+        let worker = itself.upgrade().ok_or_else(ended)?;
+        let caller = SocketAddr::new(application.ip(), 0);
+        let registered = worker.table.enter(Direction::Inbound, caller).ok_or_else(|| {
+            worker.telemetry.connection_refused();
+            Error::own(Stage::Connect, Reason::Overloaded, "no place for a connection of the workload to itself")
+        })?;
+        tokio::task::spawn_local(inbound::serve_own(worker, application, alpn, stream, Rc::new(registered)));
+        Ok(())
+    }));
     // A panic of a connection's task ends that connection. One of these ends the worker: without its watchdog or its
     // listeners it would only look alive.
     let mut vital = tokio::task::JoinSet::new();
@@ -119,6 +140,10 @@ async fn serve(start: Start) -> io::Result<()> {
         () = to_the_end => Ok(()),
         () = broken => Err(io::Error::other("a part of this worker panicked")),
     }
+}
+
+fn ended() -> Error {
+    Error::own(Stage::Connect, Reason::Draining, "this worker has ended")
 }
 
 async fn accept(worker: Rc<Worker>, crew: Crew, listener: TcpListener, purpose: Purpose) {
@@ -184,15 +209,21 @@ fn begin(worker: &Rc<Worker>, stream: TcpStream, client: SocketAddr, purpose: &P
         return;
     };
     let registered: Rc<Registered> = Rc::new(registered);
-    let (worker, stream) = (worker.clone(), stream.into());
+    let worker = worker.clone();
     match purpose.clone() {
         Purpose::Inbound { application } => {
-            tokio::task::spawn_local(inbound::serve(worker, application, stream, registered))
+            tokio::task::spawn_local(inbound::serve(worker, application, stream.into(), registered))
         }
         Purpose::Outbound { destination } => {
-            tokio::task::spawn_local(outbound::serve(worker, destination, stream, registered))
+            tokio::task::spawn_local(outbound::serve(worker, destination, stream.into(), registered))
         }
-        Purpose::Proxy { .. } => tokio::task::spawn_local(outbound::serve_proxy(worker, stream, registered)),
+        Purpose::Proxy { .. } => tokio::task::spawn_local(outbound::serve_proxy(worker, stream.into(), registered)),
+        Purpose::Redirected(Direction::Inbound) => {
+            tokio::task::spawn_local(inbound::serve_redirected(worker, stream, registered))
+        }
+        Purpose::Redirected(Direction::Outbound) => {
+            tokio::task::spawn_local(outbound::serve_redirected(worker, stream, registered))
+        }
     };
 }
 

@@ -56,10 +56,11 @@ pub struct Args {
     /// Who may use the HTTP proxy when it listens on another address than loopback; may be repeated
     #[arg(long, value_name = "CIDR")]
     pub http_proxy_allow: Vec<IpNet>,
-    /// Not in this version
+    /// Take every connection that `outrigger-sidecar redirect apply` redirects, in both directions: listens on the ports
+    /// 15001 (outbound) and 15006 (inbound) of this network namespace
     #[arg(long)]
     pub transparent: bool,
-    /// Mark (SO_MARK) of the sidecar's own sockets; needs CAP_NET_ADMIN
+    /// Mark (SO_MARK) of the sidecar's own sockets, by which redirect rules know them; needs CAP_NET_ADMIN
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub mark: Option<u32>,
     /// Data threads [default: the processors that this process may use, at most 2]
@@ -68,12 +69,12 @@ pub struct Args {
     /// Admin HTTP, loopback only
     #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:15000")]
     pub admin_listen: SocketAddr,
-    /// /metrics
-    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:15020")]
-    pub metrics_listen: SocketAddr,
-    /// /ready and /live
-    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:15021")]
-    pub health_listen: SocketAddr,
+    /// /metrics [default: 127.0.0.1:15020, with --transparent port 15020 of all addresses]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// /ready and /live [default: 127.0.0.1:15021, with --transparent port 15021 of all addresses]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub health_listen: Option<SocketAddr>,
     /// Not in this version
     #[arg(long, value_name = "ADDR:PORT")]
     pub dns_listen: Option<SocketAddr>,

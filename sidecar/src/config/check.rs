@@ -2,20 +2,24 @@
 //! processors is an input. Every mistake is reported with the flag and the value that has to change.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use outrigger_api::name::ServicePort;
 use outrigger_runtime::settings::Mistakes;
 
 use super::value::UnqualifiedOutbound;
-use super::{Args, Config, DeclaredPort, Inbound, Limits, Outbound};
+use super::{Args, Config, DeclaredPort, INBOUND_PORT, Inbound, Limits, OUTBOUND_PORT, Outbound};
 
 /// More data threads than this want to be asked for: beyond, a sidecar takes what its application needs.
 const MOST_WORKERS_BY_DEFAULT: usize = 2;
+const METRICS_PORT: u16 = 15020;
+const HEALTH_PORT: u16 = 15021;
 
 /// None when something required is absent, which has then been reported.
 pub(super) fn check(args: Args, processors: usize, mistakes: &mut Mistakes) -> Option<Config> {
-    not_in_this_version(&args, mistakes);
+    if let Some(listen) = args.dns_listen {
+        mistakes.add("dns-listen", listen, "the resolver is not in this version: use --outbound and --http-proxy");
+    }
     addresses(&args, mistakes);
     proxy(&args, mistakes);
     if args.token_file.is_none() && args.state.is_none() && !given(mistakes, &["token-file", "state"]) {
@@ -31,6 +35,7 @@ pub(super) fn check(args: Args, processors: usize, mistakes: &mut Mistakes) -> O
     }
     let labels = labels(&args.label, mistakes);
     let ports = ports(&args.port, &args.inbound, mistakes);
+    let (metrics_listen, health_listen) = (metrics_listen(&args), health_listen(&args));
     let namespace = args.namespace?;
     let name = args.name?;
     let outbound = args.outbound.iter().filter_map(|outbound| qualify(outbound, &namespace, mistakes)).collect();
@@ -50,11 +55,12 @@ pub(super) fn check(args: Args, processors: usize, mistakes: &mut Mistakes) -> O
         outbound,
         http_proxy: args.http_proxy,
         http_proxy_allow: args.http_proxy_allow,
+        transparent: args.transparent,
         mark: args.mark,
         workers: args.workers.map_or(processors.clamp(1, MOST_WORKERS_BY_DEFAULT), usize::from),
         admin_listen: args.admin_listen,
-        metrics_listen: args.metrics_listen,
-        health_listen: args.health_listen,
+        metrics_listen,
+        health_listen,
         state: args.state,
         drain_delay: args.drain_delay,
         log: args.log,
@@ -65,17 +71,18 @@ fn given(mistakes: &Mistakes, longs: &[&str]) -> bool {
     longs.iter().any(|long| mistakes.was_given(long))
 }
 
-fn not_in_this_version(args: &Args, mistakes: &mut Mistakes) {
-    if args.transparent {
-        mistakes.add(
-            "transparent",
-            true,
-            "interception is not in this version: use --inbound, --outbound and --http-proxy",
-        );
-    }
-    if let Some(listen) = args.dns_listen {
-        mistakes.add("dns-listen", listen, "the resolver is not in this version: use --outbound and --http-proxy");
-    }
+fn metrics_listen(args: &Args) -> SocketAddr {
+    args.metrics_listen.unwrap_or_else(|| everyone_or_loopback(args, METRICS_PORT))
+}
+
+fn health_listen(args: &Args) -> SocketAddr {
+    args.health_listen.unwrap_or_else(|| everyone_or_loopback(args, HEALTH_PORT))
+}
+
+/// In a pod or container whoever scrapes and probes comes from outside.
+fn everyone_or_loopback(args: &Args, port: u16) -> SocketAddr {
+    let ip = if args.transparent { Ipv4Addr::UNSPECIFIED } else { Ipv4Addr::LOCALHOST };
+    SocketAddr::from((ip, port))
 }
 
 /// One address that the sidecar will bind.
@@ -90,9 +97,16 @@ fn listeners(args: &Args) -> Vec<Listener> {
     let one = |long, address: SocketAddr| Listener { long, address, spelled: address.to_string() };
     let mut all = vec![
         one("admin-listen", args.admin_listen),
-        one("metrics-listen", args.metrics_listen),
-        one("health-listen", args.health_listen),
+        one("metrics-listen", metrics_listen(args)),
+        one("health-listen", health_listen(args)),
     ];
+    if args.transparent {
+        for ip in [Ipv4Addr::LOCALHOST.into(), IpAddr::from(Ipv6Addr::LOCALHOST)] {
+            all.push(Listener { long: "transparent", address: (ip, OUTBOUND_PORT).into(), spelled: "true".to_owned() });
+        }
+        let everywhere = (Ipv4Addr::UNSPECIFIED, INBOUND_PORT).into();
+        all.push(Listener { long: "transparent", address: everywhere, spelled: "true".to_owned() });
+    }
     all.extend(args.http_proxy.map(|address| one("http-proxy", address)));
     all.extend(args.inbound.iter().map(|inbound| Listener {
         long: "inbound",

@@ -62,10 +62,14 @@ pub struct Limits {
     /// How long a client of an undeclared port may be silent before the upstream is opened all the same, because it
     /// may be one where the server speaks first.
     pub detect_wait: Duration,
-    /// Connections in detection, per worker.
+    /// Connections of which nothing is known yet when `detect_wait` is over, per worker. The one that has been so for
+    /// longest makes room for the next.
     pub detections_in_flight: usize,
     /// Upstream connections opened on suspicion, per worker (and one per destination).
     pub speculative_connects: usize,
+    /// After so much silence of both sides an upstream that was opened on suspicion is given up when another
+    /// destination wants its place.
+    pub speculation_settles: Duration,
     /// How long it is remembered who speaks first on a service's port.
     pub detect_memory: Duration,
 
@@ -158,6 +162,7 @@ impl Default for Limits {
             detect_wait: Duration::from_millis(50),
             detections_in_flight: 1_024,
             speculative_connects: 16,
+            speculation_settles: Duration::from_secs(1),
             detect_memory: Duration::from_secs(10 * 60),
 
             connect_timeout: Duration::from_secs(1),

@@ -20,6 +20,11 @@ use outrigger_api::identity::TrustDomain;
 use outrigger_api::name::{Protocol, ServicePort};
 use outrigger_runtime::settings::Stop;
 
+/// Where redirect rules send what the application sends, with `--transparent`.
+pub const OUTBOUND_PORT: u16 = 15001;
+/// Where redirect rules send what others send to the application, with `--transparent`.
+pub const INBOUND_PORT: u16 = 15006;
+
 /// A checked command line: addresses do not collide, names are names, nothing that is set lacks what it needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -46,6 +51,9 @@ pub struct Config {
     pub http_proxy: Option<SocketAddr>,
     /// Who may use the forward proxy besides loopback.
     pub http_proxy_allow: Vec<IpNet>,
+    /// Takes redirected connections at [`OUTBOUND_PORT`] and [`INBOUND_PORT`]. An address 0.0.0.0 of a listener then means
+    /// all addresses of both families.
+    pub transparent: bool,
     /// Mark (SO_MARK) for the sidecar's own sockets; needs CAP_NET_ADMIN.
     pub mark: Option<u32>,
     /// Data threads, at least 1.

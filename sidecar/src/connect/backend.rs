@@ -35,7 +35,7 @@ pub struct Backend {
 pub struct View {
     /// Empty for an address that nobody registered.
     pub service: Option<ServicePort>,
-    pub protocol: Option<Protocol>,
+    protocol: Option<Protocol>,
     pub endpoints: Arc<Endpoints>,
     slots: Vec<Rc<Slot>>,
     balancer: RefCell<Balancer>,
@@ -58,6 +58,10 @@ impl Backend {
     pub fn new(worker: &Worker, key: Key) -> Backend {
         let known = RefCell::new(worker.directory.destination(&key));
         Backend { key, known, view: RefCell::default(), used: Cell::new(Instant::now()), touched: Cell::new(true) }
+    }
+
+    pub fn key(&self) -> &Key {
+        &self.key
     }
 
     /// What is known now. Waits, bounded, for the control plane's first answer.
@@ -184,6 +188,14 @@ impl View {
         }
     }
 
+    /// What is declared about the port; of an address that nobody registered only the mesh's settings say anything.
+    pub fn declared(&self, worker: &Worker) -> Option<Protocol> {
+        match (&self.service, self.slots.first()) {
+            (None, Some(slot)) => worker.own_workload()?.mesh.protocol(slot.endpoint.address.port()),
+            (Some(_) | None, _) => self.protocol,
+        }
+    }
+
     /// The endpoint to use, none of those in `tried`.
     pub fn pick(&self, worker: &Worker, kind: Kind, now: Nanos, tried: &[usize]) -> Option<(usize, Rc<Slot>)> {
         let index = self.balancer.borrow_mut().pick(&self.endpoints, kind, now, &mut worker.rng.borrow_mut(), tried)?;
@@ -196,8 +208,9 @@ impl View {
     }
 
     pub fn edge(&self, worker: &Worker, slot: &Slot, protocol: WireProtocol) -> Arc<Edge> {
-        edge(&slot.edges, worker, protocol, || {
-            outbound_labels(worker, self.service.as_ref(), Some(&slot.endpoint), protocol)
+        edge(&slot.edges, worker, protocol, || EdgeLabels {
+            mtls: slot.target.tls.is_some(),
+            ..outbound_labels(worker, self.service.as_ref(), Some(&slot.endpoint), protocol)
         })
     }
 
@@ -222,11 +235,13 @@ impl Slot {
             }
             EndpointTls::Plaintext => None,
         };
-        let idle = match tls {
-            Some(_) => worker.limits.mesh_pool_idle,
-            None => worker.limits.application_pool_idle,
+        let own = worker.own_application(endpoint);
+        let idle = match (&tls, own) {
+            (Some(_), _) | (None, Some(_)) => worker.limits.mesh_pool_idle,
+            (None, None) => worker.limits.application_pool_idle,
         };
-        let target = Target { address: endpoint.address, tls };
+        // No TLS through itself: who the workload is needs no proof in its own process.
+        let target = Target { address: endpoint.address, tls: tls.filter(|_| own.is_none()), own };
         let lane = |framing| Lane::new(target.clone(), framing, worker.dialer.clone(), worker.limits.clone(), idle);
         Slot {
             endpoint: endpoint.clone(),

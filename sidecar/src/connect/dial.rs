@@ -1,6 +1,7 @@
 //! Opens one connection to one endpoint: TCP, then mutual TLS where the endpoint was registered with an identity.
 //! There is no way from here to plaintext when TLS fails.
 
+use std::cell::OnceCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
@@ -9,6 +10,7 @@ use outrigger_api::identity::SpiffeId;
 use rustls_pki_types::ServerName;
 use tokio::sync::Semaphore;
 
+use super::own_dials::OwnDials;
 use crate::config::limits::Limits;
 use crate::net::{self, SocketOptions, Stream};
 use crate::outcome::{Error, Reason, Retry, Stage};
@@ -19,7 +21,20 @@ use crate::tls::{MeshAlpn, Peer, Tls};
 pub struct Target {
     pub address: SocketAddr,
     pub tls: Option<MutualTls>,
+    /// The workload's own endpoint: the application behind it, which is reached through the inbound walk of this very
+    /// process, without a socket and without TLS through itself.
+    pub own: Option<SocketAddr>,
 }
+
+impl Target {
+    /// An address without TLS.
+    pub fn plain(address: SocketAddr) -> Target {
+        Target { address, tls: None, own: None }
+    }
+}
+
+/// Takes a connection of the workload to itself into the inbound walk: the application, the framing, the stream.
+pub type Door = Box<dyn Fn(SocketAddr, MeshAlpn, Stream) -> Result<(), Error>>;
 
 /// What the peer must prove, and the hint that it is given.
 #[derive(Clone, Debug)]
@@ -45,6 +60,8 @@ pub struct Dialer {
     handshake_timeout: Duration,
     handshakes: Semaphore,
     own_listeners: OwnListeners,
+    own_dials: OwnDials,
+    door: OnceCell<Door>,
 }
 
 /// The addresses on which this sidecar itself listens; known once all are open.
@@ -54,6 +71,11 @@ pub struct OwnListeners(std::sync::Arc<std::sync::RwLock<Vec<SocketAddr>>>);
 impl OwnListeners {
     pub fn add(&self, address: SocketAddr) {
         self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner).push(address);
+    }
+
+    fn has_port(&self, port: u16) -> bool {
+        let listeners = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        listeners.iter().any(|own| own.port() == port)
     }
 
     /// True when a connection to `target` would end at this sidecar: a loop, or a way to its admin port.
@@ -71,7 +93,13 @@ impl OwnListeners {
 }
 
 impl Dialer {
-    pub fn new(tls: Tls, socket: SocketOptions, limits: &Limits, own_listeners: OwnListeners) -> Rc<Dialer> {
+    pub fn new(
+        tls: Tls,
+        socket: SocketOptions,
+        limits: &Limits,
+        own_listeners: OwnListeners,
+        own_dials: OwnDials,
+    ) -> Rc<Dialer> {
         Rc::new(Dialer {
             tls,
             socket,
@@ -79,7 +107,38 @@ impl Dialer {
             handshake_timeout: limits.handshake_timeout.min(limits.connect_budget),
             handshakes: Semaphore::new(limits.handshakes_in_flight),
             own_listeners,
+            own_dials,
+            door: OnceCell::new(),
         })
+    }
+
+    /// Says where connections of the workload to itself go. The first one counts.
+    pub fn set_door(&self, door: Door) {
+        let _ = self.door.set(door);
+    }
+
+    fn enter(&self, application: SocketAddr, alpn: MeshAlpn) -> Result<Dialled, Error> {
+        let door =
+            self.door.get().ok_or_else(|| Error::own(Stage::Connect, Reason::NotReady, "no inbound side yet"))?;
+        let (stream, inner) = Stream::pipe();
+        door(application, alpn, inner)?;
+        Ok(Dialled { stream, peer: None, own_not_after: None })
+    }
+
+    /// Whether this sidecar listens on a port of that number, at whatever address.
+    pub fn is_own_port(&self, port: u16) -> bool {
+        self.own_listeners.has_port(port)
+    }
+
+    /// Whether a redirected connection is one that this sidecar opened: the rules do not exempt it.
+    pub fn has_opened(&self, client: SocketAddr, original: SocketAddr) -> bool {
+        self.own_dials.contain(client, original)
+    }
+
+    /// Whether the rules bring this sidecar's own connections back to it, found out at an address where nobody listens.
+    pub async fn comes_back(&self, exempt_target: SocketAddr) -> bool {
+        let connecting = tokio::time::timeout(self.connect_timeout, net::connect(exempt_target, &self.socket));
+        matches!(connecting.await, Ok(Ok(_)))
     }
 
     /// The generation of the trust bundle in force; pooled connections of an older one are not used again.
@@ -90,12 +149,18 @@ impl Dialer {
     /// Every failure is safe to retry: no byte of a request has been sent.
     pub async fn dial(&self, target: &Target, alpn: MeshAlpn) -> Result<Dialled, Error> {
         let address = target.address;
+        if let Some(application) = target.own {
+            return self.enter(application, alpn);
+        }
         if target.tls.is_none() && self.own_listeners.contain(address) {
             return Err(Error::own(Stage::Connect, Reason::OwnPort, format!("{address} is this sidecar's own")));
         }
         let connecting = tokio::time::timeout(self.connect_timeout, net::connect(address, &self.socket));
         let tcp = match connecting.await {
-            Ok(Ok(tcp)) => tcp,
+            Ok(Ok(tcp)) => {
+                self.own_dials.opened(&tcp, address);
+                tcp
+            }
             Ok(Err(error)) => return Err(refused(address, &error)),
             Err(_) => {
                 let detail = format!("{address} did not answer within {:?}", self.connect_timeout);

@@ -5,7 +5,9 @@ pub mod dial;
 pub mod http1;
 pub mod lane;
 mod local;
+pub mod own_dials;
 pub mod request_body;
+pub mod speculation;
 pub mod streams;
 pub mod worker;
 

@@ -3,21 +3,24 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use outrigger_api::identity::SpiffeId;
-use outrigger_api::snapshot::{Key, MtlsMode, OutboundMode, Workload};
+use outrigger_api::snapshot::{Endpoint, EndpointTls, Key, MtlsMode, OutboundMode, Workload};
 
 use super::backend::Backend;
 use super::dial::{Dialer, Target};
 use super::lane::{Framing, Lane};
+use super::own_dials::OwnDials;
+use super::speculation::Speculation;
 use crate::balance::{Loads, Nanos};
 use crate::config::limits::Limits;
 use crate::connection::{About, Command, Direction, IdleLimits, State, Table};
 use crate::discovery::Directory;
+use crate::net;
 use crate::telemetry::Telemetry;
 use crate::tls::Tls;
 
@@ -28,6 +31,20 @@ pub struct Own {
     pub workload: String,
     pub namespace: String,
     pub principal: SpiffeId,
+    /// The listeners at which peers dial the application (`--inbound`), each with the application's address.
+    pub inbound: Vec<(SocketAddr, SocketAddr)>,
+    /// Every port of the addresses of this network namespace leads to the application through this sidecar.
+    pub transparent: bool,
+}
+
+impl Own {
+    /// The application behind a mesh port of this sidecar, by the address at which a peer would dial it.
+    pub fn application_behind(&self, address: SocketAddr) -> Option<SocketAddr> {
+        let listens = |listener: &SocketAddr| {
+            listener.port() == address.port() && (listener.ip().is_unspecified() || listener.ip() == address.ip())
+        };
+        self.inbound.iter().find(|(listener, _)| listens(listener)).map(|(_, application)| *application)
+    }
 }
 
 /// What all workers share.
@@ -37,6 +54,7 @@ pub struct Shared {
     pub telemetry: Arc<Telemetry>,
     pub directory: Directory,
     pub tls: Tls,
+    pub own_dials: OwnDials,
     pub loads: Loads,
     pub epoch: Instant,
     pub limits: Limits,
@@ -55,11 +73,14 @@ pub struct Worker {
     pub rng: RefCell<fastrand::Rng>,
     pub drain: outrigger_runtime::drain::DrainHandle,
     pub streams: super::streams::Streams,
+    pub speculation: Speculation,
     epoch: Instant,
     backends: RefCell<HashMap<Key, Rc<Backend>>>,
     /// When room was looked for last.
     looked: Cell<Option<Instant>>,
     application: RefCell<HashMap<ApplicationKey, Rc<Lane>>>,
+    /// Addresses that were found to be of this network namespace since the watchdog's last tick.
+    here: RefCell<Vec<IpAddr>>,
 }
 
 /// Connections to the application are shared by requests of one caller only, so that a desync never crosses
@@ -93,10 +114,12 @@ impl Worker {
             rng: RefCell::new(fastrand::Rng::new()),
             drain: shared.drain.clone(),
             streams: super::streams::Streams::default(),
+            speculation: Speculation::new(&shared.limits),
             epoch: shared.epoch,
             backends: RefCell::default(),
             looked: Cell::new(None),
             application: RefCell::default(),
+            here: RefCell::default(),
         })
     }
 
@@ -159,7 +182,7 @@ impl Worker {
     pub fn application_lane(&self, address: SocketAddr, framing: Framing, caller: Option<&SpiffeId>) -> Rc<Lane> {
         let new = || {
             Lane::new(
-                Target { address, tls: None },
+                Target::plain(address),
                 framing,
                 self.dialer.clone(),
                 self.limits.clone(),
@@ -171,8 +194,43 @@ impl Worker {
         self.application.borrow_mut().entry(key).or_insert_with(new).clone()
     }
 
+    /// Whether peers reach this workload at that address: it is of this network namespace, and not loopback. Asked of the
+    /// kernel once per address and tick.
+    pub fn is_reached_at(&self, ip: IpAddr) -> bool {
+        if self.here.borrow().contains(&ip) {
+            return true;
+        }
+        let here = !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast()) && net::is_local(ip);
+        if here {
+            self.here.borrow_mut().push(ip);
+        }
+        here
+    }
+
+    /// The application behind an endpoint that is this workload itself.
+    pub fn own_application(&self, endpoint: &Endpoint) -> Option<SocketAddr> {
+        let own = &self.own;
+        let address = endpoint.address;
+        let is_own = endpoint.instance == own.instance
+            && endpoint.namespace == own.namespace
+            && match &endpoint.tls {
+                EndpointTls::Mutual(identity) => *identity == own.principal,
+                // Then the name alone says so: another account may have an instance of the same one.
+                EndpointTls::Plaintext => net::is_local(address.ip()),
+            };
+        if !is_own {
+            return None;
+        }
+        let explicit = own.inbound.iter().find(|(listener, _)| listener.port() == address.port());
+        let transparent = || own.transparent && self.is_reached_at(address.ip());
+        explicit
+            .map(|(_, application)| *application)
+            .or_else(|| transparent().then(|| SocketAddr::new(address.ip(), endpoint.application_port)))
+    }
+
     /// The watchdog's tick.
     pub fn sweep(&self) {
+        self.here.borrow_mut().clear();
         let now = Instant::now();
         let wall = SystemTime::now();
         self.table.sweep(&IdleLimits {
@@ -183,6 +241,7 @@ impl Worker {
             tunnel_idle: self.limits.tunnel_idle,
         });
         self.streams.sweep(self.limits.stream_idle);
+        self.speculation.sweep();
         self.close_what_strict_forbids();
         self.backends.borrow_mut().retain(|_, backend| {
             let idle = backend.sweep(now);
@@ -203,7 +262,8 @@ impl Worker {
             address.is_some_and(|address| own.mtls_mode(address.port()) == MtlsMode::Strict)
         };
         self.table.ask_all(Command::Close, |entry, about| {
-            entry.direction == Direction::Inbound && entry.state() != State::Opening && !about.mtls && strict(about)
+            let unproved = about.principal.is_none() && entry.state() != State::Opening;
+            entry.direction == Direction::Inbound && unproved && strict(about)
         });
     }
 

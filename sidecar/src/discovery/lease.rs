@@ -175,6 +175,7 @@ impl From<Lease> for Registration {
                     protocol: protocol_to_wire(protocol).into(),
                 })
                 .collect(),
+            transparent: lease.transparent,
         }
     }
 }

@@ -43,6 +43,8 @@ pub struct DiscoverySettings {
     pub service_account: String,
     /// `--state`: where the copy of what is known is kept.
     pub state: Option<PathBuf>,
+    /// SO_MARK of connections to the control plane, by which redirect rules leave them alone.
+    pub mark: Option<u32>,
     /// Build version, for `outrigger status`.
     pub version: String,
 }
@@ -58,6 +60,8 @@ pub struct Lease {
     pub ip: Option<IpAddr>,
     /// Application port, mesh port, declared protocol.
     pub ports: Vec<(u16, u16, Option<Protocol>)>,
+    /// Every other port is served too, at its own number.
+    pub transparent: bool,
 }
 
 /// Changes are collected for this long before they are copied to `--state`.

@@ -67,7 +67,8 @@ impl Session {
         withdraw: bool,
         clock: Clock,
     ) -> Result<Session, SessionError> {
-        let dialled = dial(&settings.control_plane, credential.bundle(), Some(&credential), &clock).await?;
+        let dialled =
+            dial(&settings.control_plane, settings.mark, credential.bundle(), Some(&credential), &clock).await?;
         let (requests, outgoing) = mpsc::channel(64);
         let hello = wire::Hello { version: settings.version, workload: settings.name };
         // There is room for these: the stream's body begins with them.
@@ -82,6 +83,7 @@ impl Session {
             None => SessionError::Refused(Box::new(status)),
         });
         let updates = answer?.into_inner();
+        let lease = lease.map(|lease| Lease { ip: lease.ip.or(dialled.local), ..lease });
         let leasing = Leasing::new(dialled.channel.clone(), lease, withdraw);
         Ok(Session { updates, requests, queue: VecDeque::new(), leasing, channel: dialled.channel })
     }

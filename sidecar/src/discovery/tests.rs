@@ -45,6 +45,7 @@ impl Fixture {
             namespace: "shop".to_owned(),
             service_account: "cart".to_owned(),
             state: None,
+            mark: None,
             version: "test".to_owned(),
         };
         let directory = Directory::new(Clock::system());
@@ -138,6 +139,7 @@ fn own(mode: MtlsMode) -> Workload {
         ports: [(8080, port)].into(),
         default_mtls_mode: mode,
         mesh: MeshSettings::default(),
+        registered: true,
     }
 }
 
@@ -331,7 +333,8 @@ async fn a_renewed_certificate_takes_the_stream_and_the_lease_along() {
     sidecar.subscribed(&Key::Own, 2).await;
     sidecar.record().until(|record| record.leases.lock().unwrap().len() == 2).await;
     assert!(!connected.has_changed().unwrap(), "it was connected all the time");
-    let register = lease_request::Kind::Register(lease().into());
+    // Nothing was said of an address: it is that of this end of the connection.
+    let register = lease_request::Kind::Register(Lease { ip: Some([127, 0, 0, 1].into()), ..lease() }.into());
     assert_eq!(*sidecar.record().leases.lock().unwrap(), [register.clone(), register]);
 }
 
@@ -342,6 +345,7 @@ fn lease() -> Lease {
         labels: [("app".to_owned(), "cart".to_owned())].into(),
         ip: None,
         ports: vec![(8080, 15006, Some(Protocol::Http))],
+        transparent: false,
     }
 }
 
@@ -431,6 +435,7 @@ fn a_broken_copy_is_told_and_not_used() {
         namespace: "shop".to_owned(),
         service_account: "cart".to_owned(),
         state: None,
+        mark: None,
         version: String::new(),
     };
     let full = Directory::new(Clock::system());

@@ -3,6 +3,7 @@
 //! uses the certificate and the addresses of its day.
 
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
@@ -23,6 +24,7 @@ use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
 
+use crate::net;
 use crate::tls::{Bundle, Clock, Credential, ExpectedServer, TlsError, provider};
 
 const CONNECT: Duration = Duration::from_secs(5);
@@ -47,6 +49,8 @@ pub enum DialError {
 /// A channel and what its connection died of.
 pub struct Dialled {
     pub channel: Channel,
+    /// The address of this end: where peers reach this workload, unless it was told otherwise.
+    pub local: Option<IpAddr>,
     alert: Arc<OnceLock<AlertDescription>>,
 }
 
@@ -58,14 +62,16 @@ impl Dialled {
 }
 
 /// Dials `host:port`. `roots` decide whether the control plane is believed; with a credential the channel is mutual
-/// TLS, without one the server alone is proved.
+/// TLS, without one the server alone is proved. `mark` keeps the connection out of the sidecar's own redirect rules.
 pub async fn dial(
     address: &str,
+    mark: Option<u32>,
     roots: &Bundle,
     credential: Option<&Credential>,
     clock: &Clock,
 ) -> Result<Dialled, DialError> {
-    let tcp = connect(address).await?;
+    let tcp = connect(address, mark).await?;
+    let local = tcp.local_addr().ok().map(|local| local.ip());
     let tls = handshake(address, tcp, roots, credential, clock).await?;
     let failed = |error: tonic::transport::Error| {
         let message = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
@@ -84,10 +90,10 @@ pub async fn dial(
         async move { connection }
     });
     let channel = endpoint.connect_with_connector(connector).await.map_err(failed)?;
-    Ok(Dialled { channel, alert })
+    Ok(Dialled { channel, local, alert })
 }
 
-async fn connect(address: &str) -> Result<TcpStream, DialError> {
+async fn connect(address: &str, mark: Option<u32>) -> Result<TcpStream, DialError> {
     let owned = || address.to_owned();
     let late = || io::Error::new(io::ErrorKind::TimedOut, "it did not answer in time");
     let addresses: Vec<_> = match timeout(CONNECT, lookup_host(address)).await {
@@ -97,7 +103,7 @@ async fn connect(address: &str) -> Result<TcpStream, DialError> {
     };
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for each in addresses {
-        match timeout(CONNECT, TcpStream::connect(each)).await {
+        match timeout(CONNECT, net::connect_marked(each, mark)).await {
             Ok(Ok(stream)) => {
                 // Without it each small message may wait for an acknowledgement.
                 let _ = stream.set_nodelay(true);

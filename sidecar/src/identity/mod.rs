@@ -45,6 +45,8 @@ pub struct IdentitySettings {
     pub trust_domain: TrustDomain,
     /// `--state`: where certificate and key survive a restart.
     pub state: Option<PathBuf>,
+    /// SO_MARK of connections to the control plane, by which redirect rules leave them alone.
+    pub mark: Option<u32>,
     /// What kind of key the next certificate gets; follows the mesh's settings.
     pub key_algorithm: watch::Receiver<KeyAlgorithm>,
 }

@@ -109,7 +109,8 @@ impl Obtainer {
 
     /// By certificate, with a key of its own: a key lives no longer than its leaf.
     async fn renew(&mut self, own: &Credential) -> Result<(Credential, String), IssueError> {
-        let channel = dial(&self.settings.control_plane, own.bundle(), Some(own), self.tls.clock()).await?;
+        let channel =
+            dial(&self.settings.control_plane, self.settings.mark, own.bundle(), Some(own), self.tls.clock()).await?;
         let request = Request::new(self.settings.algorithm())?;
         let credential = request.issue(channel, String::new(), &self.settings, self.tls.clock()).await?;
         Ok((credential, request.key_pem()))
@@ -118,7 +119,7 @@ impl Obtainer {
     /// By token, with the same key until it is answered.
     async fn redeem(&mut self, roots: &Bundle) -> Result<(Credential, String), IssueError> {
         let token = self.token()?;
-        let channel = dial(&self.settings.control_plane, roots, None, self.tls.clock()).await?;
+        let channel = dial(&self.settings.control_plane, self.settings.mark, roots, None, self.tls.clock()).await?;
         let request = match self.pending.take() {
             Some(request) => request,
             None => Request::new(self.settings.algorithm())?,

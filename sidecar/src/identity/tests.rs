@@ -35,6 +35,7 @@ impl Fixture {
             service_account: "cart".to_owned(),
             trust_domain: TrustDomain::new("outrigger.local").unwrap(),
             state: None,
+            mark: None,
             key_algorithm: watch::channel(KeyAlgorithm::default()).1,
         };
         let (sender, status) = watch::channel(IdentityStatus::default());

@@ -4,3 +4,5 @@ pub mod detect;
 pub mod http;
 pub mod opaque;
 pub mod peek;
+pub mod silence;
+pub mod sni;

@@ -1,13 +1,15 @@
 //! Bytes that are not parsed: copied both ways until both sides have ended. Half-close is passed on in each
-//! direction, an error of one side ends both. The scratch buffer belongs to the worker, so that an idle connection
-//! holds none; a connection keeps bytes of its own only while its peer does not take them.
+//! direction. When one side breaks, by a reset or by TLS that ends without saying so, the other gets what was said before
+//! and then a reset: a truncation never looks like an end. The scratch buffer belongs to the worker, so that an idle
+//! connection holds none; a connection keeps bytes of its own only while its peer does not take them.
 
 use std::cell::RefCell;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use crate::connection::Entry;
 use crate::net::Stream;
@@ -28,6 +30,8 @@ struct Half {
     state: HalfState,
     /// Whether something was written since the last flush.
     unflushed: bool,
+    /// The reader broke: its end, if one still comes, is none.
+    broken: bool,
 }
 
 #[derive(Default, PartialEq, Eq)]
@@ -46,22 +50,43 @@ pub enum CopyError {
     Upstream(io::Error),
 }
 
+/// How long the last words of a side that broke may take to reach the other.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// Both streams. Unless both directions have ended, closing them is a reset, whoever drops them.
+struct Both {
+    downstream: Stream,
+    upstream: Stream,
+    whole: bool,
+}
+
+impl Drop for Both {
+    fn drop(&mut self) {
+        if !self.whole {
+            self.downstream.reset_on_close();
+            self.upstream.reset_on_close();
+        }
+    }
+}
+
 /// Copies until both directions have ended. `forth` counts bytes from downstream to upstream, `back` the others.
 pub async fn copy(
-    mut downstream: Stream,
-    mut upstream: Stream,
+    downstream: Stream,
+    upstream: Stream,
     entry: &Entry,
     forth_bytes: impl Fn(u64),
     back_bytes: impl Fn(u64),
 ) -> Result<(), CopyError> {
+    let mut both = Both { downstream, upstream, whole: false };
+    let Both { downstream, upstream, whole } = &mut both;
     let mut forth = Half::default();
     let mut back = Half::default();
     let result = std::future::poll_fn(|cx| {
         entry.listen(cx.waker());
         if entry.command() == crate::connection::Command::Close {
-            return Poll::Ready(Ok(()));
+            return Poll::Ready(Ok(false));
         }
-        let forth_done = forth.poll(cx, &mut downstream, &mut upstream, |count| {
+        let forth_done = forth.poll(cx, downstream, upstream, |count| {
             entry.touch();
             forth_bytes(count);
         });
@@ -71,24 +96,28 @@ pub async fn copy(
             Poll::Ready(Ok(())) => true,
             Poll::Pending => false,
         };
-        let back_done = back.poll(cx, &mut upstream, &mut downstream, |count| {
+        let back_done = back.poll(cx, upstream, downstream, |count| {
             entry.touch();
             back_bytes(count);
         });
         match back_done {
             Poll::Ready(Err(End::Read(error))) => Poll::Ready(Err(CopyError::Upstream(error))),
             Poll::Ready(Err(End::Write(error))) => Poll::Ready(Err(CopyError::Downstream(error))),
-            Poll::Ready(Ok(())) if forth_done => Poll::Ready(Ok(())),
+            Poll::Ready(Ok(())) if forth_done => Poll::Ready(Ok(true)),
             Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
         }
     })
     .await;
-    if result.is_err() {
-        // A truncation must not look like an end.
-        downstream.reset_on_close();
-        upstream.reset_on_close();
-    }
-    result
+    let rest = async {
+        match &result {
+            Ok(ended) => *whole = *ended,
+            Err(CopyError::Downstream(_)) => forth.last_words(downstream, upstream, forth_bytes).await,
+            Err(CopyError::Upstream(_)) => back.last_words(upstream, downstream, back_bytes).await,
+        }
+    };
+    // Who does not take them in time is cut off in the middle.
+    let _ = tokio::time::timeout(LAST_WORDS, rest).await;
+    result.map(|_| ())
 }
 
 enum End {
@@ -108,6 +137,7 @@ impl Half {
             ready!(self.poll_write_held(cx, writer)).map_err(End::Write)?;
             match self.state {
                 HalfState::Open => {}
+                HalfState::Ended if self.broken => return Poll::Ready(Ok(())),
                 HalfState::Ended => {
                     ready!(Pin::new(&mut *writer).poll_shutdown(cx)).map_err(End::Write)?;
                     self.state = HalfState::Closed;
@@ -147,6 +177,21 @@ impl Half {
                     return Poll::Pending;
                 }
             }
+        }
+    }
+
+    /// Brings what the reader, which is broken, said before to the writer.
+    async fn last_words(&mut self, reader: &mut Stream, writer: &mut Stream, count: impl Fn(u64)) {
+        self.broken = true;
+        let said = std::future::poll_fn(|cx| match self.poll(cx, reader, writer, &count) {
+            Poll::Ready(_) => Poll::Ready(()),
+            // There is nothing more to read: a broken socket says nothing new.
+            Poll::Pending if self.held.is_empty() && !self.unflushed => Poll::Ready(()),
+            Poll::Pending => Poll::Pending,
+        });
+        said.await;
+        if writer.flush().await.is_ok() {
+            writer.delivered().await;
         }
     }
 

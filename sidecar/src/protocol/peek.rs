@@ -1,9 +1,7 @@
 //! Reads ahead until it is known what a connection speaks. The bytes stay in the stream and are read again by whoever
-//! serves it. A client may be silent because the server speaks first: then it is waited for only a moment, and the
-//! caller opens the upstream.
+//! serves it. What to do about clients that say nothing where the server may speak first is `silence.rs`'s.
 
 use std::io;
-use std::task::Poll;
 use std::time::Duration;
 
 use super::detect::{Detected, detect};
@@ -14,7 +12,7 @@ use crate::outcome::{Error, Reason, Stage};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Peeked {
     Speaks(Detected),
-    /// Not a byte within the wait: perhaps the server speaks first.
+    /// Not a byte within the wait.
     Silent,
     /// The client left without a byte.
     Left,
@@ -31,8 +29,8 @@ pub async fn speaks(stream: &mut Stream, patience: Duration) -> Result<Peeked, E
     }
 }
 
-/// Peeks at a client that may wait for the server: [`Peeked::Silent`] after `wait` without a byte. Once a byte has
-/// come, time no longer decides.
+/// Peeks at a client that may take `wait` to begin: [`Peeked::Silent`] when it has not by then. Once a byte has come,
+/// time no longer decides.
 pub async fn speaks_or_waits(stream: &mut Stream, wait: Duration, patience: Duration) -> Result<Peeked, Error> {
     if stream.ahead().is_empty() {
         match tokio::time::timeout(wait, stream.read_ahead()).await {
@@ -62,25 +60,4 @@ async fn decide(stream: &mut Stream) -> io::Result<Peeked> {
 
 pub fn left(error: &io::Error) -> Error {
     Error::downstream(Stage::Detect, Reason::ClientClosed, error.to_string())
-}
-
-/// Who spoke first on a connection whose upstream was opened while the client was silent.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum First {
-    Client,
-    Server,
-    /// Somebody left without a byte.
-    Nobody,
-}
-
-/// Waits for the first byte of either side, but no longer than `patience`.
-pub async fn who_speaks(downstream: &mut Stream, upstream: &mut Stream, patience: Duration) -> io::Result<First> {
-    let first = std::future::poll_fn(|cx| {
-        // The client first: when both have spoken, its bytes decide.
-        if let Poll::Ready(read) = downstream.poll_read_ahead(cx) {
-            return Poll::Ready(read.map(|count| if count == 0 { First::Nobody } else { First::Client }));
-        }
-        upstream.poll_read_ahead(cx).map_ok(|count| if count == 0 { First::Nobody } else { First::Server })
-    });
-    tokio::time::timeout(patience, first).await.unwrap_or(Ok(First::Nobody))
 }

@@ -39,6 +39,8 @@ pub(super) struct Entry {
     pub downstream: Option<SocketAddr>,
     pub upstream: Option<SocketAddr>,
     pub detail: Option<String>,
+    /// The server name that the client of an application's own TLS asked for.
+    pub sni: Option<String>,
 }
 
 /// Which policy decided, and by which of its rules.
@@ -68,6 +70,7 @@ impl Entry {
             downstream: None,
             upstream: None,
             detail: None,
+            sni: None,
         }
     }
 }
@@ -82,6 +85,7 @@ struct Line<'e> {
     method: &'e str,
     path: &'e str,
     authority: &'e str,
+    sni: &'e str,
     status: Option<u16>,
     grpc_status: Option<u8>,
     reason: &'static str,
@@ -115,6 +119,7 @@ impl<'e> Line<'e> {
             method: entry.method.as_ref().map_or("", http::Method::as_str),
             path: &entry.path,
             authority: &entry.authority,
+            sni: entry.sni.as_deref().unwrap_or_default(),
             status: entry.status,
             grpc_status: entry.grpc_status,
             reason: entry.reason.map_or("", Reason::word),

@@ -3,19 +3,23 @@
 //! hand spans over through a bounded queue; what does not fit, or is not taken within [`EXPORT_TIMEOUT`], is counted
 //! and dropped.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use hyper_util::rt::TokioIo;
 use opentelemetry::KeyValue;
 use opentelemetry_otlp::{WithExportConfig, WithTonicConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter};
+use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tonic::transport::Endpoint;
 
 use super::collect::Metrics;
+use crate::net;
 
 /// Spans that may wait for the thread.
 const QUEUE: usize = 4096;
@@ -58,11 +62,13 @@ pub(super) struct SpanQueue {
 }
 
 impl SpanQueue {
-    pub(super) fn start(metrics: Arc<Metrics>) -> Result<SpanQueue, ExportError> {
+    /// `mark` keeps the connection to the collector out of the sidecar's own redirect rules.
+    pub(super) fn start(metrics: Arc<Metrics>, mark: Option<u32>) -> Result<SpanQueue, ExportError> {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (target, targets) = watch::channel(None);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let exporting = Exporting { receiver, targets, metrics, exporter: None, batch: Vec::new(), failing: false };
+        let exporting =
+            Exporting { receiver, targets, metrics, mark, exporter: None, batch: Vec::new(), failing: false };
         std::thread::Builder::new().name("span-export".to_owned()).spawn(move || runtime.block_on(exporting.run()))?;
         Ok(SpanQueue { sender, target })
     }
@@ -106,6 +112,7 @@ struct Exporting {
     receiver: mpsc::Receiver<Message>,
     targets: watch::Receiver<Option<Target>>,
     metrics: Arc<Metrics>,
+    mark: Option<u32>,
     exporter: Option<opentelemetry_otlp::SpanExporter>,
     batch: Vec<SpanData>,
     /// True after a failed export, so that each outage is logged once.
@@ -152,7 +159,7 @@ impl Exporting {
     fn retarget(&mut self) {
         let target = self.targets.borrow_and_update().clone();
         self.failing = false;
-        self.exporter = target.and_then(|target| match exporter(&target) {
+        self.exporter = target.and_then(|target| match exporter(&target, self.mark) {
             Ok(exporter) => Some(exporter),
             Err(error) => {
                 tracing::warn!("no traces: {error}");
@@ -193,9 +200,25 @@ impl Exporting {
     }
 }
 
+async fn connect(uri: http::Uri, mark: u32) -> io::Result<TokioIo<TcpStream>> {
+    let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in tokio::net::lookup_host((host, uri.port_u16().unwrap_or(80))).await? {
+        match net::connect_marked(address, Some(mark)).await {
+            Ok(stream) => return Ok(TokioIo::new(stream)),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
 /// Built inside the thread's runtime, which then drives its channel.
-fn exporter(target: &Target) -> Result<opentelemetry_otlp::SpanExporter, ExportError> {
-    let channel = check_endpoint(&target.endpoint)?.connect_lazy();
+fn exporter(target: &Target, mark: Option<u32>) -> Result<opentelemetry_otlp::SpanExporter, ExportError> {
+    let endpoint = check_endpoint(&target.endpoint)?;
+    let channel = match mark {
+        None => endpoint.connect_lazy(),
+        Some(mark) => endpoint.connect_with_connector_lazy(tower::service_fn(move |uri| connect(uri, mark))),
+    };
     let mut exporter = opentelemetry_otlp::SpanExporter::builder()
         .with_tonic()
         .with_channel(channel)

@@ -5,6 +5,7 @@
 
 mod about;
 mod access_log;
+mod callers;
 mod collect;
 mod context;
 mod edge;
@@ -33,6 +34,7 @@ use outrigger_api::wire;
 use prometheus::{Registry, TextEncoder};
 
 use access_log::{AccessLogQueue, Entry};
+pub use callers::{CallersView, PlaintextCallers, Unproved};
 use collect::{Collected, Metrics, unix_millis};
 use edge::Edges;
 pub use edge::{BUCKETS, Edge};
@@ -59,6 +61,8 @@ pub struct Own {
     pub namespace: String,
     /// SPIFFE id, empty before it is known.
     pub principal: String,
+    /// SO_MARK of the connection to the collector.
+    pub mark: Option<u32>,
 }
 
 /// One per process, shared by workers and the control thread.
@@ -77,6 +81,7 @@ pub struct Telemetry {
     /// Made when an endpoint is first configured.
     spans: OnceLock<SpanQueue>,
     reported: Mutex<Instant>,
+    callers: PlaintextCallers,
 }
 
 impl Telemetry {
@@ -108,8 +113,14 @@ impl Telemetry {
             id_key,
             spans: OnceLock::new(),
             reported: Mutex::new(Instant::now()),
+            callers: PlaintextCallers::default(),
         };
         Arc::new(telemetry)
+    }
+
+    /// Who calls without mutual TLS.
+    pub fn plaintext_callers(&self) -> &PlaintextCallers {
+        &self.callers
     }
 
     /// Where others register what they measure (`outrigger_build_info`, `process_*`).
@@ -154,7 +165,7 @@ impl Telemetry {
             check_endpoint(&target.endpoint)?;
             if self.spans.get().is_none() {
                 // Configured by one task; were there two, the second queue would end unused.
-                let _ = self.spans.set(SpanQueue::start(self.metrics.clone())?);
+                let _ = self.spans.set(SpanQueue::start(self.metrics.clone(), self.own.mark)?);
             }
         }
         let traces = target.is_some();

@@ -21,6 +21,7 @@ pub struct TcpRecord {
     received: Cell<u64>,
     reason: Cell<Option<Reason>>,
     detail: RefCell<Option<String>>,
+    sni: RefCell<Option<String>>,
     downstream: Cell<Option<SocketAddr>>,
     upstream: Cell<Option<SocketAddr>>,
     closed: Cell<bool>,
@@ -38,6 +39,7 @@ impl TcpRecord {
             received: Cell::new(0),
             reason: Cell::new(None),
             detail: RefCell::new(None),
+            sni: RefCell::new(None),
             downstream: Cell::new(None),
             upstream: Cell::new(None),
             closed: Cell::new(false),
@@ -64,6 +66,11 @@ impl TcpRecord {
     /// Where the connection went, for the access log.
     pub fn upstream(&self, address: SocketAddr) {
         self.upstream.set(Some(address));
+    }
+
+    /// The server name in the application's own TLS, for the access log.
+    pub fn sni(&self, name: Option<String>) {
+        self.sni.replace(name);
     }
 
     /// The connection ends because of this; the first reason stays. `detail` is for the log and made for it alone.
@@ -94,6 +101,7 @@ impl TcpRecord {
                 downstream: self.downstream.get(),
                 upstream: self.upstream.get(),
                 detail: self.detail.take(),
+                sni: self.sni.take(),
                 ..Entry::of(self.edge.clone())
             });
         }

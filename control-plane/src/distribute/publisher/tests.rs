@@ -53,6 +53,7 @@ fn registration(app: &str, last: u8) -> Registration {
         labels: Labels::from([("app".to_owned(), app.to_owned())]),
         ip: [10, 0, 0, last].into(),
         ports: vec![LeasedPort { application: 8080, mesh: 18080, protocol: None }],
+        transparent: false,
     }
 }
 

@@ -46,6 +46,17 @@ fn the_least_command_line_has_the_defaults_of_the_contract() {
 }
 
 #[test]
+fn a_transparent_sidecar_is_scraped_and_probed_from_outside_unless_told_otherwise() {
+    let config = with(&["--transparent", "--mark=1337", "--health-listen=127.0.0.1:15021"]).unwrap();
+    assert!(config.transparent);
+    assert_eq!((config.mark, config.workload_address, config.ports.len()), (Some(1337), None, 0));
+    let listen = [config.admin_listen, config.metrics_listen, config.health_listen].map(|address| address.to_string());
+    assert_eq!(listen, ["127.0.0.1:15000", "0.0.0.0:15020", "127.0.0.1:15021"]);
+    let both = with(&["--transparent", "--inbound=0.0.0.0:9080=127.0.0.1:8080", "--http-proxy=127.0.0.1:3128"]);
+    assert_eq!(both.unwrap().inbound.len(), 1);
+}
+
+#[test]
 fn a_full_command_line() {
     let config = with(&[
         "--workload=cart",
@@ -152,8 +163,17 @@ fn mistakes_that_concern_several_flags() {
         (&["--label=a=b", "--label=a=c"], "--label=a=c (flag): a has the value \"b\" already"),
         (&["--drain-delay=31s"], "--drain-delay=31s (flag): is more than 30s, in which a drain ends"),
         (
-            &["--transparent"],
-            "--transparent=true (flag): interception is not in this version: use --inbound, --outbound and --http-proxy",
+            &["--transparent", "--http-proxy=127.0.0.1:15001"],
+            "--http-proxy=127.0.0.1:15001 (flag): --transparent listens at 127.0.0.1:15001 already",
+        ),
+        (
+            &["--transparent", "--inbound=0.0.0.0:15006=127.0.0.1:8080"],
+            "--inbound=0.0.0.0:15006=127.0.0.1:8080 (flag): --transparent listens at 0.0.0.0:15006 already",
+        ),
+        (
+            &["--transparent", "--inbound=0.0.0.0:9080=127.0.0.1:15001"],
+            "--inbound=0.0.0.0:9080=127.0.0.1:15001 (flag): the application's address is the sidecar's own \
+             (--transparent), which would loop",
         ),
         (
             &["--dns-listen=127.0.0.1:53"],

@@ -1,0 +1,149 @@
+//! Binds every listener before anything runs: those of the settings, and with `--transparent` the two that redirect rules
+//! lead to. Says which address cannot be bound and why; a network namespace may lack one of the two address families.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+
+use outrigger_api::snapshot::Key;
+
+use super::worker::Purpose;
+use crate::admin::ForOperators;
+use crate::config::{Config, INBOUND_PORT, OUTBOUND_PORT};
+use crate::connection::Direction;
+use crate::net::{self, SocketOptions};
+
+/// What is bound before anything runs.
+pub(super) struct Bound {
+    /// Name and address, as stdout shows them.
+    pub(super) listening: Vec<(String, SocketAddr)>,
+    pub(super) data: Vec<DataListener>,
+    pub(super) operators: ForOperators,
+}
+
+/// A listener of the data path, open once per worker.
+pub(super) struct DataListener {
+    pub(super) address: SocketAddr,
+    pub(super) sockets: Vec<TcpListener>,
+    pub(super) purpose: Purpose,
+}
+
+pub(super) fn bind(config: &Config, options: &SocketOptions) -> io::Result<Bound> {
+    if let Some(mark) = options.mark {
+        net::check_mark(mark).map_err(|error| {
+            let hint = "setting it needs CAP_NET_ADMIN (or CAP_NET_RAW); grant it, or leave out --mark and exempt the \
+                        sidecar from the rules by its uid (`redirect apply --uid`)";
+            io::Error::new(error.kind(), format!("--mark {mark} cannot be set on sockets: {error}; {hint}"))
+        })?;
+    }
+    let mut binding = Binding { options, listening: Vec::new() };
+    let operators = ForOperators {
+        admin: binding.single("admin", config.admin_listen)?,
+        metrics: binding.everywhere("metrics", config.metrics_listen, config.transparent)?,
+        health: binding.everywhere("health", config.health_listen, config.transparent)?,
+    };
+    let mut data = Vec::new();
+    if config.transparent {
+        data.extend(intercepting(&mut binding, config.workers)?);
+    }
+    let mut one = |name: String, address, purpose| -> io::Result<()> {
+        let (address, sockets) = binding.open(&name, address, config.workers)?;
+        data.push(DataListener { address, sockets, purpose });
+        Ok(())
+    };
+    for inbound in &config.inbound {
+        let purpose = Purpose::Inbound { application: inbound.app };
+        one(format!("inbound:{}", inbound.app.port()), inbound.listen, purpose)?;
+    }
+    for outbound in &config.outbound {
+        let purpose = Purpose::Outbound { destination: Key::Service(outbound.destination.clone()) };
+        one(format!("outbound:{}", outbound.destination), outbound.listen, purpose)?;
+    }
+    if let Some(proxy) = config.http_proxy {
+        one("http-proxy".to_owned(), proxy, Purpose::Proxy { allow: config.http_proxy_allow.clone().into() })?;
+    }
+    Ok(Bound { listening: binding.listening, data, operators })
+}
+
+/// Where redirect rules lead. What the application sends is redirected in OUTPUT and arrives on loopback, whatever it
+/// was sent to; what others send keeps the interface that it came by.
+fn intercepting(binding: &mut Binding<'_>, workers: usize) -> io::Result<Vec<DataListener>> {
+    let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    let everywhere = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+    let directions = [
+        ("outbound", loopback, OUTBOUND_PORT, Direction::Outbound),
+        ("inbound", everywhere, INBOUND_PORT, Direction::Inbound),
+    ];
+    let mut all = Vec::new();
+    for (name, addresses, port, direction) in directions {
+        for (address, sockets) in binding.present(name, addresses, port, workers)? {
+            all.push(DataListener { address, sockets, purpose: Purpose::Redirected(direction) });
+        }
+    }
+    Ok(all)
+}
+
+struct Binding<'a> {
+    options: &'a SocketOptions,
+    listening: Vec<(String, SocketAddr)>,
+}
+
+impl Binding<'_> {
+    fn open(&mut self, name: &str, address: SocketAddr, count: usize) -> io::Result<(SocketAddr, Vec<TcpListener>)> {
+        if net::is_taken(address) {
+            let message =
+                format!("cannot listen on {address} ({name}): the port is in use; end what holds it or choose another");
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, message));
+        }
+        let first = net::listen(address, self.options)?;
+        let bound = first.local_addr()?;
+        let mut all = vec![first];
+        for _ in 1..count {
+            all.push(net::listen(bound, self.options)?);
+        }
+        self.listening.push((name.to_owned(), bound));
+        Ok((bound, all))
+    }
+
+    fn single(&mut self, name: &str, address: SocketAddr) -> io::Result<Vec<TcpListener>> {
+        Ok(self.open(name, address, 1)?.1)
+    }
+
+    /// `both`: an address 0.0.0.0 means every address of either family.
+    fn everywhere(&mut self, name: &str, address: SocketAddr, both: bool) -> io::Result<Vec<TcpListener>> {
+        if !(both && address.ip() == Ipv4Addr::UNSPECIFIED) {
+            return self.single(name, address);
+        }
+        let families = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+        Ok(self.present(name, families, address.port(), 1)?.into_iter().flat_map(|(_, sockets)| sockets).collect())
+    }
+
+    /// Opens those of the addresses that this network namespace has, all at one port.
+    fn present(
+        &mut self,
+        name: &str,
+        addresses: [IpAddr; 2],
+        port: u16,
+        count: usize,
+    ) -> io::Result<Vec<(SocketAddr, Vec<TcpListener>)>> {
+        let mut all: Vec<(SocketAddr, Vec<TcpListener>)> = Vec::new();
+        for ip in addresses {
+            let port = all.first().map_or(port, |(first, _)| first.port());
+            match self.open(name, SocketAddr::new(ip, port), count) {
+                Ok(opened) => all.push(opened),
+                Err(error) if net::is_absent(&error) => {
+                    tracing::debug!(%ip, name, "this network namespace has no such address; nothing listens there");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if all.is_empty() {
+            let [one, other] = addresses;
+            let message = format!(
+                "cannot listen on port {port} ({name}): this network namespace has neither {one} nor {other}; is its \
+                 loopback interface up (`ip link set lo up`)?"
+            );
+            return Err(io::Error::new(io::ErrorKind::AddrNotAvailable, message));
+        }
+        Ok(all)
+    }
+}
