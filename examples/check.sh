@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Runs the examples to their end, on free ports: examples/check.sh BIN_DIR [EXAMPLE...]
 # BIN_DIR holds `outrigger` (target/debug, target/release). Exit code 0 when all examples verified what
-# they promise, 1 otherwise, 2 for a wrong call. `python` needs PyPI, or VENV=DIR with its requirements installed.
+# they promise, 1 otherwise, 2 for a wrong call. `python` needs PyPI, or VENV=DIR with its requirements installed;
+# `transparent` needs root or user namespaces, and nftables.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 [ $# -ge 1 ] && [ -d "$1" ] || { echo "usage: $0 BIN_DIR [EXAMPLE...]" >&2; exit 2; }
 OUTRIGGER_BIN_DIR=$(cd "$1" && pwd)
 export OUTRIGGER_BIN_DIR
 shift
-[ $# -gt 0 ] || set -- two-services python
+[ $# -gt 0 ] || set -- two-services python transparent
 
 # Every port that an example lets its user change, set to one that is free and outside of what the system gives away.
 variables=$(sed -nE 's/^: (.*)$/\1/p' "$here"/*/run.sh | grep -oE '\$\{[A-Z_]+' | tr -d '${' | sort -u)

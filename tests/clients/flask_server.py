@@ -1,6 +1,8 @@
-"""A Flask application as people write them: it knows nothing of the mesh but the header that names the caller."""
+"""A Flask application as people write them: it knows nothing of the mesh but the header that names the caller.
+python flask_server.py [HOST PORT]"""
 
 import hashlib
+import sys
 
 from flask import Flask, Response, jsonify, request
 from werkzeug.serving import make_server, WSGIRequestHandler
@@ -25,7 +27,7 @@ def checksum():
 
 @app.get("/stream")
 def stream():
-    return Response((b"%06d\n" % number for number in range(100_000)), mimetype="text/plain")
+    return Response((b"%06d\n" % number for number in range(20_000)), mimetype="text/plain")
 
 
 @app.get("/missing")
@@ -37,7 +39,8 @@ class Handler(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"
 
 
-server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Handler)
-print(f"listening http 127.0.0.1:{server.port}", flush=True)
+host, port = (sys.argv[1:] + ["127.0.0.1", "0"])[:2]
+server = make_server(host, int(port), app, threaded=True, request_handler=Handler)
+print(f"listening http {f'[{host}]' if ':' in host else host}:{server.port}", flush=True)
 print("ready", flush=True)
 server.serve_forever()

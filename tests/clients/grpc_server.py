@@ -1,5 +1,6 @@
-"""An echo service on grpcio, without generated code: messages are bytes."""
+"""An echo service on grpcio, without generated code: messages are bytes. python grpc_server.py [ADDRESS:PORT]"""
 
+import sys
 import threading
 from concurrent import futures
 
@@ -58,8 +59,9 @@ handlers = {
 }
 server = grpc.server(futures.ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", -1)])
 server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("echo.Echo", handlers),))
-port = server.add_insecure_port("127.0.0.1:0")
+host = (sys.argv[1:] + ["127.0.0.1:0"])[0]
+port = server.add_insecure_port(host)
 server.start()
-print(f"listening grpc 127.0.0.1:{port}", flush=True)
+print(f"listening grpc {host.rpartition(':')[0]}:{port}", flush=True)
 print("ready", flush=True)
 server.wait_for_termination()

@@ -1,4 +1,6 @@
-"""A WebSocket echo server."""
+"""A WebSocket echo server: python websocket_server.py [HOST PORT]"""
+
+import sys
 
 from websockets.sync.server import serve
 
@@ -8,8 +10,9 @@ def echo(connection):
         connection.send(message)
 
 
-with serve(echo, "127.0.0.1", 0, max_size=None) as server:
+where, port = (sys.argv[1:] + ["127.0.0.1", "0"])[:2]
+with serve(echo, where, int(port), max_size=None) as server:
     host, port = server.socket.getsockname()[:2]
-    print(f"listening ws {host}:{port}", flush=True)
+    print(f"listening ws {f'[{host}]' if ':' in host else host}:{port}", flush=True)
     print("ready", flush=True)
     server.serve_forever()

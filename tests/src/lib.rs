@@ -11,6 +11,7 @@ pub mod mesh;
 pub mod metrics;
 pub mod namespace;
 pub mod peer;
+pub mod pods;
 pub mod process;
 pub mod sidecar;
 pub mod stand_in;

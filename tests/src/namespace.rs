@@ -7,16 +7,19 @@
 //! itself come from [`Namespace::connect`] and [`Namespace::listen`].
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpSocket};
 
-use crate::eventually::soon;
+use crate::eventually::{PATIENCE, soon};
 use crate::wire::Connection;
 
 /// Which addresses the machines of a network have. Loopback has both in any case.
@@ -41,7 +44,7 @@ impl Network {
     }
 
     pub fn with(families: Families, names: &[&'static str]) -> Option<Network> {
-        refused(Network::build(families, names))
+        refused(Network::build(families, names).map_err(none_here))
     }
 
     fn build(families: Families, names: &[&'static str]) -> Result<Network, String> {
@@ -113,11 +116,12 @@ pub struct Namespace {
 impl Namespace {
     /// A machine without any link: loopback alone. None as for [`Network::new`].
     pub fn lone() -> Option<Namespace> {
-        refused(Namespace::hold("lone", 1))
+        refused(Namespace::hold("lone", 1).map_err(none_here))
     }
 
     fn hold(name: &'static str, number: u8) -> Result<Namespace, String> {
-        let files = tempfile::tempdir().map_err(|error| format!("no temporary directory: {error}"))?;
+        let files = tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o755)).tempdir();
+        let files = files.map_err(|error| format!("no temporary directory: {error}"))?;
         let mut holder = Command::new("unshare")
             .args(["--net", "--mount", "--", "sh", "-c", "echo up; exec cat"])
             .stdin(Stdio::piped())
@@ -174,6 +178,21 @@ impl Namespace {
         }
     }
 
+    /// A directory of this machine's own that every user may look into.
+    pub fn directory(&self) -> &Path {
+        self.files.path()
+    }
+
+    /// The same program at a path that every user can run here, for binaries that stand in somebody's home.
+    pub fn for_all(&self, program: impl AsRef<Path>) -> PathBuf {
+        let program = program.as_ref();
+        let own = self.files.path().join("for-all");
+        std::fs::create_dir_all(&own).unwrap();
+        let from = program.parent().expect("a whole path");
+        self.run(&format!("mount --bind {} {}", from.display(), own.display()));
+        own.join(program.file_name().expect("a file"))
+    }
+
     /// A command that runs here. Its process is the program itself, so that signals reach it.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         self.inside(&Command::new(program))
@@ -191,7 +210,8 @@ impl Namespace {
 
     pub fn inside_as(&self, uid: Option<u32>, command: &Command) -> Command {
         let mut inside = Command::new("nsenter");
-        let here = std::env::current_dir().unwrap();
+        // Another user may not be let in where the test is.
+        let here = if uid.is_some() { PathBuf::from("/") } else { std::env::current_dir().unwrap() };
         inside.arg(format!("--target={}", self.holder.id())).args(["--net", "--mount"]);
         inside.arg(format!("--wd={}", here.display()));
         if let Some(uid) = uid {
@@ -252,18 +272,35 @@ impl Namespace {
         self.try_connect(address).await.unwrap_or_else(|error| panic!("{} to {address}: {error}", self.name))
     }
 
-    pub async fn try_connect(&self, address: SocketAddr) -> std::io::Result<Connection> {
+    pub async fn try_connect(&self, address: SocketAddr) -> io::Result<Connection> {
         let stream = soon("connect", self.socket(address.ip()).connect(address)).await?;
         stream.set_nodelay(true)?;
         Ok(stream.into())
     }
 
-    /// Listens here, as the test's own user.
+    /// Listens here, as the test's own user; at an IPv6 address for that family alone. Where the address was in use a
+    /// moment ago, a process that another test is just starting may hold the old socket until it is that program.
     pub fn listen(&self, address: SocketAddr) -> TcpListener {
+        let begun = Instant::now();
+        loop {
+            match self.try_listen(address) {
+                Ok(listener) => return listener,
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse && begun.elapsed() < PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(error) => panic!("{} listens at {address}: {error}", self.name),
+            }
+        }
+    }
+
+    fn try_listen(&self, address: SocketAddr) -> io::Result<TcpListener> {
         let socket = self.socket(address.ip());
-        socket.set_reuseaddr(true).unwrap();
-        socket.bind(address).unwrap_or_else(|error| panic!("{} listens at {address}: {error}", self.name));
-        socket.listen(1024).unwrap()
+        socket.set_reuseaddr(true)?;
+        if address.is_ipv6() {
+            SockRef::from(&socket).set_only_v6(true)?;
+        }
+        socket.bind(address)?;
+        socket.listen(1024)
     }
 }
 
@@ -281,6 +318,10 @@ pub fn only_root() -> bool {
     std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| map.split_whitespace().nth(2) == Some("1"))
 }
 
+fn none_here(why: String) -> String {
+    format!("no network namespace can be made here: {why}")
+}
+
 /// Says why a test does not run, or fails it where that is asked for.
 pub fn refused<T>(tried: Result<T, String>) -> Option<T> {
     let why = match tried {
@@ -289,11 +330,11 @@ pub fn refused<T>(tried: Result<T, String>) -> Option<T> {
     };
     let required = std::env::var("OUTRIGGER_REQUIRE").unwrap_or_default();
     if required.split(',').any(|word| word.trim() == "netns") {
-        panic!("no network namespace can be made, and OUTRIGGER_REQUIRE={required}: {why}");
+        panic!("cannot run, and OUTRIGGER_REQUIRE={required}: {why}");
     }
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
     // Past the test runner, which keeps to itself what a passing test prints.
-    let _ = writeln!(std::io::stderr(), "{test} DID NOT RUN: no network namespace can be made here: {why}");
+    let _ = writeln!(io::stderr(), "{test} DID NOT RUN: {why}");
     None
 }
 

@@ -126,6 +126,22 @@ impl Process {
         assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success(), "kill -s {name}");
     }
 
+    /// Waits for the end and for the last line; gives status, stdout and stderr.
+    pub async fn finish(mut self, limit: Duration) -> (ExitStatus, String, String) {
+        let status = self.wait(limit).await;
+        // Each reader lets go of its lines at the end of its stream.
+        within(PATIENCE, "the end of its output", async || {
+            (Arc::strong_count(&self.stdout) + Arc::strong_count(&self.stderr) == 2).then_some(())
+        })
+        .await;
+        (status, self.stdout(), self.stderr())
+    }
+
+    /// How it ended, if it did.
+    pub fn try_wait(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
     /// Waits for the end.
     pub async fn wait(&mut self, limit: Duration) -> ExitStatus {
         within(limit, "the process ends", async || self.child.try_wait().unwrap()).await

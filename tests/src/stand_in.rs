@@ -5,7 +5,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -18,10 +18,10 @@ use crate::namespace::Namespace;
 pub fn sidecar(at: &Namespace) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     for ip in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
-        tasks.spawn(serve(listen(at, (ip, 15001).into()), "outbound"));
+        tasks.spawn(serve(at.listen((ip, 15001).into()), "outbound"));
     }
     for ip in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
-        tasks.spawn(serve(listen(at, (ip, 15006).into()), "inbound"));
+        tasks.spawn(serve(at.listen((ip, 15006).into()), "inbound"));
     }
     tasks
 }
@@ -31,7 +31,7 @@ pub fn server(at: &Namespace, name: &'static str, ports: &[u16]) -> JoinSet<()> 
     let mut tasks = JoinSet::new();
     for port in ports {
         for ip in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
-            tasks.spawn(serve(listen(at, (ip, *port).into()), name));
+            tasks.spawn(serve(at.listen((ip, *port).into()), name));
         }
     }
     tasks
@@ -66,23 +66,6 @@ pub async fn ask_as(uid: u32, from: &Namespace, address: SocketAddr) -> io::Resu
     } else {
         Err(io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned()))
     }
-}
-
-/// A family at a time, so that both can have one port.
-fn listen(at: &Namespace, address: SocketAddr) -> TcpListener {
-    let listener = at.enter(|| {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-        socket.set_reuse_address(true)?;
-        if address.is_ipv6() {
-            socket.set_only_v6(true)?;
-        }
-        socket.bind(&address.into())?;
-        socket.listen(1024)?;
-        socket.set_nonblocking(true)?;
-        io::Result::Ok(socket)
-    });
-    let listener = listener.unwrap_or_else(|error| panic!("{} listens at {address}: {error}", at.name()));
-    TcpListener::from_std(listener.into()).unwrap()
 }
 
 async fn serve(listener: TcpListener, name: &'static str) {

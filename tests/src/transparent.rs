@@ -4,6 +4,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::process::Command;
 
 use serde_json::Value;
 use tokio::io::AsyncReadExt;
@@ -113,7 +114,7 @@ impl TransparentMesh {
 
     /// Starts a sidecar and waits for nothing.
     pub fn start_sidecar<'m>(&'m self, machine: &'m Namespace, app: &str, more: &[&str]) -> TransparentSidecar<'m> {
-        let mut run = self.run(machine, app);
+        let mut run = self.sidecar_command(machine, app);
         run.args(["--mark", MARK]).args(more);
         let process = Process::spawn(machine.inside(&run));
         TransparentSidecar { machine, process, under_test: self.under_test.clone(), family: self.families }
@@ -121,7 +122,7 @@ impl TransparentMesh {
 
     /// The same as another user, with no privilege and no mark.
     pub fn start_sidecar_as<'m>(&'m self, uid: u32, machine: &'m Namespace, app: &str) -> TransparentSidecar<'m> {
-        let run = self.run(machine, app);
+        let run = self.sidecar_command(machine, app);
         // What it reads and writes is in a directory of its own.
         let home = self.path(&format!("home-{}", machine.name()));
         std::os::unix::fs::chown(self.directory.path(), Some(uid), None).unwrap();
@@ -133,7 +134,8 @@ impl TransparentMesh {
         TransparentSidecar { machine, process, under_test: self.under_test.clone(), family: self.families }
     }
 
-    fn run(&self, machine: &Namespace, app: &str) -> std::process::Command {
+    /// What starts a sidecar, without what exempts it from the rules. All that it reads and writes is in `home-MACHINE`.
+    pub fn sidecar_command(&self, machine: &Namespace, app: &str) -> Command {
         let name = format!("{app}-{}", machine.name());
         let home = self.path(&format!("home-{}", machine.name()));
         std::fs::create_dir_all(&home).unwrap();

@@ -3,7 +3,7 @@
 
 use std::fmt::{Display, Write};
 
-use super::probe::{PROBE_PORT, PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT};
+use super::probe::{EXEMPT_PORT, PROBE_PORT, PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT};
 use super::{INBOUND_PORT, NEVER_REDIRECTED, OUTBOUND_PORT, Own, RESOLVER_PORT, Rules};
 
 const HEAD: &str = r#"#!/bin/sh
@@ -15,33 +15,35 @@ set -eu
 
 # The jump into a chain of ours, unless it is there.
 jump() {
-    "$1" -w -t nat -C "$2" -j "$3" 2>/dev/null || echo "-I $2 -j $3"
+    "$1" -w 30 -t nat -C "$2" -j "$3" 2>/dev/null || echo "-I $2 -j $3"
 }
 
-# Rules come on stdin. Naming a chain of ours empties it; --noflush leaves everybody else's alone.
+# Rules come on stdin. Naming a chain of ours empties it; --noflush leaves everybody else's alone. What is there is asked
+# before iptables-restore begins: it may hold a lock from its first line on.
 apply() {
+    jumps=$(
+        jump "$1" OUTPUT OUTRIGGER_OUTBOUND
+        jump "$1" PREROUTING OUTRIGGER_INBOUND
+    )
     {
         printf '%s\n' '*nat' ':OUTRIGGER_OUTBOUND - [0:0]' ':OUTRIGGER_INBOUND - [0:0]'
         cat
-        jump "$1" OUTPUT OUTRIGGER_OUTBOUND
-        jump "$1" PREROUTING OUTRIGGER_INBOUND
-        echo COMMIT
-    } | "$1-restore" -w --noflush
+        printf '%s\n' "$jumps" COMMIT
+    } | "$1-restore" -w 30 --noflush
 }
 
 # A jump and the chain to which it leads.
 gone() {
-    ! "$1" -w -t nat -C "$2" -j "$3" 2>/dev/null || echo "-D $2 -j $3"
-    ! "$1" -w -t nat -n -L "$3" >/dev/null 2>&1 || printf '%s\n' "-F $3" "-X $3"
+    ! "$1" -w 30 -t nat -C "$2" -j "$3" 2>/dev/null || echo "-D $2 -j $3"
+    ! "$1" -w 30 -t nat -n -L "$3" >/dev/null 2>&1 || printf '%s\n' "-F $3" "-X $3"
 }
 
 remove() {
-    {
-        echo '*nat'
+    ours=$(
         gone "$1" OUTPUT OUTRIGGER_OUTBOUND
         gone "$1" PREROUTING OUTRIGGER_INBOUND
-        echo COMMIT
-    } | "$1-restore" -w --noflush
+    )
+    [ -z "$ours" ] || printf '%s\n' '*nat' "$ours" COMMIT | "$1-restore" -w 30 --noflush
 }
 
 # Kernels without IPv6 have nothing to redirect there.
@@ -89,6 +91,8 @@ fn family(rules: &Rules, probe: impl Display, excluded: &[impl Display]) -> Stri
         Own::Mark(mark) => out.rule(format_args!("-m mark --mark {mark} -j RETURN")),
     }
     out.except("--exclude-uids", "-m owner --uid-owner", &rules.exclude_uids);
+    out.comment("The sidecar asks here whether it is known: this is for all others.");
+    out.rule(format_args!("-d {probe} -p tcp --dport {EXEMPT_PORT} -j REDIRECT --to-ports {OUTBOUND_PORT}"));
     if rules.dns {
         out.comment("--dns: questions about names, to servers on loopback as well.");
         out.rule(format_args!("-p udp --dport 53 -j REDIRECT --to-ports {RESOLVER_PORT}"));

@@ -7,33 +7,35 @@ set -eu
 
 # The jump into a chain of ours, unless it is there.
 jump() {
-    "$1" -w -t nat -C "$2" -j "$3" 2>/dev/null || echo "-I $2 -j $3"
+    "$1" -w 30 -t nat -C "$2" -j "$3" 2>/dev/null || echo "-I $2 -j $3"
 }
 
-# Rules come on stdin. Naming a chain of ours empties it; --noflush leaves everybody else's alone.
+# Rules come on stdin. Naming a chain of ours empties it; --noflush leaves everybody else's alone. What is there is asked
+# before iptables-restore begins: it may hold a lock from its first line on.
 apply() {
+    jumps=$(
+        jump "$1" OUTPUT OUTRIGGER_OUTBOUND
+        jump "$1" PREROUTING OUTRIGGER_INBOUND
+    )
     {
         printf '%s\n' '*nat' ':OUTRIGGER_OUTBOUND - [0:0]' ':OUTRIGGER_INBOUND - [0:0]'
         cat
-        jump "$1" OUTPUT OUTRIGGER_OUTBOUND
-        jump "$1" PREROUTING OUTRIGGER_INBOUND
-        echo COMMIT
-    } | "$1-restore" -w --noflush
+        printf '%s\n' "$jumps" COMMIT
+    } | "$1-restore" -w 30 --noflush
 }
 
 # A jump and the chain to which it leads.
 gone() {
-    ! "$1" -w -t nat -C "$2" -j "$3" 2>/dev/null || echo "-D $2 -j $3"
-    ! "$1" -w -t nat -n -L "$3" >/dev/null 2>&1 || printf '%s\n' "-F $3" "-X $3"
+    ! "$1" -w 30 -t nat -C "$2" -j "$3" 2>/dev/null || echo "-D $2 -j $3"
+    ! "$1" -w 30 -t nat -n -L "$3" >/dev/null 2>&1 || printf '%s\n' "-F $3" "-X $3"
 }
 
 remove() {
-    {
-        echo '*nat'
+    ours=$(
         gone "$1" OUTPUT OUTRIGGER_OUTBOUND
         gone "$1" PREROUTING OUTRIGGER_INBOUND
-        echo COMMIT
-    } | "$1-restore" -w --noflush
+    )
+    [ -z "$ours" ] || printf '%s\n' '*nat' "$ours" COMMIT | "$1-restore" -w 30 --noflush
 }
 
 # Kernels without IPv6 have nothing to redirect there.
@@ -63,6 +65,8 @@ apply iptables <<'RULES'
 -A OUTRIGGER_OUTBOUND -d 127.15.0.1 -p tcp --dport 15003 -j REDIRECT --to-ports 15004
 # The sidecar's own.
 -A OUTRIGGER_OUTBOUND -m mark --mark 1337 -j RETURN
+# The sidecar asks here whether it is known: this is for all others.
+-A OUTRIGGER_OUTBOUND -d 127.15.0.1 -p tcp --dport 15005 -j REDIRECT --to-ports 15001
 # What stays on this machine: loopback and its own addresses.
 -A OUTRIGGER_OUTBOUND -o lo -j RETURN
 -A OUTRIGGER_OUTBOUND -p tcp -j REDIRECT --to-ports 15001
@@ -87,6 +91,8 @@ apply ip6tables <<'RULES'
 -A OUTRIGGER_OUTBOUND -d ::1 -p tcp --dport 15003 -j REDIRECT --to-ports 15004
 # The sidecar's own.
 -A OUTRIGGER_OUTBOUND -m mark --mark 1337 -j RETURN
+# The sidecar asks here whether it is known: this is for all others.
+-A OUTRIGGER_OUTBOUND -d ::1 -p tcp --dport 15005 -j REDIRECT --to-ports 15001
 # What stays on this machine: loopback and its own addresses.
 -A OUTRIGGER_OUTBOUND -o lo -j RETURN
 -A OUTRIGGER_OUTBOUND -p tcp -j REDIRECT --to-ports 15001
