@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use outrigger_api::snapshot::Key;
 use outrigger_runtime::drain::State as DrainState;
@@ -153,6 +154,7 @@ async fn accept(worker: Rc<Worker>, crew: Crew, listener: TcpListener, purpose: 
         Direction::Outbound => DrainState::Done,
     };
     let mut closing = std::pin::pin!(worker.drain.when(until));
+    let mut trouble = Trouble::default();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -165,9 +167,32 @@ async fn accept(worker: Rc<Worker>, crew: Crew, listener: TcpListener, purpose: 
             },
             Err(error) => {
                 worker.telemetry.accept_failed();
-                tracing::warn!(%error, "cannot accept a connection; trying again in {:?}", worker.limits.accept_pause);
+                trouble.tell(&error);
                 tokio::time::sleep(worker.limits.accept_pause).await;
             }
+        }
+    }
+}
+
+/// What one listener could not accept: told at once, and then every so often, since it fails many times a second.
+#[derive(Default)]
+struct Trouble {
+    told: Option<Instant>,
+    untold: u64,
+}
+
+impl Trouble {
+    const AGAIN: Duration = Duration::from_secs(10);
+
+    fn tell(&mut self, error: &io::Error) {
+        self.untold += 1;
+        if self.told.is_none_or(|told| told.elapsed() >= Trouble::AGAIN) {
+            let times = std::mem::take(&mut self.untold);
+            tracing::warn!(
+                %error, times,
+                "cannot accept a connection; raise the limit of open files (ulimit -n) or of memory. What is open goes on"
+            );
+            self.told = Some(Instant::now());
         }
     }
 }
