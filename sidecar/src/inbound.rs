@@ -573,16 +573,3 @@ impl Caller {
         })
     }
 }
-#[cfg(test)]
-mod tests {
-    fn size<A, B, C, D, F>(_: impl FnOnce(A, B, C, D) -> F) -> usize {
-        size_of::<F>()
-    }
-
-    /// What every connection costs for as long as it lives, before any library's part.
-    #[test]
-    fn tasks_are_small() {
-        let (inbound, outbound) = (size(super::serve), size(crate::outbound::serve));
-        assert!(inbound <= 3500 && outbound <= 3500, "inbound {inbound}, outbound {outbound} bytes");
-    }
-}
