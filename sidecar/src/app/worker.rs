@@ -256,3 +256,25 @@ fn may_use_proxy(client: SocketAddr, allow: &[ipnet::IpNet]) -> bool {
     let ip = client.ip().to_canonical();
     ip.is_loopback() || allow.iter().any(|net| net.contains(&ip))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<A, B, C, D, F>(_: impl FnOnce(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    fn size_redirected<A, B, C, F>(_: impl FnOnce(A, B, C) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// What every connection costs for as long as it lives, before any library's part.
+    #[test]
+    fn tasks_are_small() {
+        let given = [size(inbound::serve), size(outbound::serve)];
+        assert!(given.iter().all(|bytes| *bytes <= 3500), "inbound, outbound: {given:?} bytes");
+        let redirected = [size_redirected(inbound::serve_redirected), size_redirected(outbound::serve_redirected)];
+        assert!(redirected.iter().all(|bytes| *bytes <= 3500), "redirected inbound, outbound: {redirected:?} bytes");
+    }
+}
