@@ -48,19 +48,26 @@ pub async fn serve(worker: Rc<Worker>, key: Key, stream: Stream, registered: Rc<
 pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered: Rc<Registered>) {
     let original = match OriginalDst::of(&stream) {
         Ok(original) => original.address(),
-        Err(error) => {
-            let record = TcpRecord::begin(&worker.telemetry, &lost_edge(&worker, WireProtocol::Tcp), Instant::now());
-            record.downstream(registered.client);
-            record.failed(error.reason, || error.to_string());
-            return Stream::from(stream).reset_on_close();
-        }
+        Err(error) => return turn_away(&worker, stream, &registered, &error),
     };
     if redirect::is_probe(original) {
-        return answer_probe(stream, original).await;
+        return answer_probe(&worker, stream, original).await;
+    }
+    if redirect::is_exempt_target(original) {
+        return;
     }
     registered.describe(|about| about.destination = original.to_string());
     let backend = worker.backend(&Key::Address(original));
-    match backend.view(&worker).await {
+    let view = backend.view(&worker).await;
+    if worker.dialer.has_opened(registered.client, original) {
+        let detail = format!(
+            "this sidecar's own connection to {original} came back: the redirect rules do not exempt it. Run it as the user \
+             of `redirect apply --uid` (1337), or with the same --mark for `run` and `redirect apply`"
+        );
+        let error = Error::own(Stage::Accept, Reason::OwnPort, detail);
+        return turn_away(&worker, stream, &registered, &error);
+    }
+    match view {
         Ok(view) if view.service.is_none() => {
             pass(&worker, &view, stream.into(), &registered, policy::admit_outbound()).await;
         }
@@ -68,10 +75,20 @@ pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered:
     }
 }
 
+/// Closes a connection that is nobody's to carry.
+fn turn_away(worker: &Worker, stream: TcpStream, registered: &Registered, error: &Error) {
+    let record = TcpRecord::begin(&worker.telemetry, &lost_edge(worker, WireProtocol::Tcp), Instant::now());
+    record.downstream(registered.client);
+    record.failed(error.reason, || error.to_string());
+    Stream::from(stream).reset_on_close();
+}
+
 /// `redirect check` asks whether its connection arrives here, and with the address that it dialled.
-async fn answer_probe(mut stream: TcpStream, original: SocketAddr) {
+async fn answer_probe(worker: &Worker, mut stream: TcpStream, original: SocketAddr) {
+    let comes_back = worker.dialer.comes_back(redirect::exempt_target(original)).await;
+    let answer = if comes_back { redirect::complaint(original) } else { redirect::answer(original) };
     // Who asks sees an answer that is missing for himself.
-    let _ = stream.write_all(redirect::answer(original).as_bytes()).await;
+    let _ = stream.write_all(answer.as_bytes()).await;
     let _ = stream.shutdown().await;
 }
 

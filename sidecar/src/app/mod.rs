@@ -27,6 +27,7 @@ use crate::admin::{self, Admin, Readiness};
 use crate::balance::Loads;
 use crate::config::{Config, Limits};
 use crate::connect::dial::OwnListeners;
+use crate::connect::own_dials::OwnDials;
 use crate::connect::worker::{Own, Shared};
 use crate::connection::{Places, Table};
 use crate::discovery::{Directory, Lease};
@@ -98,6 +99,7 @@ impl Sidecar {
             telemetry: telemetry.clone(),
             directory: directory.clone(),
             tls: tls.clone(),
+            own_dials: if config.transparent { OwnDials::remembered() } else { OwnDials::default() },
             loads: Loads::default(),
             epoch: Instant::now(),
             limits: limits.clone(),

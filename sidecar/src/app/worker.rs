@@ -81,7 +81,7 @@ pub fn run(start: Start) -> io::Result<()> {
 
 async fn serve(start: Start) -> io::Result<()> {
     let Start { shared, crew, mut inbox, listeners, own_listeners, socket, heart } = start;
-    let dialer = Dialer::new(shared.tls.clone(), socket, &shared.limits, own_listeners);
+    let dialer = Dialer::new(shared.tls.clone(), socket, &shared.limits, own_listeners, shared.own_dials.clone());
     let worker = Worker::new(&shared, crew.tables[crew.own].clone(), dialer);
     let itself = Rc::downgrade(&worker);
     worker.dialer.set_door(Box::new(move |application, alpn, stream| {

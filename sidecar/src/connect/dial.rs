@@ -10,6 +10,7 @@ use outrigger_api::identity::SpiffeId;
 use rustls_pki_types::ServerName;
 use tokio::sync::Semaphore;
 
+use super::own_dials::OwnDials;
 use crate::config::limits::Limits;
 use crate::net::{self, SocketOptions, Stream};
 use crate::outcome::{Error, Reason, Retry, Stage};
@@ -59,6 +60,7 @@ pub struct Dialer {
     handshake_timeout: Duration,
     handshakes: Semaphore,
     own_listeners: OwnListeners,
+    own_dials: OwnDials,
     door: OnceCell<Door>,
 }
 
@@ -91,7 +93,13 @@ impl OwnListeners {
 }
 
 impl Dialer {
-    pub fn new(tls: Tls, socket: SocketOptions, limits: &Limits, own_listeners: OwnListeners) -> Rc<Dialer> {
+    pub fn new(
+        tls: Tls,
+        socket: SocketOptions,
+        limits: &Limits,
+        own_listeners: OwnListeners,
+        own_dials: OwnDials,
+    ) -> Rc<Dialer> {
         Rc::new(Dialer {
             tls,
             socket,
@@ -99,6 +107,7 @@ impl Dialer {
             handshake_timeout: limits.handshake_timeout.min(limits.connect_budget),
             handshakes: Semaphore::new(limits.handshakes_in_flight),
             own_listeners,
+            own_dials,
             door: OnceCell::new(),
         })
     }
@@ -121,6 +130,17 @@ impl Dialer {
         self.own_listeners.has_port(port)
     }
 
+    /// Whether a redirected connection is one that this sidecar opened: the rules do not exempt it.
+    pub fn has_opened(&self, client: SocketAddr, original: SocketAddr) -> bool {
+        self.own_dials.contain(client, original)
+    }
+
+    /// Whether the rules bring this sidecar's own connections back to it, found out at an address where nobody listens.
+    pub async fn comes_back(&self, exempt_target: SocketAddr) -> bool {
+        let connecting = tokio::time::timeout(self.connect_timeout, net::connect(exempt_target, &self.socket));
+        matches!(connecting.await, Ok(Ok(_)))
+    }
+
     /// The generation of the trust bundle in force; pooled connections of an older one are not used again.
     pub fn generation(&self) -> u64 {
         self.tls.current().map_or(0, |material| material.credential().bundle().generation())
@@ -137,7 +157,10 @@ impl Dialer {
         }
         let connecting = tokio::time::timeout(self.connect_timeout, net::connect(address, &self.socket));
         let tcp = match connecting.await {
-            Ok(Ok(tcp)) => tcp,
+            Ok(Ok(tcp)) => {
+                self.own_dials.opened(&tcp, address);
+                tcp
+            }
             Ok(Err(error)) => return Err(refused(address, &error)),
             Err(_) => {
                 let detail = format!("{address} did not answer within {:?}", self.connect_timeout);

@@ -4,6 +4,7 @@ pub mod backend;
 pub mod dial;
 pub mod lane;
 mod local;
+pub mod own_dials;
 pub mod request_body;
 pub mod speculation;
 pub mod streams;

@@ -14,6 +14,7 @@ use outrigger_api::snapshot::{Endpoint, EndpointTls, Key, MtlsMode, OutboundMode
 use super::backend::Backend;
 use super::dial::{Dialer, Target};
 use super::lane::{Framing, Lane};
+use super::own_dials::OwnDials;
 use super::speculation::Speculation;
 use crate::balance::{Loads, Nanos};
 use crate::config::limits::Limits;
@@ -53,6 +54,7 @@ pub struct Shared {
     pub telemetry: Arc<Telemetry>,
     pub directory: Directory,
     pub tls: Tls,
+    pub own_dials: OwnDials,
     pub loads: Loads,
     pub epoch: Instant,
     pub limits: Limits,

@@ -8,7 +8,7 @@ use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use super::probe::{PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT, answer};
+use super::probe::{PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT, answer, complaint};
 
 /// A sidecar that takes longer than this does not serve either.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -23,6 +23,8 @@ pub(super) enum Found {
     NoRules,
     /// They are, and nobody answers as a sidecar does.
     NoSidecar(String),
+    /// Both are there, but the rules bring the sidecar's own connections back to it, so that none leaves.
+    NotExempt,
     /// The sidecar cannot listen for this family, which is in use.
     NoLoopback,
     /// This namespace has no addresses of this family, so no application uses it.
@@ -30,12 +32,13 @@ pub(super) enum Found {
 }
 
 impl Found {
-    /// **Contract**: 0 works, 3 rules absent, 4 sidecar absent.
+    /// **Contract**: 0 works, 3 rules absent, 4 sidecar absent; 5 both there and not fitting.
     fn code(&self) -> u8 {
         match self {
             Found::Works | Found::NotUsed => 0,
             Found::NoRules => 3,
             Found::NoSidecar(_) | Found::NoLoopback => 4,
+            Found::NotExempt => 5,
         }
     }
 }
@@ -48,10 +51,10 @@ pub(super) struct Report {
 }
 
 impl Report {
-    /// Rules come first: without them the sidecar is not asked.
+    /// The first in the order of the codes: without rules the sidecar is not asked.
     pub(super) fn code(&self) -> u8 {
         let codes = [self.v4.code(), self.v6.code()];
-        if codes.contains(&3) { 3 } else { codes[0].max(codes[1]) }
+        codes.into_iter().filter(|code| *code != 0).min().unwrap_or(0)
     }
 }
 
@@ -71,6 +74,12 @@ impl fmt::Display for Report {
                     f,
                     "{family}: sidecar absent: the rules redirect a connection to {probe}, {why}\n      to do: start \
                      `outrigger-sidecar run --transparent` in this network namespace, or see what its log says"
+                )?,
+                Found::NotExempt => writeln!(
+                    f,
+                    "{family}: does not work: the rules bring the sidecar's own connections back to it\n      to do: run the \
+                     sidecar as the user of `redirect apply --uid` (1337), or give `run` and `redirect apply` the same \
+                     --mark"
                 )?,
                 Found::NoLoopback => writeln!(
                     f,
@@ -112,6 +121,7 @@ fn family(probe: SocketAddr, loopback: IpAddr) -> io::Result<Option<Found>> {
     }
     let why = match ask(probe) {
         Ok(said) if said == answer(probe).as_bytes() => return Ok(Some(Found::Works)),
+        Ok(said) if said == complaint(probe).as_bytes() => return Ok(Some(Found::NotExempt)),
         Ok(said) if said.is_empty() => "and it was closed without an answer".to_owned(),
         Ok(said) => format!("and something else answered: {:?}", String::from_utf8_lossy(&said)),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => "where nobody listens".to_owned(),
@@ -230,6 +240,8 @@ mod tests {
             (absent(), Some(Found::NoRules), (true, true), 3),
             (absent(), absent(), (true, false), 4),
             (absent(), Some(Found::Works), (true, true), 4),
+            (Some(Found::NotExempt), Some(Found::Works), (true, true), 5),
+            (Some(Found::NotExempt), absent(), (true, true), 4),
             // Loopback alone: all that there is counts.
             (Some(Found::NoRules), Some(Found::NoRules), (false, false), 3),
         ] {

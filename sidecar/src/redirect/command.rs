@@ -16,7 +16,7 @@ use crate::config;
 const VERBS: &str = "
   apply    put the rules in force, instead of those that are there; needs NET_ADMIN
   print    show what apply would do; with --iptables a script for machines without nftables
-  check    see whether they work: 0 yes, 3 rules absent, 4 sidecar absent
+  check    see whether they work: 0 yes, 3 rules absent, 4 sidecar absent, 5 they do not fit
   remove   take away what apply did";
 
 type Variables = Vec<(OsString, OsString)>;

@@ -3,7 +3,7 @@
 
 use std::fmt::{Display, Write};
 
-use super::probe::{PROBE_PORT, PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT};
+use super::probe::{EXEMPT_PORT, PROBE_PORT, PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT};
 use super::{INBOUND_PORT, NEVER_REDIRECTED, OUTBOUND_PORT, Own, RESOLVER_PORT, Rules};
 
 const HEAD: &str = r#"#!/bin/sh
@@ -91,6 +91,8 @@ fn family(rules: &Rules, probe: impl Display, excluded: &[impl Display]) -> Stri
         Own::Mark(mark) => out.rule(format_args!("-m mark --mark {mark} -j RETURN")),
     }
     out.except("--exclude-uids", "-m owner --uid-owner", &rules.exclude_uids);
+    out.comment("The sidecar asks here whether it is known: this is for all others.");
+    out.rule(format_args!("-d {probe} -p tcp --dport {EXEMPT_PORT} -j REDIRECT --to-ports {OUTBOUND_PORT}"));
     if rules.dns {
         out.comment("--dns: questions about names, to servers on loopback as well.");
         out.rule(format_args!("-p udp --dport 53 -j REDIRECT --to-ports {RESOLVER_PORT}"));

@@ -1,6 +1,6 @@
 //! `outrigger-sidecar redirect`: the packet filter's rules that bring an application's connections to the sidecar, and
 //! the check that they do. The texts are made by pure functions ([`nft`], [`iptables`]); `apply` is the thin part that
-//! runs `nft`. Nothing here is on the walk but [`is_probe`] and [`answer`].
+//! runs `nft`. Nothing here is on the walk but what `probe` has.
 
 mod apply;
 mod args;
@@ -12,7 +12,7 @@ mod probe;
 
 pub use args::Args;
 pub use command::main;
-pub use probe::{PROBE_PORT, PROBE_V4, PROBE_V6, answer, is_probe};
+pub use probe::{PROBE_PORT, PROBE_V4, PROBE_V6, answer, complaint, exempt_target, is_exempt_target, is_probe};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 

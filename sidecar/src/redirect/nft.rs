@@ -3,7 +3,7 @@
 
 use std::fmt::{Display, Write};
 
-use super::probe::{PROBE_PORT, PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT};
+use super::probe::{EXEMPT_PORT, PROBE_PORT, PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT};
 use super::{INBOUND_PORT, NEVER_REDIRECTED, OUTBOUND_PORT, Own, RESOLVER_PORT, Rules};
 
 /// Our table; everything that we put into the packet filter is in it.
@@ -43,6 +43,9 @@ fn outbound(rules: &Rules) -> String {
         Own::Mark(mark) => chain.rule(format_args!("meta mark {mark} return")),
     }
     chain.except("--exclude-uids", "meta skuid", &rules.exclude_uids);
+    chain.comment("The sidecar asks here whether it is known: this is for all others.");
+    chain.rule(format_args!("ip daddr {v4} tcp dport {EXEMPT_PORT} redirect to :{OUTBOUND_PORT}"));
+    chain.rule(format_args!("ip6 daddr {v6} tcp dport {EXEMPT_PORT} redirect to :{OUTBOUND_PORT}"));
     if rules.dns {
         chain.comment("--dns: questions about names, to servers on loopback as well.");
         chain.rule(format_args!("udp dport 53 redirect to :{RESOLVER_PORT}"));

@@ -17,6 +17,10 @@ pub const PROBE_V6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST)
 pub(super) const RULES_PORT: u16 = 15003;
 pub(super) const RULES_TARGET_PORT: u16 = 15004;
 
+/// At the same addresses: the rules send it to the outbound listener, too, but for connections that they exempt. The
+/// sidecar, when it is asked, connects there itself: it must be refused.
+pub(super) const EXEMPT_PORT: u16 = 15005;
+
 /// Whether an original destination, seen by the outbound listener, is the probe's. Such a connection is told [`answer`]
 /// and closed, before policy and limits, and not counted.
 pub fn is_probe(original: SocketAddr) -> bool {
@@ -28,6 +32,22 @@ pub fn is_probe(original: SocketAddr) -> bool {
 pub fn answer(original: SocketAddr) -> String {
     let original = SocketAddr::new(original.ip().to_canonical(), original.port());
     format!("outrigger-sidecar original-destination {original}\n")
+}
+
+/// Where the sidecar looks, before it answers, whether the rules exempt its own connections.
+pub fn exempt_target(probe: SocketAddr) -> SocketAddr {
+    SocketAddr::new(probe.ip().to_canonical(), EXEMPT_PORT)
+}
+
+/// Whether an original destination is that one: then they do not, and there is nothing to carry.
+pub fn is_exempt_target(original: SocketAddr) -> bool {
+    [PROBE_V4, PROBE_V6].map(exempt_target).contains(&SocketAddr::new(original.ip().to_canonical(), original.port()))
+}
+
+/// What to write instead of [`answer`] when the rules bring the sidecar's own connections back to it.
+pub fn complaint(original: SocketAddr) -> String {
+    let original = SocketAddr::new(original.ip().to_canonical(), original.port());
+    format!("outrigger-sidecar not-exempt {original}\n")
 }
 
 #[cfg(test)]
@@ -49,6 +69,9 @@ mod tests {
         }
         assert_eq!(answer(PROBE_V4), "outrigger-sidecar original-destination 127.15.0.1:15002\n");
         assert_eq!(answer(PROBE_V6), "outrigger-sidecar original-destination [::1]:15002\n");
+        assert_eq!(complaint(PROBE_V4), "outrigger-sidecar not-exempt 127.15.0.1:15002\n");
+        assert_eq!(exempt_target(PROBE_V6).to_string(), "[::1]:15005");
+        assert!(is_exempt_target(exempt_target(PROBE_V4)) && !is_exempt_target(PROBE_V4));
         let mapped = "[::ffff:127.15.0.1]:15002".parse().unwrap();
         assert_eq!(answer(mapped), answer(PROBE_V4));
     }

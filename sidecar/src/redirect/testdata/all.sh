@@ -68,6 +68,8 @@ apply iptables <<'RULES'
 # --exclude-uids
 -A OUTRIGGER_OUTBOUND -m owner --uid-owner 0 -j RETURN
 -A OUTRIGGER_OUTBOUND -m owner --uid-owner 104 -j RETURN
+# The sidecar asks here whether it is known: this is for all others.
+-A OUTRIGGER_OUTBOUND -d 127.15.0.1 -p tcp --dport 15005 -j REDIRECT --to-ports 15001
 # --dns: questions about names, to servers on loopback as well.
 -A OUTRIGGER_OUTBOUND -p udp --dport 53 -j REDIRECT --to-ports 15053
 -A OUTRIGGER_OUTBOUND -p tcp --dport 53 -j REDIRECT --to-ports 15053
@@ -110,6 +112,8 @@ apply ip6tables <<'RULES'
 # --exclude-uids
 -A OUTRIGGER_OUTBOUND -m owner --uid-owner 0 -j RETURN
 -A OUTRIGGER_OUTBOUND -m owner --uid-owner 104 -j RETURN
+# The sidecar asks here whether it is known: this is for all others.
+-A OUTRIGGER_OUTBOUND -d ::1 -p tcp --dport 15005 -j REDIRECT --to-ports 15001
 # --dns: questions about names, to servers on loopback as well.
 -A OUTRIGGER_OUTBOUND -p udp --dport 53 -j REDIRECT --to-ports 15053
 -A OUTRIGGER_OUTBOUND -p tcp --dport 53 -j REDIRECT --to-ports 15053

@@ -65,6 +65,8 @@ apply iptables <<'RULES'
 -A OUTRIGGER_OUTBOUND -d 127.15.0.1 -p tcp --dport 15003 -j REDIRECT --to-ports 15004
 # The sidecar's own.
 -A OUTRIGGER_OUTBOUND -m mark --mark 1337 -j RETURN
+# The sidecar asks here whether it is known: this is for all others.
+-A OUTRIGGER_OUTBOUND -d 127.15.0.1 -p tcp --dport 15005 -j REDIRECT --to-ports 15001
 # What stays on this machine: loopback and its own addresses.
 -A OUTRIGGER_OUTBOUND -o lo -j RETURN
 -A OUTRIGGER_OUTBOUND -p tcp -j REDIRECT --to-ports 15001
@@ -89,6 +91,8 @@ apply ip6tables <<'RULES'
 -A OUTRIGGER_OUTBOUND -d ::1 -p tcp --dport 15003 -j REDIRECT --to-ports 15004
 # The sidecar's own.
 -A OUTRIGGER_OUTBOUND -m mark --mark 1337 -j RETURN
+# The sidecar asks here whether it is known: this is for all others.
+-A OUTRIGGER_OUTBOUND -d ::1 -p tcp --dport 15005 -j REDIRECT --to-ports 15001
 # What stays on this machine: loopback and its own addresses.
 -A OUTRIGGER_OUTBOUND -o lo -j RETURN
 -A OUTRIGGER_OUTBOUND -p tcp -j REDIRECT --to-ports 15001
