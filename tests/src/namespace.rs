@@ -318,6 +318,11 @@ pub fn only_root() -> bool {
     std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| map.split_whitespace().nth(2) == Some("1"))
 }
 
+/// Whether these programs are there; if not, that is said, or fails the test where it is required.
+pub fn installed(programs: &[&str]) -> bool {
+    programs.iter().all(|name| refused(crate::pods::find(name)).is_some())
+}
+
 fn none_here(why: String) -> String {
     format!("no network namespace can be made here: {why}")
 }

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::process::Output;
 
 use outrigger_sidecar::redirect::{PROBE_V4, PROBE_V6, answer};
-use outrigger_tests::namespace::{Families, only_root};
+use outrigger_tests::namespace::{Families, installed, only_root};
 use outrigger_tests::process::{Program, command};
 use outrigger_tests::{Namespace, Network, under_test};
 use tokio::io::AsyncWriteExt;
@@ -58,6 +58,9 @@ async fn stop(task: JoinHandle<()>) {
 
 #[tokio::test]
 async fn rules_first_then_the_sidecar_then_both() {
+    if !installed(&["nft", "setpriv"]) {
+        return;
+    }
     let Some(network) = Network::new(&["web"]) else { return };
     let web = network.at("web");
     let (code, said) = check(web).await;
@@ -99,6 +102,9 @@ async fn rules_first_then_the_sidecar_then_both() {
 
 #[tokio::test]
 async fn only_the_right_answer_is_one() {
+    if !installed(&["nft", "setpriv"]) {
+        return;
+    }
     let Some(network) = Network::with(Families::V4, &["web"]) else { return };
     let web = network.at("web");
     apply(web).await;
@@ -124,6 +130,9 @@ async fn only_the_right_answer_is_one() {
 
 #[tokio::test]
 async fn a_family_that_is_in_use_counts_and_no_route_is_needed() {
+    if !installed(&["nft", "setpriv"]) {
+        return;
+    }
     let Some(network) = Network::with(Families::V6, &["web"]) else { return };
     let web = network.at("web");
     web.run("ip -6 route del default");
@@ -147,6 +156,9 @@ async fn a_family_that_is_in_use_counts_and_no_route_is_needed() {
 
 #[tokio::test]
 async fn checks_at_one_time_do_not_disturb_each_other() {
+    if !installed(&["nft", "setpriv"]) {
+        return;
+    }
     let Some(lone) = Namespace::lone() else { return };
     for expected in [3, 4] {
         let (one, two, three, four) = tokio::join!(check(&lone), check(&lone), check(&lone), check(&lone));
@@ -157,6 +169,9 @@ async fn checks_at_one_time_do_not_disturb_each_other() {
 
 #[tokio::test]
 async fn what_cannot_be_applied_says_what_to_do_and_changes_nothing() {
+    if !installed(&["nft", "setpriv"]) {
+        return;
+    }
     let Some(lone) = Namespace::lone() else { return };
     lone.run("nft add table ip theirs");
     apply(&lone).await;

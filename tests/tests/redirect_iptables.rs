@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use outrigger_tests::namespace::installed;
 use outrigger_tests::process::{Program, command};
 use outrigger_tests::stand_in::{self, ask, ask_marked};
 use outrigger_tests::{Namespace, Network, under_test};
@@ -41,6 +42,9 @@ async fn check(at: &Namespace) -> Option<i32> {
 
 #[tokio::test]
 async fn the_script_redirects_and_undoes_it() {
+    if !installed(&["iptables-nft", "iptables-legacy", "ip6tables-nft", "ip6tables-legacy"]) {
+        return;
+    }
     for which in ["nft", "legacy"] {
         let Some(network) = Network::new(&["web", "catalog"]) else { return };
         let (web, catalog) = (network.at("web"), network.at("catalog"));

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use outrigger_tests::mesh::STRICT;
-use outrigger_tests::namespace::Families;
+use outrigger_tests::namespace::{Families, installed};
 use outrigger_tests::transparent::{TransparentMesh, everything, get};
 use outrigger_tests::{Namespace, eventually, under_test};
 
@@ -15,6 +15,9 @@ const FEW: f64 = 40.0;
 
 async fn no_loop(families: Families, cluster_ip: &str, outside: &str) {
     let names = ["web", "catalog"];
+    if !installed(&["nft"]) {
+        return;
+    }
     let Some(mesh) = TransparentMesh::start(under_test!(), families, &names, STRICT).await else { return };
     mesh.service("catalog", Some(cluster_ip), 80, 8080, "").await;
     let catalog = mesh.sidecar("catalog", "catalog", &[]).await;

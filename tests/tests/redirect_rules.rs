@@ -5,7 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use outrigger_tests::eventually::soon;
-use outrigger_tests::namespace::{Families, only_root};
+use outrigger_tests::namespace::{Families, installed, only_root};
 use outrigger_tests::process::{Program, command};
 use outrigger_tests::stand_in::{self, ask, ask_as, ask_marked};
 use outrigger_tests::{Namespace, Network, under_test};
@@ -36,6 +36,9 @@ async fn said(from: &Namespace, address: SocketAddr) -> String {
 
 #[tokio::test]
 async fn what_the_application_opens_goes_to_the_sidecar_and_the_sidecars_own_does_not() {
+    if !installed(&["nft", "curl"]) {
+        return;
+    }
     let Some(network) = Network::new(&["web", "catalog"]) else { return };
     let (web, catalog) = (network.at("web"), network.at("catalog"));
     let _sidecar = stand_in::sidecar(web);
@@ -72,6 +75,9 @@ async fn what_the_application_opens_goes_to_the_sidecar_and_the_sidecars_own_doe
 
 #[tokio::test]
 async fn by_mark_where_all_run_as_one_user() {
+    if !installed(&["nft", "curl"]) {
+        return;
+    }
     let Some(network) = Network::new(&["web", "catalog"]) else { return };
     let (web, catalog) = (network.at("web"), network.at("catalog"));
     let _sidecar = stand_in::sidecar(web);
@@ -89,6 +95,9 @@ async fn by_mark_where_all_run_as_one_user() {
 /// `unshare -Urnm` makes whoever calls it root of a world with one user.
 #[tokio::test]
 async fn by_mark_inside_a_user_namespace() {
+    if !installed(&["nft", "curl"]) {
+        return;
+    }
     if Namespace::lone().is_none() {
         return;
     }
@@ -102,6 +111,9 @@ async fn by_mark_inside_a_user_namespace() {
 
 #[tokio::test]
 async fn what_others_open_goes_to_the_sidecar_but_for_its_own_ports() {
+    if !installed(&["nft", "curl"]) {
+        return;
+    }
     let Some(network) = Network::new(&["web", "catalog"]) else { return };
     let (web, catalog) = (network.at("web"), network.at("catalog"));
     let _sidecar = stand_in::sidecar(catalog);
@@ -120,6 +132,9 @@ async fn what_others_open_goes_to_the_sidecar_but_for_its_own_ports() {
 
 #[tokio::test]
 async fn what_is_excluded_goes_where_it_went() {
+    if !installed(&["nft", "curl"]) {
+        return;
+    }
     let Some(network) = Network::new(&["web", "catalog", "stock"]) else { return };
     let (web, catalog, stock) = (network.at("web"), network.at("catalog"), network.at("stock"));
     let _sidecars = (stand_in::sidecar(web), stand_in::sidecar(catalog));
@@ -153,6 +168,9 @@ async fn what_is_excluded_goes_where_it_went() {
 
 #[tokio::test]
 async fn a_namespace_that_has_one_family_only() {
+    if !installed(&["nft", "curl"]) {
+        return;
+    }
     for families in [Families::V6, Families::V4] {
         let Some(network) = Network::with(families, &["web", "catalog"]) else { return };
         let (web, catalog) = (network.at("web"), network.at("catalog"));
@@ -167,6 +185,9 @@ async fn a_namespace_that_has_one_family_only() {
 
 #[tokio::test]
 async fn what_a_machine_forwards_for_others_is_left_alone() {
+    if !installed(&["nft", "curl"]) {
+        return;
+    }
     let Some(network) = Network::new(&["web", "router"]) else { return };
     let (web, router) = (network.at("web"), network.at("router"));
     let _sidecar = stand_in::sidecar(router);
@@ -185,6 +206,9 @@ async fn what_a_machine_forwards_for_others_is_left_alone() {
 
 #[tokio::test]
 async fn questions_about_names_go_to_the_resolver_only_when_asked_for() {
+    if !installed(&["nft", "curl"]) {
+        return;
+    }
     let Some(network) = Network::new(&["web"]) else { return };
     let web = network.at("web");
     let _sidecar = stand_in::sidecar(web);
@@ -227,6 +251,9 @@ async fn questions_about_names_go_to_the_resolver_only_when_asked_for() {
 
 #[tokio::test]
 async fn twice_is_once_and_remove_undoes_exactly_ours() {
+    if !installed(&["nft", "curl"]) {
+        return;
+    }
     let Some(namespace) = Namespace::lone() else { return };
     let rules = || namespace.run("nft list ruleset");
     namespace.run(
@@ -255,6 +282,9 @@ async fn twice_is_once_and_remove_undoes_exactly_ours() {
 
 #[tokio::test]
 async fn print_shows_what_apply_does_and_changes_nothing() {
+    if !installed(&["nft", "curl"]) {
+        return;
+    }
     let Some(namespace) = Namespace::lone() else { return };
     let flags = "--exclude-uids 3 --exclude-cidrs 0.0.0.0/0,::/0 --mark 9";
     let (code, script, stderr) = redirect(&namespace, &format!("print {flags}"));
@@ -269,6 +299,9 @@ async fn print_shows_what_apply_does_and_changes_nothing() {
 
 #[tokio::test]
 async fn connections_that_are_there_go_on() {
+    if !installed(&["nft", "curl"]) {
+        return;
+    }
     let Some(network) = Network::new(&["web", "catalog"]) else { return };
     let (web, catalog) = (network.at("web"), network.at("catalog"));
     for ip in catalog.addresses() {

@@ -164,17 +164,26 @@ fn ask(probe: SocketAddr) -> io::Result<Vec<u8>> {
 
 /// Whether the rules redirect `address`, where nobody listens, to where this listens.
 fn in_force(address: SocketAddr, loopback: IpAddr) -> io::Result<bool> {
-    let _listener = match TcpListener::bind((loopback, RULES_TARGET_PORT)) {
-        Ok(listener) => Some(listener),
-        // Another check is at it; a connection shows the same there.
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
-        Err(error) => return Err(error),
-    };
-    match TcpStream::connect_timeout(&address, PATIENCE) {
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(false),
-        Err(error) if error.kind() == io::ErrorKind::TimedOut => Ok(false),
-        Err(error) => Err(error),
+    let begun = Instant::now();
+    loop {
+        let listener = match TcpListener::bind((loopback, RULES_TARGET_PORT)) {
+            Ok(listener) => Some(listener),
+            // Another check is at it; while it is, a connection shows the same there.
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
+            Err(error) => return Err(error),
+        };
+        match TcpStream::connect_timeout(&address, PATIENCE) {
+            Ok(_) => return Ok(true),
+            // It may have ended meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                if listener.is_some() || begun.elapsed() > PATIENCE {
+                    return Ok(false);
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => return Ok(false),
+            Err(error) => return Err(error),
+        }
     }
 }
 
