@@ -5,6 +5,7 @@ use std::io;
 use std::task::Poll;
 use std::time::Duration;
 
+use super::opaque::CopyError;
 use crate::net::Stream;
 use crate::tls::{Hello, read_hello};
 
@@ -17,10 +18,14 @@ pub enum Sniffed {
 }
 
 /// Waits until either side has sent something or has ended, at most `patience`. What came is read ahead.
-pub async fn somebody_spoke(downstream: &mut Stream, upstream: &mut Stream, patience: Duration) -> io::Result<()> {
+pub async fn somebody_spoke(
+    downstream: &mut Stream,
+    upstream: &mut Stream,
+    patience: Duration,
+) -> Result<(), CopyError> {
     let spoken = std::future::poll_fn(|cx| {
-        let client = downstream.poll_read_ahead(cx)?;
-        let server = upstream.poll_read_ahead(cx)?;
+        let client = downstream.poll_read_ahead(cx).map_err(CopyError::Downstream)?;
+        let server = upstream.poll_read_ahead(cx).map_err(CopyError::Upstream)?;
         if client.is_ready() || server.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
     });
     tokio::time::timeout(patience, spoken).await.unwrap_or(Ok(()))
@@ -106,6 +111,7 @@ mod tests {
         assert_eq!((near.ahead(), far.ahead()), (&b""[..], &b"220"[..]));
         client.reset_on_close();
         drop(client);
-        assert!(somebody_spoke(&mut near, &mut far, patience).await.is_err());
+        let error = somebody_spoke(&mut near, &mut far, patience).await;
+        assert!(matches!(error, Err(CopyError::Downstream(_))), "{error:?}");
     }
 }
