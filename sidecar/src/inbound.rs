@@ -1,5 +1,6 @@
 //! The inbound walk: what others send to the application. The mTLS accept, detect, policy, connect, forward. The
-//! upstream is always the application's own address, never loopback in its place.
+//! upstream is always the application's own address, never loopback in its place. What is over when bytes flow is
+//! boxed: a connection's task is as large as its largest part for as long as it lives.
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -149,7 +150,7 @@ impl Walk {
         let opened = match self.mode {
             MtlsMode::Disable => return self.plaintext(stream, None).await,
             MtlsMode::Strict => None,
-            MtlsMode::Permissive => match self.knock(&mut stream).await {
+            MtlsMode::Permissive => match Box::pin(self.knock(&mut stream)).await {
                 Ok(First::Client(opened)) => opened,
                 Ok(First::Server(opened)) => {
                     self.note(Unproved::Plaintext);
@@ -163,14 +164,14 @@ impl Walk {
         if let Some(own) = self.worker.own_workload() {
             self.mode = own.mtls_mode(self.application.port());
         }
-        let arrived = match silence::undecided(&self.worker, self.hello(&mut stream)).await {
+        let arrived = match Box::pin(silence::undecided(&self.worker, self.hello(&mut stream))).await {
             Ok(arrived) => arrived,
             Err(error) => return Err((error, Some(stream))),
         };
         match arrived {
             Arrived::Mesh(hello) => {
                 opened.into_iter().for_each(silence::leave);
-                self.mutual(stream, *hello).await
+                self.mutual(stream, hello).await
             }
             Arrived::ForeignTls => {
                 let permit = match self.admit(Arrival::ForeignTls, Unproved::ForeignTls) {
@@ -251,13 +252,13 @@ impl Walk {
     }
 
     /// A sidecar: prove who it is, then serve what its ALPN id says, as far as the port allows.
-    async fn mutual(&mut self, mut stream: Stream, hello: Accepted) -> Result<(), Refused> {
+    async fn mutual(&mut self, mut stream: Stream, hello: Box<Accepted>) -> Result<(), Refused> {
         let permit = policy::admit(self.mode, Arrival::Mutual).map_err(|error| (error, None))?;
         let Some(material) = self.worker.tls.current() else {
             return Err((Error::own(Stage::Accept, Reason::NotReady, "no certificate yet"), Some(stream)));
         };
         drop(stream.take_ahead());
-        let (stream, peer) = tls::accept_hello(&material, hello, stream)
+        let (stream, peer) = Box::pin(tls::accept_hello(&material, *hello, stream))
             .await
             .map_err(|error| (Error::downstream(Stage::Accept, error.reason(), error.to_string()), None))?;
         let stream = Stream::from(stream);
@@ -282,7 +283,7 @@ impl Walk {
         }
         match (alpn, self.declared) {
             (MeshAlpn::H1, _) => self.http1(stream, permit).await,
-            (MeshAlpn::H2, _) => self.http2(stream, permit).await,
+            (MeshAlpn::H2, _) => Box::pin(self.http2(stream, permit)).await,
             (MeshAlpn::Tcp, Some(Protocol::Tcp)) => self.opaque(stream, None, WireProtocol::Tcp, permit).await,
             (MeshAlpn::Tcp, Some(Protocol::Tls)) => self.opaque(stream, None, WireProtocol::Tls, permit).await,
             (MeshAlpn::Tcp, Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc)) => {
@@ -307,7 +308,7 @@ impl Walk {
             None => return self.undeclared(stream, opened, permit).await,
         };
         match peeked {
-            Ok(Peeked::Speaks(Detected::Http2)) => self.http2(stream, permit).await,
+            Ok(Peeked::Speaks(Detected::Http2)) => Box::pin(self.http2(stream, permit)).await,
             Ok(Peeked::Speaks(Detected::Tls)) => Err((mismatch("TLS on a port declared as HTTP"), Some(stream))),
             // What is not HTTP at all is told by the parser what is wrong with it.
             Ok(Peeked::Speaks(Detected::Http1 | Detected::Opaque)) => self.http1(stream, permit).await,
@@ -320,14 +321,15 @@ impl Walk {
     /// decides, the client's bytes in any case.
     async fn undeclared(&self, mut stream: Stream, opened: Option<Stream>, permit: Permit) -> Result<(), Refused> {
         let open = async || self.dial(permit).await;
-        let first = silence::first(&self.worker, &self.key(), &mut stream, Moment::AsRemembered, open).await;
-        let opened = match first {
+        let key = self.key();
+        let first = silence::first(&self.worker, &key, &mut stream, Moment::AsRemembered, open);
+        let opened = match Box::pin(first).await {
             Ok(First::Client(later)) => opened.or(later),
             Ok(First::Server(opened)) => return self.server_first(stream, opened).await,
             Ok(First::Nobody) => return Ok(()),
             Err(error) => return Err((error, Some(stream))),
         };
-        match self.counted(silence::decide(&self.worker, &mut stream).await) {
+        match self.counted(Box::pin(silence::decide(&self.worker, &mut stream)).await) {
             Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) if self.caller.peer.is_some() => {
                 Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
             }
@@ -337,7 +339,7 @@ impl Walk {
             }
             Ok(Peeked::Speaks(Detected::Http2)) => {
                 opened.into_iter().for_each(silence::leave);
-                self.http2(stream, permit).await
+                Box::pin(self.http2(stream, permit)).await
             }
             Ok(Peeked::Speaks(Detected::Tls)) => self.opaque(stream, opened, WireProtocol::Tls, permit).await,
             Ok(Peeked::Speaks(Detected::Opaque)) => self.opaque(stream, opened, WireProtocol::Tcp, permit).await,
@@ -414,7 +416,7 @@ impl Walk {
 
     async fn dial(&self, _permit: Permit) -> Result<Stream, Error> {
         let target = Target::plain(self.application);
-        self.worker.dialer.dial(&target, MeshAlpn::Tcp).await.map(|dialled| dialled.stream)
+        Box::pin(self.worker.dialer.dial(&target, MeshAlpn::Tcp)).await.map(|dialled| dialled.stream)
     }
 
     async fn copy(&self, mut stream: Stream, upstream: Stream, protocol: WireProtocol) {
@@ -426,7 +428,7 @@ impl Walk {
         record.upstream(self.application);
         self.registered.enter(State::Tunnel);
         if protocol == WireProtocol::Tls {
-            match sni::sniff(&mut stream, self.worker.limits.detect_wait).await {
+            match Box::pin(sni::sniff(&mut stream, self.worker.limits.detect_wait)).await {
                 Ok(Sniffed::Tls(name)) => {
                     self.registered.describe(|about| about.sni = name.clone());
                     record.sni(name);

@@ -1,4 +1,5 @@
 //! The outbound walk: what the application sends to others. Lookup, detect, policy, route, balance, connect, forward.
+//! What is over when bytes flow is boxed: a connection's task is as large as its largest part for as long as it lives.
 
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
@@ -109,7 +110,7 @@ async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, re
     };
     let known = view.as_deref().ok();
     match peeked {
-        Ok(Peeked::Speaks(Detected::Http2)) => http2(worker, backend, stream, registered, permit).await,
+        Ok(Peeked::Speaks(Detected::Http2)) => Box::pin(http2(worker, backend, stream, registered, permit)).await,
         Ok(Peeked::Speaks(Detected::Tls)) => {
             let error = Error::downstream(Stage::Detect, Reason::ProtocolMismatch, "TLS on a port declared as HTTP");
             refuse_connection(worker, known, &stream, &error);
@@ -136,7 +137,7 @@ async fn undeclared(
     // It may be long before somebody speaks: what was known then is asked again.
     let open = async || dial(worker, &backend.view(worker).await?, permit).await;
     let key = known.and_then(|view| view.service.clone()).map_or_else(|| backend.key().clone(), Key::Service);
-    let opened = match silence::first(worker, &key, &mut stream, Moment::AsRemembered, open).await {
+    let opened = match Box::pin(silence::first(worker, &key, &mut stream, Moment::AsRemembered, open)).await {
         Ok(First::Client(opened)) => opened,
         Ok(First::Server(opened)) => {
             worker.telemetry.detected(telemetry::Detected::ServerFirst);
@@ -145,14 +146,14 @@ async fn undeclared(
         Ok(First::Nobody) => return,
         Err(error) => return refuse_connection(worker, known, &stream, &error),
     };
-    let protocol = match counted(worker, silence::decide(worker, &mut stream).await) {
+    let protocol = match counted(worker, Box::pin(silence::decide(worker, &mut stream)).await) {
         Ok(Peeked::Speaks(Detected::Http1)) => {
             opened.into_iter().for_each(silence::leave);
             return http1(worker, backend, known, stream, registered, permit).await;
         }
         Ok(Peeked::Speaks(Detected::Http2)) => {
             opened.into_iter().for_each(silence::leave);
-            return http2(worker, backend, stream, registered, permit).await;
+            return Box::pin(http2(worker, backend, stream, registered, permit)).await;
         }
         Ok(Peeked::Speaks(Detected::Tls)) => WireProtocol::Tls,
         Ok(Peeked::Speaks(Detected::Opaque)) => WireProtocol::Tcp,
@@ -361,8 +362,8 @@ async fn pass(worker: &Rc<Worker>, view: &Rc<View>, mut stream: Stream, register
     };
     let spoken = sni::somebody_spoke(&mut stream, &mut opened.dialled.stream, worker.limits.tunnel_idle).await;
     let sniffed = match spoken {
-        Ok(()) if !stream.ahead().is_empty() => sni::sniff(&mut stream, worker.limits.detect_wait).await,
-        Ok(()) => Ok(Sniffed::Other),
+        Ok(()) if stream.ahead().is_empty() => Ok(Sniffed::Other),
+        Ok(()) => Box::pin(sni::sniff(&mut stream, worker.limits.detect_wait)).await.map_err(CopyError::Downstream),
         Err(error) => Err(error),
     };
     let protocol = match sniffed {
@@ -370,7 +371,12 @@ async fn pass(worker: &Rc<Worker>, view: &Rc<View>, mut stream: Stream, register
         Ok(Sniffed::Other) => WireProtocol::Tcp,
         Err(error) => {
             opened.dialled.stream.reset_on_close();
-            let error = Error::downstream(Stage::Forward, Reason::ClientClosed, error.to_string());
+            let error = match error {
+                CopyError::Downstream(error) => peek::left(&error),
+                CopyError::Upstream(error) => {
+                    Error::upstream(Stage::Forward, Reason::UpstreamReset, Retry::Never, error.to_string())
+                }
+            };
             return refuse_connection(worker, Some(view), &stream, &error);
         }
     };
@@ -399,7 +405,7 @@ async fn dial(worker: &Rc<Worker>, view: &Rc<View>, _permit: Permit) -> Result<O
             return Err(tried.last.take().unwrap_or_else(|| unavailable(view)));
         };
         let Some(load) = view.endpoints.open(index) else { return Err(unavailable(view)) };
-        match worker.dialer.dial(&slot.target, MeshAlpn::Tcp).await {
+        match Box::pin(worker.dialer.dial(&slot.target, MeshAlpn::Tcp)).await {
             Ok(dialled) => {
                 load.connected(worker.now(), Outcome::Success);
                 let view = view.clone();
@@ -421,7 +427,7 @@ async fn copy(
     protocol: WireProtocol,
 ) {
     let sniffed = if protocol == WireProtocol::Tls {
-        sni::sniff(&mut stream, worker.limits.detect_wait).await
+        Box::pin(sni::sniff(&mut stream, worker.limits.detect_wait)).await
     } else {
         Ok(Sniffed::Other)
     };

@@ -120,6 +120,10 @@ impl Process {
         self.stderr.lock().unwrap().join("\n")
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal by name: `TERM`, `HUP`, `KILL` ...
     pub fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();

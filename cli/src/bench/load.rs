@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::histogram::{Histogram, Sparse};
-use super::{open, serve, streams};
+use super::{bulk, open, serve, streams};
 
 #[derive(Parser, Clone, Debug)]
 pub struct Settings {
@@ -44,6 +44,8 @@ pub enum Mode {
     Streams,
     /// Connections that were used once and stay.
     Idle,
+    /// A download of opaque bytes; requests are MiB.
+    Bulk,
 }
 
 /// What one run of the load saw.
@@ -74,6 +76,7 @@ pub fn run(settings: &Settings) -> anyhow::Result<()> {
     runtime.block_on(async {
         match settings.mode {
             Mode::Streams => streams::run(settings).await,
+            Mode::Bulk => bulk::run(settings).await,
             Mode::Closed | Mode::Open | Mode::Idle => connections(settings).await,
         }
     })

@@ -20,6 +20,7 @@ pub struct Mesh {
     pub http1: SocketAddr,
     pub http2: SocketAddr,
     pub opaque: SocketAddr,
+    pub bulk: SocketAddr,
     _control_plane: Child,
 }
 
@@ -29,6 +30,7 @@ impl Mesh {
             http1: application.address("http1")?,
             http2: application.address("http2")?,
             opaque: application.address("opaque")?,
+            bulk: application.address("bulk")?,
         };
         let program = std::env::current_exe()?;
         let (config, state) = (directory.join("config"), directory.join("state"));
@@ -74,13 +76,14 @@ impl Mesh {
         };
         let inbound = |address: SocketAddr| ["--inbound".to_owned(), format!("127.0.0.1:0={address}")];
         let outbound = |port: u16| ["--outbound".to_owned(), format!("127.0.0.1:0=server:{port}")];
-        let server = beside("server", [ports.http1, ports.http2, ports.opaque].map(inbound).concat())?;
-        let client = beside("client", [80, 81, 82].map(outbound).concat())?;
+        let server = beside("server", [ports.http1, ports.http2, ports.opaque, ports.bulk].map(inbound).concat())?;
+        let client = beside("client", [80, 81, 82, 83].map(outbound).concat())?;
         let listener = |port: u16| client.address(&format!("outbound:server.{NAMESPACE}:{port}"));
         Ok(Mesh {
             http1: listener(80)?,
             http2: listener(81)?,
             opaque: listener(82)?,
+            bulk: listener(83)?,
             client,
             server,
             _control_plane: control_plane,
@@ -96,6 +99,7 @@ struct Ports {
     http1: SocketAddr,
     http2: SocketAddr,
     opaque: SocketAddr,
+    bulk: SocketAddr,
 }
 
 fn join_token(state: &Path, name: &str) -> anyhow::Result<String> {
@@ -105,7 +109,8 @@ fn join_token(state: &Path, name: &str) -> anyhow::Result<String> {
 }
 
 fn resources(ports: &Ports) -> String {
-    let (http1, http2, opaque) = (ports.http1.port(), ports.http2.port(), ports.opaque.port());
+    let (http1, http2) = (ports.http1.port(), ports.http2.port());
+    let (opaque, bulk) = (ports.opaque.port(), ports.bulk.port());
     format!(
         "apiVersion: outrigger.dev/v1alpha1
 kind: PeerAuthentication
@@ -134,6 +139,9 @@ spec:
     - name: tcp
       port: 82
       targetPort: {opaque}
+    - name: tcp-bulk
+      port: 83
+      targetPort: {bulk}
 "
     )
 }
@@ -147,7 +155,7 @@ mod tests {
     #[test]
     fn the_resources_are_valid() {
         let address = |port| SocketAddr::from(([127, 0, 0, 1], port));
-        let text = resources(&Ports { http1: address(1), http2: address(2), opaque: address(3) });
+        let text = resources(&Ports { http1: address(1), http2: address(2), opaque: address(3), bulk: address(4) });
         let parsed = parse(&[SourceFile { name: "bench.yaml".to_owned(), text }]);
         assert!(parsed.errors.is_empty() && parsed.warnings.is_empty(), "{:?} {:?}", parsed.errors, parsed.warnings);
     }

@@ -1,9 +1,12 @@
 //! `outrigger bench`: the same load through nothing, through a pair of sidecars with mutual TLS and, where nginx is
-//! installed, through a pair of nginx with mutual TLS. The contenders take turns in one run, so that each number is a
+//! installed, through a pair of nginx with mutual TLS; or, with `--tcp`, a download of bytes that nobody parses, against a
+//! pair of haproxy. The contenders take turns in one run, so that each number is a
 //! ratio to the others of the same minutes on the same machine. Everything runs on loopback, is bounded in count and
 //! time, and ends with this process.
 
+mod bulk;
 mod child;
+mod haproxy;
 mod histogram;
 mod idle;
 mod load;
@@ -47,6 +50,13 @@ pub struct Settings {
     /// Measure HTTP/2 as well (closed loop, without nginx, which cannot speak it to an upstream)
     #[arg(long)]
     http2: bool,
+    /// Measure a download of opaque bytes instead, where haproxy is installed against a pair of it in TCP mode with
+    /// mutual TLS
+    #[arg(long)]
+    tcp: bool,
+    /// What is downloaded with --tcp, in MiB, per contender and round
+    #[arg(long, default_value_t = 1_024, value_parser = clap::value_parser!(u32).range(16..=65_536))]
+    mib: u32,
     /// Leave nginx out although it is installed
     #[arg(long)]
     no_nginx: bool,

@@ -22,9 +22,13 @@ pub struct Nginx {
 
 /// Where nginx is installed, if it is.
 pub fn find() -> Option<PathBuf> {
+    find_program("nginx")
+}
+
+pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let more = ["/usr/sbin", "/usr/local/sbin"].map(PathBuf::from);
-    std::env::split_paths(&path).chain(more).map(|directory| directory.join("nginx")).find(|file| file.is_file())
+    std::env::split_paths(&path).chain(more).map(|directory| directory.join(name)).find(|file| file.is_file())
 }
 
 impl Nginx {
@@ -53,15 +57,15 @@ pub fn worker(master: &Child) -> anyhow::Result<u32> {
     child::children(master.pid()).first().copied().with_context(|| format!("{} has no worker", master.name))
 }
 
-fn free_port() -> std::io::Result<SocketAddr> {
+pub fn free_port() -> std::io::Result<SocketAddr> {
     TcpListener::bind("127.0.0.1:0")?.local_addr()
 }
 
-fn wait_until_open(address: SocketAddr) -> anyhow::Result<()> {
+pub fn wait_until_open(address: SocketAddr) -> anyhow::Result<()> {
     let until = Instant::now() + PATIENCE;
     while TcpStream::connect(address).is_err() {
         if Instant::now() > until {
-            bail!("nginx does not listen on {address}");
+            bail!("nobody listens on {address}");
         }
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -69,7 +73,7 @@ fn wait_until_open(address: SocketAddr) -> anyhow::Result<()> {
 }
 
 /// A root, and a certificate for each side, as PEM files in `directory`.
-fn write_certificates(directory: &Path) -> anyhow::Result<()> {
+pub fn write_certificates(directory: &Path) -> anyhow::Result<()> {
     let key = || KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256);
     let mut root = CertificateParams::new(Vec::<String>::new())?;
     root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

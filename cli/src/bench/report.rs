@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::Settings;
 use super::child::Layout;
 use super::idle::Weight;
-use super::rounds::{DIRECT, NGINX, SIDECARS};
+use super::rounds::{DIRECT, HAPROXY, NGINX, SIDECARS};
 
 /// One contender in one round.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -34,6 +34,8 @@ impl Measure {
 #[derive(Debug, Serialize)]
 pub struct Section {
     title: String,
+    #[serde(skip)]
+    columns: &'static [Column],
     contenders: Vec<Measured>,
 }
 
@@ -53,8 +55,11 @@ pub struct Report {
     pub sections: Vec<Section>,
     #[serde(skip)]
     json: Option<std::path::PathBuf>,
+    /// What is downloaded; 0 when requests are measured.
+    mib: u32,
+    /// Who is missing among the contenders.
     #[serde(skip)]
-    has_nginx: bool,
+    missing: Option<&'static str>,
 }
 
 type Column = (&'static str, fn(&Measure) -> f64);
@@ -66,9 +71,22 @@ const COLUMNS: [Column; 4] = [
     ("CPU us/request", Measure::cpu),
 ];
 
+/// The same of a download, whose requests are MiB.
+const BYTE_COLUMNS: [Column; 2] =
+    [("GiB/s", |measure| measure.requests_per_second / 1024.0), ("CPU s/GiB", |measure| measure.cpu() * 1024.0 / 1e6)];
+
 impl Section {
+    /// One whose requests are MiB.
+    pub fn in_bytes(self) -> Section {
+        Section { columns: &BYTE_COLUMNS, ..self }
+    }
+
     pub fn new(title: String, names: impl Iterator<Item = &'static str>) -> Section {
-        Section { title, contenders: names.map(|name| Measured { name, rounds: Vec::new() }).collect() }
+        Section {
+            title,
+            columns: &COLUMNS,
+            contenders: names.map(|name| Measured { name, rounds: Vec::new() }).collect(),
+        }
     }
 
     pub fn add(&mut self, name: &str, measure: Measure) {
@@ -83,26 +101,28 @@ impl Section {
 
     fn text(&self) -> String {
         let mut text = format!("\n{}\n{:24}", self.title, "");
-        for (name, _) in COLUMNS {
+        for (name, _) in self.columns {
             let _ = write!(text, "{name:>16}");
         }
         text.push('\n');
         for contender in &self.contenders {
             let _ = write!(text, "{:24}", contender.name);
-            for (index, (_, value)) in COLUMNS.iter().enumerate() {
+            for (name, value) in self.columns {
                 let value = median(contender.rounds.iter().map(value).collect());
-                let digits = if index == 0 { 0 } else { 2 };
+                let digits = if *name == "requests/s" { 0 } else { 2 };
                 let _ = write!(text, "{value:>16.digits$}");
             }
             let failed: u64 = contender.rounds.iter().map(|measure| measure.failed).sum();
             let _ = if failed > 0 { write!(text, "   {failed} failed") } else { Ok(()) };
             text.push('\n');
         }
-        for (one, other) in [(SIDECARS, DIRECT), (NGINX, DIRECT), (SIDECARS, NGINX)] {
+        for (one, other) in
+            [(SIDECARS, DIRECT), (NGINX, DIRECT), (SIDECARS, NGINX), (HAPROXY, DIRECT), (SIDECARS, HAPROXY)]
+        {
             let (Some(of), Some(to)) = (self.rounds(one), self.rounds(other)) else { continue };
             let _ = write!(text, "{:24}", format!("{one} / {other}"));
-            for (_, value) in COLUMNS {
-                let _ = match ratio(of, to, value) {
+            for (_, value) in self.columns {
+                let _ = match ratio(of, to, *value) {
                     Some(ratio) => write!(text, "{ratio:>16.2}"),
                     None => write!(text, "{:>16}", "-"),
                 };
@@ -122,9 +142,15 @@ impl Report {
             weights: Vec::new(),
             opaque_weights: Vec::new(),
             sections: Vec::new(),
+            mib: 0,
             json: settings.json.clone(),
-            has_nginx,
+            missing: (!has_nginx).then_some("without nginx: it is not installed, or --no-nginx was given\n"),
         }
+    }
+
+    pub fn of_bytes(settings: &Settings, layout: Layout, has_haproxy: bool) -> Report {
+        let missing = (!has_haproxy).then_some("without haproxy: it is not installed\n");
+        Report { requests: 0, mib: settings.mib, missing, ..Report::new(settings, layout, true) }
     }
 
     pub fn finish(&self) -> anyhow::Result<()> {
@@ -137,16 +163,17 @@ impl Report {
     }
 
     fn text(&self) -> String {
+        let what = if self.mib > 0 {
+            format!("{} MiB", self.mib)
+        } else {
+            format!("{} requests; answers of {} bytes", self.requests, super::serve::BODY)
+        };
         let mut text = format!(
-            "{} rounds of {} requests; answers of {} bytes; {}\n",
+            "{} rounds of {what}; {}\n",
             self.rounds,
-            self.requests,
-            super::serve::BODY,
             if self.pinned { "proxies on one processor, load and application on another" } else { "not pinned" },
         );
-        if !self.has_nginx {
-            text.push_str("without nginx: it is not installed, or --no-nginx was given\n");
-        }
+        text.push_str(self.missing.unwrap_or_default());
         text.push_str("rows are medians over the rounds; a ratio is the median of the rounds' ratios\n");
         text.push_str(&weights("memory, with idle HTTP/1.1 connections at the client side", &self.weights));
         text.push_str(&weights("memory, with idle opaque connections through both sides", &self.opaque_weights));

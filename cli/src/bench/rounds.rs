@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use super::child::{Child, Layout, cpu_nanos};
+use super::haproxy::{self, Haproxy};
 use super::histogram::Histogram;
 use super::load::{LONGEST, Mode, Seen, Settings as LoadSettings};
 use super::mesh::Mesh;
@@ -19,6 +20,10 @@ use super::{Settings, idle};
 pub const DIRECT: &str = "direct";
 pub const SIDECARS: &str = "sidecars";
 pub const NGINX: &str = "nginx";
+pub const HAPROXY: &str = "haproxy";
+
+/// Downloads at once. One alone would measure how quickly the ends take turns.
+const DOWNLOADS: u16 = 4;
 
 /// What all parts of one run share.
 pub struct Bench<'a> {
@@ -50,14 +55,17 @@ pub fn run(settings: &Settings) -> anyhow::Result<()> {
         Child::start("application", &program, ["bench", "serve"], layout.others, directory.path())?.ready()?;
     let mesh = Mesh::start(&application, directory.path(), layout, settings.wrap.as_deref())
         .context("the mesh did not start")?;
-    let nginx = match nginx::find().filter(|_| !settings.no_nginx) {
-        Some(program) => Some(Nginx::start(&program, application.address("http1")?, directory.path(), layout)?),
-        None => None,
-    };
     let sidecars = vec![
         Proxy { name: "client sidecar", pid: mesh.client.pid() },
         Proxy { name: "server sidecar", pid: mesh.server.pid() },
     ];
+    if settings.tcp {
+        return bench.bulk(&application, &mesh, sidecars);
+    }
+    let nginx = match nginx::find().filter(|_| !settings.no_nginx) {
+        Some(program) => Some(Nginx::start(&program, application.address("http1")?, directory.path(), layout)?),
+        None => None,
+    };
     let direct = Contender { name: DIRECT, address: application.address("http1")?, proxies: Vec::new() };
     let mut http1 = vec![direct, Contender { name: SIDECARS, address: mesh.http1, proxies: sidecars.clone() }];
     if let Some(nginx) = &nginx {
@@ -90,6 +98,32 @@ pub fn run(settings: &Settings) -> anyhow::Result<()> {
 }
 
 impl Bench<'_> {
+    /// Opaque bytes in bulk.
+    fn bulk(&self, application: &Child, mesh: &Mesh, sidecars: Vec<Proxy>) -> anyhow::Result<()> {
+        let address = application.address("bulk")?;
+        let haproxy = match haproxy::find() {
+            Some(program) => Some(Haproxy::start(&program, address, self.directory, self.layout)?),
+            None => None,
+        };
+        let mut contenders = vec![
+            Contender { name: DIRECT, address, proxies: Vec::new() },
+            Contender { name: SIDECARS, address: mesh.bulk, proxies: sidecars },
+        ];
+        if let Some(haproxy) = &haproxy {
+            let proxies = vec![
+                Proxy { name: "client haproxy", pid: haproxy.client.pid() },
+                Proxy { name: "server haproxy", pid: haproxy.server.pid() },
+            ];
+            contenders.push(Contender { name: HAPROXY, address: haproxy.address, proxies });
+        }
+        let requests = u64::from(self.settings.mib);
+        let load = LoadSettings { requests, connections: DOWNLOADS, ..self.load(Mode::Bulk) };
+        let title = format!("opaque TCP, {DOWNLOADS} downloads, {requests} MiB in all");
+        let mut report = Report::of_bytes(self.settings, self.layout, haproxy.is_some());
+        report.sections.push(self.turns(title, &contenders, &load)?.in_bytes());
+        report.finish()
+    }
+
     fn load(&self, mode: Mode) -> LoadSettings {
         LoadSettings {
             target: ([127, 0, 0, 1], 0).into(),
@@ -157,6 +191,7 @@ pub fn start_load(settings: &LoadSettings, bench: &Bench<'_>) -> anyhow::Result<
         Mode::Open => "open",
         Mode::Streams => "streams",
         Mode::Idle => "idle",
+        Mode::Bulk => "bulk",
     };
     let mut arguments: Vec<OsString> = ["bench", "load", "--mode", mode].map(OsString::from).to_vec();
     let mut flag = |flag: &str, value: String| arguments.extend([flag.into(), value.into()]);

@@ -1,6 +1,6 @@
 //! `bench serve`: the application. It answers each request head with the same 1 KiB, and does no more than that, so
-//! that what is measured is the way to it. It understands HTTP/1.1 without request bodies, and HTTP/2 on a
-//! port of its own.
+//! that what is measured is the way to it. It understands HTTP/1.1 without request bodies, HTTP/2 on a
+//! port of its own, and sends bytes in bulk on another.
 
 use std::convert::Infallible;
 
@@ -16,21 +16,28 @@ use tokio::net::{TcpListener, TcpStream};
 pub const BODY: usize = 1024;
 const END_OF_HEAD: &[u8] = b"\r\n\r\n";
 
-/// Listens on three ports and serves until somebody ends the process.
+/// Listens on four ports and serves until somebody ends the process.
 pub fn run() -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let http1 = TcpListener::bind("127.0.0.1:0").await?;
         let opaque = TcpListener::bind("127.0.0.1:0").await?;
         let http2 = TcpListener::bind("127.0.0.1:0").await?;
+        let bulk = TcpListener::bind("127.0.0.1:0").await?;
         stdout::listening("http1", http1.local_addr()?);
         stdout::listening("http2", http2.local_addr()?);
         stdout::listening("opaque", opaque.local_addr()?);
+        stdout::listening("bulk", bulk.local_addr()?);
         stdout::ready();
         tokio::spawn(async move {
             while let Ok((stream, _)) = http2.accept().await {
                 // Without it the load would measure delayed acknowledgements; failing only makes the numbers worse.
                 let _ = stream.set_nodelay(true);
                 tokio::spawn(serve_http2(stream));
+            }
+        });
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = bulk.accept().await {
+                tokio::spawn(super::bulk::serve(stream));
             }
         });
         // The same behind a port that the mesh is told to carry unparsed.

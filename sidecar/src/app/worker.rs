@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use outrigger_api::snapshot::Key;
 use outrigger_runtime::drain::State as DrainState;
@@ -153,6 +154,7 @@ async fn accept(worker: Rc<Worker>, crew: Crew, listener: TcpListener, purpose: 
         Direction::Outbound => DrainState::Done,
     };
     let mut closing = std::pin::pin!(worker.drain.when(until));
+    let mut trouble = Trouble::default();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -165,9 +167,32 @@ async fn accept(worker: Rc<Worker>, crew: Crew, listener: TcpListener, purpose: 
             },
             Err(error) => {
                 worker.telemetry.accept_failed();
-                tracing::warn!(%error, "cannot accept a connection; trying again in {:?}", worker.limits.accept_pause);
+                trouble.tell(&error);
                 tokio::time::sleep(worker.limits.accept_pause).await;
             }
+        }
+    }
+}
+
+/// What one listener could not accept: told at once, and then every so often, since it fails many times a second.
+#[derive(Default)]
+struct Trouble {
+    told: Option<Instant>,
+    untold: u64,
+}
+
+impl Trouble {
+    const AGAIN: Duration = Duration::from_secs(10);
+
+    fn tell(&mut self, error: &io::Error) {
+        self.untold += 1;
+        if self.told.is_none_or(|told| told.elapsed() >= Trouble::AGAIN) {
+            let times = std::mem::take(&mut self.untold);
+            tracing::warn!(
+                %error, times,
+                "cannot accept a connection; raise the limit of open files (ulimit -n) or of memory. What is open goes on"
+            );
+            self.told = Some(Instant::now());
         }
     }
 }
@@ -230,4 +255,26 @@ fn begin(worker: &Rc<Worker>, stream: TcpStream, client: SocketAddr, purpose: &P
 fn may_use_proxy(client: SocketAddr, allow: &[ipnet::IpNet]) -> bool {
     let ip = client.ip().to_canonical();
     ip.is_loopback() || allow.iter().any(|net| net.contains(&ip))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<A, B, C, D, F>(_: impl FnOnce(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    fn size_redirected<A, B, C, F>(_: impl FnOnce(A, B, C) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// What every connection costs for as long as it lives, before any library's part.
+    #[test]
+    fn tasks_are_small() {
+        let given = [size(inbound::serve), size(outbound::serve)];
+        assert!(given.iter().all(|bytes| *bytes <= 3500), "inbound, outbound: {given:?} bytes");
+        let redirected = [size_redirected(inbound::serve_redirected), size_redirected(outbound::serve_redirected)];
+        assert!(redirected.iter().all(|bytes| *bytes <= 3500), "redirected inbound, outbound: {redirected:?} bytes");
+    }
 }

@@ -20,9 +20,9 @@ use outrigger_api::identity::TrustDomain;
 use outrigger_api::name::{Protocol, ServicePort};
 use outrigger_runtime::settings::Stop;
 
-/// Where redirect rules send what the application sends, with `--transparent`.
+/// Where redirect rules send what the application opens, with `--transparent`. **Contract**, as the other one.
 pub const OUTBOUND_PORT: u16 = 15001;
-/// Where redirect rules send what others send to the application, with `--transparent`.
+/// Where redirect rules send what others open to the application, with `--transparent`.
 pub const INBOUND_PORT: u16 = 15006;
 
 /// A checked command line: addresses do not collide, names are names, nothing that is set lacks what it needs.

@@ -24,12 +24,15 @@ pub struct Target {
     /// The workload's own endpoint: the application behind it, which is reached through the inbound walk of this very
     /// process, without a socket and without TLS through itself.
     pub own: Option<SocketAddr>,
+    /// Nobody else could be tried, and it may be far away: it has the whole connect budget, in which a lost first packet
+    /// is sent again.
+    pub lone: bool,
 }
 
 impl Target {
     /// An address without TLS.
     pub fn plain(address: SocketAddr) -> Target {
-        Target { address, tls: None, own: None }
+        Target { address, tls: None, own: None, lone: false }
     }
 }
 
@@ -57,6 +60,7 @@ pub struct Dialer {
     tls: Tls,
     socket: SocketOptions,
     connect_timeout: Duration,
+    connect_budget: Duration,
     handshake_timeout: Duration,
     handshakes: Semaphore,
     own_listeners: OwnListeners,
@@ -104,6 +108,7 @@ impl Dialer {
             tls,
             socket,
             connect_timeout: limits.connect_timeout,
+            connect_budget: limits.connect_budget,
             handshake_timeout: limits.handshake_timeout.min(limits.connect_budget),
             handshakes: Semaphore::new(limits.handshakes_in_flight),
             own_listeners,
@@ -155,7 +160,8 @@ impl Dialer {
         if target.tls.is_none() && self.own_listeners.contain(address) {
             return Err(Error::own(Stage::Connect, Reason::OwnPort, format!("{address} is this sidecar's own")));
         }
-        let connecting = tokio::time::timeout(self.connect_timeout, net::connect(address, &self.socket));
+        let patience = if target.lone { self.connect_budget } else { self.connect_timeout };
+        let connecting = tokio::time::timeout(patience, net::connect(address, &self.socket));
         let tcp = match connecting.await {
             Ok(Ok(tcp)) => {
                 self.own_dials.opened(&tcp, address);
@@ -163,7 +169,7 @@ impl Dialer {
             }
             Ok(Err(error)) => return Err(refused(address, &error)),
             Err(_) => {
-                let detail = format!("{address} did not answer within {:?}", self.connect_timeout);
+                let detail = format!("{address} did not answer within {patience:?}");
                 return Err(failure(Reason::ConnectTimeout, detail));
             }
         };

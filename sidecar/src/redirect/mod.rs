@@ -16,11 +16,9 @@ pub use probe::{PROBE_PORT, PROBE_V4, PROBE_V6, answer, complaint, exempt_target
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
-/// Where the rules send what the application opens. **Contract**, as the other two.
-pub const OUTBOUND_PORT: u16 = 15001;
-/// Where they send what others open to the application.
-pub const INBOUND_PORT: u16 = 15006;
-/// Where they send its questions about names, when asked to.
+use crate::config::{INBOUND_PORT, OUTBOUND_PORT};
+
+/// Where the rules send the application's questions about names, when asked to.
 pub const RESOLVER_PORT: u16 = 15053;
 /// Metrics and health: whoever asks for these means the sidecar.
 const NEVER_REDIRECTED: [u16; 2] = [15020, 15021];
