@@ -38,10 +38,12 @@ say() { printf '\n== %s\n' "$*"; }
 
 fail() { echo "FAILED: $*" >&2; exit 1; }
 
-# start NAME COMMAND...: runs it in the background; stdout and stderr go to files.
+# start NAME MACHINE COMMAND...: runs it there in the background; stdout and stderr go to files. What is started is the
+# program itself and no shell around it, so that it is the program that ends.
 start() {
-    local name=$1
-    shift
+    local name=$1 machine=$2
+    shift 2
+    [ "$machine" = here ] || set -- nsenter --net="/run/netns/$machine" "$@"
     "$@" >"$work/$name.out" 2>"$work/$name.log" &
     pids+=($!)
 }
@@ -90,7 +92,7 @@ machine web 10.77.0.2
 machine catalog 10.77.0.3
 
 say "control plane: makes a certificate authority, reads $here/config"
-start control-plane "$outrigger" control-plane --config "$here/config" --state "$work/state" --listen 10.77.0.1:15012
+start control-plane here "$outrigger" control-plane --config "$here/config" --state "$work/state" --listen 10.77.0.1:15012
 ready control-plane
 
 say "a token, a sidecar and the redirect rules on each machine"
@@ -100,7 +102,7 @@ sidecar() {
     shift
     (umask 077
     "$outrigger" token create --state "$work/state" --namespace shop --service-account "$machine" "$@" >"$work/$machine.token")
-    start "$machine-sidecar" on "$machine" "$outrigger" sidecar run --transparent --mark 1337 \
+    start "$machine-sidecar" "$machine" "$outrigger" sidecar run --transparent --mark 1337 \
         --control-plane 10.77.0.1:15012 --trust-bundle "$work/state/trust-bundle.pem" \
         --namespace shop --service-account "$machine" --name "$machine" "$@" \
         --token-file "$work/$machine.token" --state "$work/$machine" --drain-delay 0s
@@ -109,7 +111,7 @@ sidecar() {
 }
 sidecar catalog --label app=catalog
 sidecar web
-start catalog on catalog python3 "$here/catalog.py" 8080
+start catalog catalog python3 "$here/catalog.py" 8080
 wait_for catalog on catalog curl -sf http://127.0.0.1:8080/
 
 say "on web: outrigger sidecar redirect check"

@@ -43,8 +43,8 @@ async fn grpcio(family: Families) {
     let listen = if family == Families::V6 { "[::]:8080" } else { "0.0.0.0:8080" };
     let _server = pods.serve(pods.python("catalog", "grpc_server.py", &[listen])).await;
     assert_eq!(run(pods.python("cart", "grpc_client.py", &["catalog.shop:80"])).await, "ok");
-    // Two that the client gave up, one of them by its deadline.
-    let both = pods.http("grpc", 113, &["client_closed"]).await;
+    // Two that the client gave up, one of them by its deadline, which the server knows as well.
+    let both = pods.http("grpc", 113, &["client_closed", "upstream_reset"]).await;
     assert_eq!(both.sums("outrigger_http_requests_total", &[("grpc_status", "5")]), [1.0; 2]);
     // A request and an answer each, 100 more in pairs both ways, 300 up, 100 down, and three calls without an answer.
     assert_eq!(both.sums("outrigger_grpc_messages_total", &[]), [819.0; 2]);
