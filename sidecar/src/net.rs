@@ -234,7 +234,11 @@ impl Stream {
     /// A connection within this process, by its two ends.
     pub fn pipe() -> (Stream, Stream) {
         let reset = Arc::new(AtomicBool::new(false));
-        let end = |io| Stream { ahead: BytesMut::new(), io: Io::Pipe(Pipe { io, reset: reset.clone() }), below: Below::Nothing };
+        let end = |io| Stream {
+            ahead: BytesMut::new(),
+            io: Io::Pipe(Pipe { io, reset: reset.clone() }),
+            below: Below::Nothing,
+        };
         let (one, other) = tokio::io::duplex(PIPE);
         (end(one), end(other))
     }

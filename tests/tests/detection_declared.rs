@@ -73,7 +73,9 @@ async fn carried(pair: &Pair) -> &'static str {
 async fn who_is_believed() {
     let app = Application::start("catalog").await;
     let own = app.port().to_string();
-    let cases: [(&str, Option<&str>, u16, Option<Protocol>, Option<&str>, &str); 12] = [
+    /// Port name, `appProtocol`, port, the sidecar's `--port`, `opaquePorts`, what it is taken for.
+    type Case<'a> = (&'a str, Option<&'a str>, u16, Option<Protocol>, Option<&'a str>, &'a str);
+    let cases: [Case<'_>; 12] = [
         ("main", None, 80, None, None, "detected"),
         ("main", Some("example.com/own"), 80, None, None, "detected"),
         ("main", None, 6379, None, None, "opaque"),
