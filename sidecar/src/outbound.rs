@@ -567,3 +567,17 @@ async fn destination(worker: &Worker, parts: &http::request::Parts) -> Result<Rc
     let address = addresses.next().ok_or_else(|| unknown(format!("{host} has no address")))?;
     Ok(worker.backend(&Key::Address(address)))
 }
+
+#[cfg(test)]
+mod tests {
+    fn size<A, B, C, D, F>(_: impl FnOnce(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// What every connection costs for as long as it lives, before any library's part.
+    #[test]
+    fn a_connections_task_is_small() {
+        let bytes = size(super::serve);
+        assert!(bytes <= 3500, "{bytes} bytes");
+    }
+}
