@@ -60,7 +60,7 @@ fn good_files_mean_what_they_say() {
     assert_eq!(mesh.tracing.random_sampling_percentage, Some(12.5));
     assert_eq!(mesh.access_log, AccessLogMode::Off);
     assert_eq!(mesh.max_series, Some(500));
-    assert_eq!(mesh.opaque_ports(), [3306, 5672]);
+    assert_eq!(mesh.opaque_ports, Some(vec![3306, 5672]));
     assert_eq!(mesh.defaults.load_balancer, LoadBalancerType::RoundRobin);
 
     let key = |namespace: &str, name: &str| (namespace.to_owned(), name.to_owned());

@@ -258,6 +258,7 @@ impl Walk {
             return Err((Error::own(Stage::Accept, Reason::NotReady, "no certificate yet"), Some(stream)));
         };
         drop(stream.take_ahead());
+        let stream = stream.below_tls();
         let (stream, peer) = Box::pin(tls::accept_hello(&material, *hello, stream))
             .await
             .map_err(|error| (Error::downstream(Stage::Accept, error.reason(), error.to_string()), None))?;

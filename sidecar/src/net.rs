@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::outcome::{Error, Reason, Stage};
@@ -170,7 +170,20 @@ pub async fn connect_marked(address: SocketAddr, mark: Option<u32>) -> io::Resul
 pub struct Stream {
     ahead: BytesMut,
     io: Io,
+    below: Below,
 }
+
+/// TLS reads in pieces of 4 KiB. Below it, and while there is more than that, as much as there is comes in at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Below {
+    Nothing,
+    Tls,
+    /// The last read took all that it was offered room for.
+    TlsInBulk,
+}
+
+/// What is read at once then.
+const BULK: usize = 64 * 1024;
 
 #[derive(Debug)]
 enum Io {
@@ -178,7 +191,7 @@ enum Io {
     /// The server end of mutual TLS; below it a stream that replays the ClientHello.
     Accepted(Box<tokio_rustls::server::TlsStream<Stream>>),
     /// The client end.
-    Dialled(Box<tokio_rustls::client::TlsStream<TcpStream>>),
+    Dialled(Box<tokio_rustls::client::TlsStream<Stream>>),
     /// One end of a connection within this process.
     Pipe(Pipe),
 }
@@ -195,19 +208,19 @@ struct Pipe {
 
 impl From<TcpStream> for Stream {
     fn from(tcp: TcpStream) -> Stream {
-        Stream { ahead: BytesMut::new(), io: Io::Tcp(tcp) }
+        Stream { ahead: BytesMut::new(), io: Io::Tcp(tcp), below: Below::Nothing }
     }
 }
 
 impl From<tokio_rustls::server::TlsStream<Stream>> for Stream {
     fn from(tls: tokio_rustls::server::TlsStream<Stream>) -> Stream {
-        Stream { ahead: BytesMut::new(), io: Io::Accepted(Box::new(tls)) }
+        Stream { ahead: BytesMut::new(), io: Io::Accepted(Box::new(tls)), below: Below::Nothing }
     }
 }
 
-impl From<tokio_rustls::client::TlsStream<TcpStream>> for Stream {
-    fn from(tls: tokio_rustls::client::TlsStream<TcpStream>) -> Stream {
-        Stream { ahead: BytesMut::new(), io: Io::Dialled(Box::new(tls)) }
+impl From<tokio_rustls::client::TlsStream<Stream>> for Stream {
+    fn from(tls: tokio_rustls::client::TlsStream<Stream>) -> Stream {
+        Stream { ahead: BytesMut::new(), io: Io::Dialled(Box::new(tls)), below: Below::Nothing }
     }
 }
 
@@ -221,9 +234,18 @@ impl Stream {
     /// A connection within this process, by its two ends.
     pub fn pipe() -> (Stream, Stream) {
         let reset = Arc::new(AtomicBool::new(false));
-        let end = |io| Stream { ahead: BytesMut::new(), io: Io::Pipe(Pipe { io, reset: reset.clone() }) };
+        let end = |io| Stream {
+            ahead: BytesMut::new(),
+            io: Io::Pipe(Pipe { io, reset: reset.clone() }),
+            below: Below::Nothing,
+        };
         let (one, other) = tokio::io::duplex(PIPE);
         (end(one), end(other))
+    }
+
+    /// The same, for TLS to run on.
+    pub fn below_tls(self) -> Stream {
+        Stream { below: Below::Tls, ..self }
     }
 
     /// What was read ahead and not consumed yet.
@@ -259,11 +281,21 @@ impl Stream {
     }
 
     /// Whether something can be read, or the waker is told when it can.
-    fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.tcp() {
-            Some(tcp) if self.ahead.is_empty() => tcp.poll_read_ready(cx),
-            Some(_) | None => Poll::Ready(Ok(())),
+    fn poll_read_ready(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.ahead.is_empty() {
+            return Poll::Ready(Ok(()));
         }
+        let ready = self.tcp().map_or(Poll::Ready(Ok(())), |tcp| tcp.poll_read_ready(cx));
+        if ready.is_pending() && self.below == Below::TlsInBulk {
+            self.settle();
+        }
+        ready
+    }
+
+    /// Bulk is over for now: nothing is kept for what may come.
+    fn settle(&mut self) {
+        self.below = Below::Tls;
+        self.ahead = BytesMut::new();
     }
 
     /// The socket below, if there is one.
@@ -271,7 +303,7 @@ impl Stream {
         match &self.io {
             Io::Tcp(tcp) => Some(tcp),
             Io::Accepted(tls) => tls.get_ref().0.tcp(),
-            Io::Dialled(tls) => Some(tls.get_ref().0),
+            Io::Dialled(tls) => tls.get_ref().0.tcp(),
             Io::Pipe(_) => None,
         }
     }
@@ -313,15 +345,15 @@ impl Io {
             // HTTP looks for more several times per request; most times there is nothing, which the socket's readiness
             // tells for a fraction of what a round through TLS costs. What TLS holds already comes first.
             Io::Accepted(tls) => {
-                let (stream, session) = tls.get_ref();
+                let (stream, session) = tls.get_mut();
                 if session.wants_read() && stream.poll_read_ready(cx)?.is_pending() {
                     return Poll::Pending;
                 }
                 Pin::new(tls.as_mut()).poll_read(cx, buffer)
             }
             Io::Dialled(tls) => {
-                let (tcp, session) = tls.get_ref();
-                if session.wants_read() && tcp.poll_read_ready(cx)?.is_pending() {
+                let (stream, session) = tls.get_mut();
+                if session.wants_read() && stream.poll_read_ready(cx)?.is_pending() {
                     return Poll::Pending;
                 }
                 Pin::new(tls.as_mut()).poll_read(cx, buffer)
@@ -341,16 +373,56 @@ impl Io {
 
 impl AsyncRead for Stream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.ahead.is_empty() {
-            return self.io.poll_read(cx, buffer);
+        if self.ahead.is_empty() && std::task::ready!(self.poll_read_below(cx, buffer))? {
+            return Poll::Ready(Ok(()));
         }
         let count = self.ahead.len().min(buffer.remaining());
         buffer.put_slice(&self.ahead[..count]);
         self.ahead.advance(count);
-        if self.ahead.is_empty() {
+        if self.ahead.is_empty() && self.below != Below::TlsInBulk {
             self.ahead = BytesMut::new();
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+impl Stream {
+    /// Reads from below: true when `buffer` has what there is, false when the read-ahead does.
+    fn poll_read_below(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<bool>> {
+        let before = buffer.filled().len();
+        match (self.below, &mut self.io) {
+            (Below::TlsInBulk, Io::Tcp(tcp)) => {
+                self.ahead.clear();
+                self.ahead.reserve(BULK);
+                let count = {
+                    let reading = std::pin::pin!(tcp.read_buf(&mut self.ahead));
+                    reading.poll(cx)
+                };
+                match count {
+                    Poll::Ready(Ok(count)) if count > 0 => {
+                        if count <= buffer.remaining() {
+                            self.below = Below::Tls;
+                        }
+                        Poll::Ready(Ok(false))
+                    }
+                    Poll::Ready(end) => {
+                        self.settle();
+                        Poll::Ready(end.map(|_| true))
+                    }
+                    Poll::Pending => {
+                        self.settle();
+                        Poll::Pending
+                    }
+                }
+            }
+            (below, io) => {
+                std::task::ready!(io.poll_read(cx, buffer))?;
+                if below == Below::Tls && buffer.remaining() == 0 && buffer.filled().len() > before {
+                    self.below = Below::TlsInBulk;
+                }
+                Poll::Ready(Ok(true))
+            }
+        }
     }
 }
 

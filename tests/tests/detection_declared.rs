@@ -69,16 +69,20 @@ async fn carried(pair: &Pair) -> &'static str {
     .await
 }
 
+/// The port's name, appProtocol, its number, what --port says, opaquePorts, and how a request is then carried.
+type Case = (&'static str, Option<&'static str>, u16, Option<Protocol>, Option<&'static str>, &'static str);
+
 #[tokio::test]
 async fn who_is_believed() {
     let app = Application::start("catalog").await;
-    let own = app.port().to_string();
-    let cases: [(&str, Option<&str>, u16, Option<Protocol>, Option<&str>, &str); 12] = [
+    // Opaque by its targetPort, which nobody can know before.
+    let own: &'static str = app.port().to_string().leak();
+    let cases: [Case; 12] = [
         ("main", None, 80, None, None, "detected"),
         ("main", Some("example.com/own"), 80, None, None, "detected"),
         ("main", None, 6379, None, None, "opaque"),
         ("main", None, 6379, None, Some("[]"), "detected"),
-        ("main", None, 80, None, Some(&own), "opaque"),
+        ("main", None, 80, None, Some(own), "opaque"),
         ("main", None, 7000, None, Some("[7000]"), "opaque"),
         ("http-web", None, 6379, None, None, "http"),
         ("tcp-web", None, 80, None, None, "opaque"),

@@ -52,7 +52,7 @@ fn check(what: &str, descriptor: RawFd) {
 }
 
 /// The descriptor of this process whose addresses are these. The sidecars run in it.
-fn socket<'a>(what: &'a str, wanted: impl Fn(SocketAddr, SocketAddr) -> bool) -> (&'a str, RawFd) {
+fn socket(what: &str, wanted: impl Fn(SocketAddr, SocketAddr) -> bool) -> (&str, RawFd) {
     let all = std::fs::read_dir("/proc/self/fd").unwrap();
     let numbers = all.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse::<RawFd>().ok());
     let found = numbers.filter(|number| {

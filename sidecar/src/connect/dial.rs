@@ -184,7 +184,15 @@ impl Dialer {
         let handshake = async {
             // The semaphore is never closed; a closed one would only mean no bound.
             let _place = self.handshakes.acquire().await.ok();
-            crate::tls::connect(&material, tcp, alpn, mutual.sni.clone(), &mutual.expected, address).await
+            crate::tls::connect(
+                &material,
+                Stream::from(tcp).below_tls(),
+                alpn,
+                mutual.sni.clone(),
+                &mutual.expected,
+                address,
+            )
+            .await
         };
         match tokio::time::timeout(self.handshake_timeout, handshake).await {
             Ok(Ok((stream, peer))) => {

@@ -16,6 +16,8 @@ use crate::net::Stream;
 
 /// What one read takes at most, and so what one direction may hold back.
 const CHUNK: usize = 64 * 1024;
+/// What one TLS record holds at most.
+const RECORD: usize = 16 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; CHUNK]);
@@ -30,6 +32,8 @@ struct Half {
     state: HalfState,
     /// Whether something was written since the last flush.
     unflushed: bool,
+    /// What the reader said behind the bytes of its last read.
+    behind: Option<io::Result<()>>,
     /// The reader broke: its end, if one still comes, is none.
     broken: bool,
 }
@@ -147,7 +151,7 @@ impl Half {
             }
             let read = SCRATCH.with_borrow_mut(|scratch| {
                 let mut buffer = ReadBuf::new(scratch);
-                ready!(Pin::new(&mut *reader).poll_read(cx, &mut buffer)).map_err(End::Read)?;
+                ready!(self.poll_fill(cx, reader, &mut buffer)).map_err(End::Read)?;
                 let bytes = buffer.filled();
                 if bytes.is_empty() {
                     self.state = HalfState::Ended;
@@ -193,6 +197,33 @@ impl Half {
         if writer.flush().await.is_ok() {
             writer.delivered().await;
         }
+    }
+
+    /// Reads until nothing more is there or the buffer is nearly full: TLS gives a record at a time, and each write is a
+    /// system call. Nothing read is the end.
+    fn poll_fill(
+        &mut self,
+        cx: &mut Context<'_>,
+        reader: &mut Stream,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if let Some(behind) = self.behind.take() {
+            return Poll::Ready(behind);
+        }
+        ready!(Pin::new(&mut *reader).poll_read(cx, buffer))?;
+        let mut filled = buffer.filled().len();
+        while filled > 0 && buffer.remaining() >= RECORD {
+            match Pin::new(&mut *reader).poll_read(cx, buffer) {
+                Poll::Ready(Ok(())) if buffer.filled().len() > filled => filled = buffer.filled().len(),
+                // An end, or an error that is told once: kept until these bytes are on their way.
+                Poll::Ready(behind) => {
+                    self.behind = Some(behind);
+                    break;
+                }
+                Poll::Pending => break,
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn poll_write_held(&mut self, cx: &mut Context<'_>, writer: &mut Stream) -> Poll<io::Result<()>> {
