@@ -25,6 +25,13 @@ spec:
     8082: {mode: DISABLE}
 ";
 
+const LOG_ALL: &str = "\
+apiVersion: outrigger.dev/v1alpha1
+kind: MeshConfig
+metadata: {name: default, namespace: outrigger-system}
+spec: {accessLog: All}
+";
+
 async fn callers(sidecar: &outrigger_tests::transparent::TransparentSidecar<'_>) -> Vec<Value> {
     sidecar.admin("/plaintext-callers").await["callers"].as_array().unwrap().clone()
 }
@@ -93,7 +100,7 @@ async fn over_ipv6() {
 
 #[tokio::test]
 async fn an_applications_own_tls() {
-    let yaml = format!("{STRICT}---\n{PORTS}");
+    let yaml = format!("{STRICT}---\n{PORTS}---\n{LOG_ALL}");
     let names = ["web", "catalog"];
     let Some(mesh) = TransparentMesh::start(under_test!(), Families::V4, &names, &yaml).await else { return };
     let catalog = mesh.sidecar("catalog", "catalog", &[]).await;
@@ -141,6 +148,13 @@ async fn an_applications_own_tls() {
         .await;
         let labels = [("mtls", "true"), ("protocol", "tls"), ("source_workload", "web")];
         sidecar.counts("outrigger_tcp_connections_opened_total", &labels, 1.0).await;
+    }
+    drop((client, served));
+    for sidecar in [&web, &catalog] {
+        eventually("the access log names the server", async || {
+            sidecar.process.stderr().contains("\"sni\":\"inner.test\"").then_some(())
+        })
+        .await;
     }
 }
 

@@ -43,7 +43,8 @@ pub async fn http1<F>(
     F: Future<Output = Response<ResponseBody>>,
 {
     let connection = Plain { serving: super::http1::serve(session, stream, on_refusal, respond) };
-    Driven { connection, session, finishing: false, hold: None }.await;
+    // Boxed: a task that turns out to carry opaque bytes is not as large as one that serves requests.
+    Box::pin(Driven { connection, session, finishing: false, hold: None }).await;
 }
 
 /// Serves HTTP/2 until the connection ends.
