@@ -2,6 +2,8 @@
 //! whose protocol nobody declared, requests works with Flask, aiohttp with itself, grpcio with itself, websockets with
 //! itself, and h2load has thousands of streams answered, none of them lost.
 
+use std::time::Duration;
+
 use outrigger_tests::namespace::Families;
 use outrigger_tests::pods::{Pods, Port, run};
 use outrigger_tests::under_test;
@@ -81,4 +83,24 @@ async fn h2load_with_thousands_of_streams() {
     }
     let both = pods.http("http2", 20_000, &[]).await;
     assert_eq!(both.sums("outrigger_http_response_bytes_total", &[]), [6_000_000.0; 2]);
+}
+
+/// The server says its settings at once: a client that takes its time must not be taken for one that waits for them.
+#[tokio::test]
+async fn a_slow_client_of_an_http2_server() {
+    let Some(pods) = Pods::start(under_test!(), Families::V4, &[PORT], &["nghttpd"]).await else { return };
+    let mut server = pods.program("catalog", "nghttpd");
+    server.args(["--no-tls", "--address", pods.everywhere(), "--htdocs"]).arg(pods.path("")).arg("8080");
+    let _server = pods.serve_on(server, 8080).await;
+    for _ in 0..2 {
+        let mut connection = pods.at("cart").connect((pods.service(), 80).into()).await;
+        assert!(connection.stays_silent(Duration::from_millis(500)).await, "the server's settings are not the answer");
+        let (mut requests, connection) = h2::client::handshake(connection.into_tcp()).await.unwrap();
+        let driven = tokio::spawn(connection);
+        let request = http::Request::get("http://catalog.shop/missing").body(()).unwrap();
+        let answer = requests.send_request(request, true).unwrap().0.await.unwrap();
+        assert_eq!(answer.status(), 404);
+        driven.abort();
+    }
+    pods.http("http2", 2, &["client_closed"]).await;
 }

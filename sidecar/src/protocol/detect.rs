@@ -51,6 +51,11 @@ pub fn detect(bytes: &[u8]) -> Option<Detected> {
     detect_request_line(bytes)
 }
 
+/// Whether a server's first bytes are the SETTINGS frame with which one of HTTP/2 begins (RFC 9113 sections 3.4 and 6.5).
+pub fn speaks_http2(bytes: &[u8]) -> bool {
+    matches!(bytes, [0, high, low, 4, 0, 0, 0, 0, 0, ..] if u16::from_be_bytes([*high, *low]) % 6 == 0)
+}
+
 /// `METHOD SP target SP HTTP/1.x LF` (RFC 9112 section 3); a leading empty line is allowed, as section 2.2 asks.
 fn detect_request_line(bytes: &[u8]) -> Option<Detected> {
     let line = match bytes {
@@ -136,6 +141,23 @@ mod tests {
                 assert!(early.is_none() || early == *expected, "{:?} at {end}", String::from_utf8_lossy(bytes));
             }
         }
+    }
+
+    #[test]
+    fn a_server_of_http2_is_known_by_its_settings() {
+        for settings in [&b"\0\0\0\x04\0\0\0\0\0"[..], b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x64"] {
+            assert!(speaks_http2(settings));
+            assert!(!speaks_http2(&settings[..8]));
+        }
+        // Of a wrong length, another frame, an acknowledgement; a greeting of MySQL, and of a mail server.
+        let others: [&[u8]; 5] = [
+            b"\0\0\x05\x04\0\0\0\0\0",
+            b"\0\0\0\x08\0\0\0\0\0",
+            b"\0\0\0\x04\x01\0\0\0\0",
+            b"\x4a\0\0\0\x0a8.0",
+            b"220 mail\r\n",
+        ];
+        assert!(others.iter().all(|bytes| !speaks_http2(bytes)));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::detect::detect;
+use super::detect::{detect, speaks_http2};
 use super::peek::{self, Peeked};
 use crate::connect::speculation::{News, Place, SpeaksFirst, Suspect, Undecided};
 use crate::connect::worker::Worker;
@@ -189,6 +189,16 @@ async fn ahead<U: AsMut<Stream>>(
                 worker.speculation.learn(suspect, SpeaksFirst::Client);
             }
             client_spoke(read, Some(upstream)).map(Some)
+        }
+        // A server of HTTP/2 says its settings at once and waits for the client's preface all the same. Where another server
+        // has shown to speak first it is believed, or this would begin again and again.
+        Spoken::Server(Ok(_))
+            if speaks_http2(upstream.as_mut().ahead())
+                && worker.speculation.speaks_first(suspect) != Some(SpeaksFirst::Server) =>
+        {
+            worker.speculation.learn(suspect, SpeaksFirst::Client);
+            leave(upstream);
+            Ok(None)
         }
         Spoken::Server(read) => {
             // An HTTP server may say that it gives up waiting.
