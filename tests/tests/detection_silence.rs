@@ -235,8 +235,10 @@ async fn too_many_make_room_for_others() {
         })
         .await;
         eventually("and gone", async || (open(sidecar).await == 50).then_some(())).await;
-        // The first is the one for which the application was opened.
-        assert_eq!(silent[1].expect_end().await, End::Reset);
+        // The very first may be the one for which the application was opened; which of the others are the oldest, to the
+        // millisecond, a busy machine decides.
+        let ends = silent[1..200].iter_mut().map(|client| Box::pin(client.expect_end()));
+        assert_eq!(futures_util::future::select_all(ends).await.0, End::Reset);
         for _ in 0..10 {
             assert_eq!(wire::get(door, "/x").await.status, 200, "who speaks is served");
         }
