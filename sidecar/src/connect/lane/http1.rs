@@ -311,7 +311,8 @@ impl Sending {
         match frame.into_data() {
             Ok(data) => {
                 conn.queue_data(data, self.chunked);
-                if last {
+                // The last chunk waits until there is room: it must not overtake data.
+                if last && !self.chunked {
                     self.end(conn, None);
                 }
             }

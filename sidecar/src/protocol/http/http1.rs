@@ -248,7 +248,8 @@ impl Writing<'_> {
         match frame.into_data() {
             Ok(data) => {
                 self.downstream.conn().queue_data(data, self.framing == Framing::Chunked);
-                if last {
+                // The last chunk waits until there is room: it must not overtake data.
+                if last && self.framing != Framing::Chunked {
                     self.end(None);
                 }
             }
