@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use futures_util::future::Either;
 use http::{HeaderValue, Request, Response};
 use outrigger_api::identity::SpiffeId;
 use outrigger_api::name::Protocol;
@@ -51,14 +52,20 @@ pub async fn serve(worker: Rc<Worker>, application: SocketAddr, stream: Stream, 
     }
 }
 
-/// Serves one redirected connection: to the application where the peer meant it to go.
-pub async fn serve_redirected(worker: Rc<Worker>, stream: TcpStream, registered: Rc<Registered>) {
+/// Serves one redirected connection: to the application where the peer meant it to go. Not an async fn, which would keep
+/// what it was called with for as long as the connection lives.
+pub fn serve_redirected(
+    worker: Rc<Worker>,
+    stream: TcpStream,
+    registered: Rc<Registered>,
+) -> impl Future<Output = ()> + 'static {
     match application(&worker, &stream) {
-        Ok(application) => serve(worker, application, stream.into(), registered).await,
+        Ok(application) => Either::Left(serve(worker, application, stream.into(), registered)),
         Err(error) => {
             let caller = Caller { peer: None, destination_service: String::new() };
             caller.refused(&worker, &registered, &error);
             Stream::from(stream).reset_on_close();
+            Either::Right(std::future::ready(()))
         }
     }
 }

@@ -33,18 +33,19 @@ use crate::telemetry::{Edge, HttpRecord, Telemetry};
 /// Told when a head is refused before it became a request.
 pub type OnRefusal = Box<dyn Fn(Reason)>;
 
-/// Serves HTTP/1 until the connection ends. `respond` is the direction's walk for one request.
-pub async fn http1<F>(
-    session: &Rc<Session>,
+/// Serves HTTP/1 until the connection ends. `respond` is the direction's walk for one request. Boxed: the task of a
+/// connection that turns out to carry opaque bytes is not as large as one that serves requests.
+pub fn http1<'a, F>(
+    session: &'a Rc<Session>,
     stream: Stream,
     on_refusal: OnRefusal,
-    respond: impl Fn(Request<Received>) -> F,
-) where
-    F: Future<Output = Response<ResponseBody>>,
+    respond: impl Fn(Request<Received>) -> F + 'a,
+) -> Pin<Box<impl Future<Output = ()> + 'a>>
+where
+    F: Future<Output = Response<ResponseBody>> + 'a,
 {
     let connection = Plain { serving: super::http1::serve(session, stream, on_refusal, respond) };
-    // Boxed: a task that turns out to carry opaque bytes is not as large as one that serves requests.
-    Box::pin(Driven { connection, session, finishing: false, hold: None }).await;
+    Box::pin(Driven { connection, session, finishing: false, hold: None })
 }
 
 /// Serves HTTP/2 until the connection ends.
