@@ -184,6 +184,8 @@ pub enum Key {
     Own,
     Service(crate::name::ServicePort),
     Address(SocketAddr),
+    /// The addresses that a service's name stands for.
+    Name(ServiceName),
 }
 
 impl std::fmt::Display for Key {
@@ -192,6 +194,7 @@ impl std::fmt::Display for Key {
             Key::Own => f.write_str("self"),
             Key::Service(service) => write!(f, "{service}"),
             Key::Address(address) => write!(f, "{address}"),
+            Key::Name(service) => write!(f, "{service}"),
         }
     }
 }

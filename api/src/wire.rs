@@ -5,7 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use crate::identity::SpiffeId;
-use crate::name::{self, ServiceName};
+use crate::name;
 use crate::snapshot;
 
 mod generated {
@@ -55,6 +55,9 @@ impl From<&snapshot::Key> for ResourceKey {
             snapshot::Key::Address(address) => {
                 Key::Address(Address { ip: address.ip().to_string(), port: u32::from(address.port()) })
             }
+            snapshot::Key::Name(service) => {
+                Key::Name(ServiceName { name: service.name.to_string(), namespace: service.namespace.to_string() })
+            }
         };
         ResourceKey { key: Some(key) }
     }
@@ -68,13 +71,17 @@ impl TryFrom<&ResourceKey> for snapshot::Key {
         match key.key.as_ref().ok_or(WireError::Missing { field: "key" })? {
             Key::Self_(_) => Ok(snapshot::Key::Own),
             Key::Service(service) => Ok(snapshot::Key::Service(name::ServicePort {
-                service: ServiceName::new(&service.name, &service.namespace).map_err(|e| invalid("key.service", e))?,
+                service: name::ServiceName::new(&service.name, &service.namespace)
+                    .map_err(|e| invalid("key.service", e))?,
                 port: port("key.service.port", service.port)?,
             })),
             Key::Address(address) => Ok(snapshot::Key::Address(SocketAddr::new(
                 ip("key.address.ip", &address.ip)?,
                 port("key.address.port", address.port)?,
             ))),
+            Key::Name(service) => Ok(snapshot::Key::Name(
+                name::ServiceName::new(&service.name, &service.namespace).map_err(|e| invalid("key.name", e))?,
+            )),
         }
     }
 }
@@ -155,7 +162,7 @@ impl Workload {
         for inbound in &self.ports {
             let service = match inbound.service.as_str() {
                 "" => None,
-                text => Some(ServiceName::parse(text, &self.namespace).map_err(|e| invalid("ports.service", e))?),
+                text => Some(name::ServiceName::parse(text, &self.namespace).map_err(|e| invalid("ports.service", e))?),
             };
             ports.insert(
                 port("ports.port", inbound.port)?,
@@ -274,7 +281,8 @@ impl TryFrom<&Destination> for snapshot::Destination {
 
     fn try_from(destination: &Destination) -> Result<snapshot::Destination, WireError> {
         Ok(snapshot::Destination {
-            service: ServiceName::new(&destination.name, &destination.namespace).map_err(|e| invalid("name", e))?,
+            service: name::ServiceName::new(&destination.name, &destination.namespace)
+                .map_err(|e| invalid("name", e))?,
             port: port("port", destination.port)?,
             protocol: protocol_from_wire(destination.protocol)?,
             load_balancer: match LoadBalancer::try_from(destination.load_balancer) {
@@ -288,6 +296,20 @@ impl TryFrom<&Destination> for snapshot::Destination {
             endpoints: destination.endpoints.iter().map(snapshot::Endpoint::try_from).collect::<Result<_, _>>()?,
             stale: destination.stale,
         })
+    }
+}
+
+impl From<&[IpAddr]> for ServiceAddresses {
+    fn from(ips: &[IpAddr]) -> ServiceAddresses {
+        ServiceAddresses { ips: ips.iter().map(ToString::to_string).collect() }
+    }
+}
+
+impl TryFrom<&ServiceAddresses> for Vec<IpAddr> {
+    type Error = WireError;
+
+    fn try_from(addresses: &ServiceAddresses) -> Result<Vec<IpAddr>, WireError> {
+        addresses.ips.iter().map(|text| ip("ips", text)).collect()
     }
 }
 

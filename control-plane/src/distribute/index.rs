@@ -2,7 +2,7 @@
 //! each key that somebody subscribed to.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use outrigger_api::identity::{SpiffeId, TrustDomain};
@@ -98,13 +98,27 @@ impl Catalog {
     /// Who serves a destination; None when nobody registered it.
     pub fn destination(&self, registry: &Registry, key: &Key) -> Option<Destination> {
         match key {
-            Key::Own => None,
+            Key::Own | Key::Name(_) => None,
             Key::Service(key) => self.service(registry, key),
             Key::Address(address) => match self.by_cluster_ip.get(address) {
                 Some(key) => self.service(registry, key),
                 None => self.endpoint_itself(registry, *address),
             },
         }
+    }
+
+    /// What the name of a service stands for; None when nobody registered it.
+    pub fn addresses(&self, registry: &Registry, name: &ServiceName) -> Option<Vec<IpAddr>> {
+        let key = (name.namespace.to_string(), name.name.to_string());
+        let service = self.resources.services.get(&key)?;
+        if !service.spec.cluster_ips.is_empty() {
+            return Some(service.spec.cluster_ips.clone());
+        }
+        let selected = registry.of_namespace(&key.0).filter(|instance| selects(service, instance));
+        let mut ips: Vec<IpAddr> = selected.map(|instance| instance.ip).collect();
+        ips.sort();
+        ips.dedup();
+        Some(ips)
     }
 
     /// The Services that an instance is part of, by name.

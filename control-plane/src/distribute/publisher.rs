@@ -313,6 +313,10 @@ impl Inner {
                 let own = self.catalog.own_workload(&self.registry, id, granted);
                 watch_response::Resource::Workload(wire::Workload::encode(&own, self.bundle.clone()))
             }
+            Topic::Destination(Key::Name(service)) => match self.catalog.addresses(&self.registry, service) {
+                Some(ips) => watch_response::Resource::ServiceAddresses(ips.as_slice().into()),
+                None => watch_response::Resource::Unregistered(wire::Unregistered {}),
+            },
             Topic::Destination(key) => match self.catalog.destination(&self.registry, key) {
                 Some(destination) => watch_response::Resource::Destination((&destination).into()),
                 None => watch_response::Resource::Unregistered(wire::Unregistered {}),
@@ -323,6 +327,8 @@ impl Inner {
     fn withholds(&self, resource: &watch_response::Resource) -> bool {
         let empty = match resource {
             watch_response::Resource::Destination(destination) => destination.endpoints.is_empty(),
+            // A headless service has the addresses of its endpoints.
+            watch_response::Resource::ServiceAddresses(addresses) => addresses.ips.is_empty(),
             watch_response::Resource::Workload(_) | watch_response::Resource::Unregistered(_) => false,
         };
         empty && self.settles.is_some()

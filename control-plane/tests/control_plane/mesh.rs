@@ -74,7 +74,9 @@ fn destination(update: &WatchResponse) -> Option<snapshot::Destination> {
     match update.resource.as_ref().unwrap() {
         watch_response::Resource::Destination(destination) => Some(destination.try_into().unwrap()),
         watch_response::Resource::Unregistered(_) => None,
-        watch_response::Resource::Workload(_) => panic!("not a destination"),
+        watch_response::Resource::Workload(_) | watch_response::Resource::ServiceAddresses(_) => {
+            panic!("not a destination")
+        }
     }
 }
 

@@ -196,6 +196,7 @@ fn destination(key: &outrigger_api::snapshot::Key, known: &Known) -> Value {
         Known::Pending => json!({"key": key.to_string(), "state": "pending"}),
         Known::Unregistered => json!({"key": key.to_string(), "state": "unregistered"}),
         Known::Untold => json!({"key": key.to_string(), "state": "untold"}),
+        Known::Named(addresses) => json!({"key": key.to_string(), "state": "named", "addresses": addresses}),
         Known::Registered(destination) => {
             let endpoints: Vec<_> = destination
                 .endpoints

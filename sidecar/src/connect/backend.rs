@@ -81,7 +81,8 @@ impl Backend {
         let previous = self.view.borrow().clone();
         let view = match &known {
             Known::Registered(destination) => Ok(View::registered(worker, destination, previous.as_deref())),
-            Known::Unregistered => View::passthrough(worker, &self.key, previous.as_deref()),
+            // A name is known by its addresses, and nobody dials a name.
+            Known::Unregistered | Known::Named(_) => View::passthrough(worker, &self.key, previous.as_deref()),
             Known::Pending => {
                 let detail = format!("the control plane has not said yet who {} is", self.key);
                 Err(Error::own(Stage::Lookup, Reason::NotReady, detail))
@@ -152,7 +153,7 @@ impl View {
                 let detail = format!("{key} is not registered and outbound.mode is RegistryOnly");
                 return Err(Error::own(Stage::Lookup, Reason::NotRegistered, detail));
             }
-            Key::Service(_) | Key::Own => {
+            Key::Service(_) | Key::Name(_) | Key::Own => {
                 let detail = format!("no Service {key} exists; apply one, or check its name, namespace and port");
                 return Err(Error::own(Stage::Lookup, Reason::NotRegistered, detail));
             }

@@ -34,6 +34,7 @@ pub(super) fn encode(directory: &Directory) -> Vec<u8> {
         Known::Pending | Known::Untold => None,
         Known::Unregistered => Some((key, version, Resource::Unregistered(wire::Unregistered {}))),
         Known::Registered(destination) => Some((key, version, Resource::Destination((&*destination).into()))),
+        Known::Named(addresses) => Some((key, version, Resource::ServiceAddresses((&*addresses).into()))),
     });
     for (key, version, resource) in own.into_iter().chain(destinations) {
         let response = WatchResponse { key: Some(ResourceKey::from(&key)), version, resource: Some(resource) };
@@ -60,6 +61,10 @@ pub(super) fn restore(directory: &Directory, bytes: &[u8], settings: &DiscoveryS
             (key, Some(Resource::Destination(wire))) => {
                 let destination = Destination::try_from(&wire).map_err(|error| error.to_string())?;
                 directory.restore(key, response.version, Known::Registered(destination.into()));
+            }
+            (key, Some(Resource::ServiceAddresses(wire))) => {
+                let addresses = Vec::try_from(&wire).map_err(|error| error.to_string())?;
+                directory.restore(key, response.version, Known::Named(addresses.into()));
             }
             (key, _) => directory.restore(key, response.version, Known::Unregistered),
         }

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
@@ -31,6 +32,9 @@ pub enum Known {
     /// taken for unregistered and dialled in plaintext. To be asked for again.
     Untold,
     Registered(Arc<Destination>),
+    /// What the name of a service stands for, best first. Only a [`Key::Name`] is known like this, and it is never known
+    /// as `Registered`.
+    Named(Arc<[IpAddr]>),
 }
 
 /// What became of this sidecar's registration.

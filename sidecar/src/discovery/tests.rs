@@ -178,7 +178,7 @@ async fn until<T: Clone>(receiver: &mut watch::Receiver<T>, so: impl FnMut(&T) -
 fn endpoints(known: &Known) -> usize {
     match known {
         Known::Registered(destination) => destination.endpoints.len(),
-        Known::Pending | Known::Unregistered | Known::Untold => 0,
+        Known::Pending | Known::Unregistered | Known::Untold | Known::Named(_) => 0,
     }
 }
 

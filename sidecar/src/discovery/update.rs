@@ -58,7 +58,11 @@ fn take(
             check_is_asked_for(&key, &destination)?;
             Ok(directory.set_destination(&key, response.version, Known::Registered(Arc::new(destination))))
         }
-        (key @ (Key::Service(_) | Key::Address(_)), Resource::Unregistered(_)) => {
+        (key @ Key::Name(_), Resource::ServiceAddresses(wire)) => {
+            let addresses = Vec::try_from(wire).map_err(|error| error.to_string())?;
+            Ok(directory.set_destination(&key, response.version, Known::Named(addresses.into())))
+        }
+        (key @ (Key::Service(_) | Key::Address(_) | Key::Name(_)), Resource::Unregistered(_)) => {
             Ok(directory.set_destination(&key, response.version, Known::Unregistered))
         }
         (key, _) => Err(format!("the resource is not of the kind that {key} has")),
@@ -81,7 +85,7 @@ fn check_is_asked_for(key: &Key, destination: &Destination) -> Result<(), String
         Key::Service(asked) if asked.service != destination.service || asked.port != destination.port => {
             Err(format!("the destination is {}:{}, asked for was {asked}", destination.service, destination.port))
         }
-        Key::Own | Key::Service(_) | Key::Address(_) => Ok(()),
+        Key::Own | Key::Service(_) | Key::Address(_) | Key::Name(_) => Ok(()),
     }
 }
 

@@ -36,6 +36,7 @@ impl Scope {
             || match topic {
                 Topic::Own(id) => self.instances.contains(id),
                 Topic::Destination(Key::Service(port)) => self.namespaces.contains(&*port.service.namespace),
+                Topic::Destination(Key::Name(service)) => self.namespaces.contains(&*service.namespace),
                 Topic::Destination(Key::Address(_)) => true,
                 Topic::Destination(Key::Own) => false,
             }
