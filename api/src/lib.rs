@@ -6,4 +6,5 @@ pub mod name;
 pub mod policy;
 pub mod resource;
 pub mod snapshot;
+pub mod virtual_address;
 pub mod wire;
