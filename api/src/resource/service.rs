@@ -21,8 +21,10 @@ pub struct Service {
     /// Empty selects nothing.
     pub selector: Labels,
     pub ports: Vec<ServicePort>,
-    /// From clusterIP and clusterIPs; empty for headless services.
+    /// From clusterIP and clusterIPs.
     pub cluster_ips: Vec<IpAddr>,
+    /// `clusterIP: None`: its name stands for its endpoints.
+    pub headless: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -104,20 +106,23 @@ impl RawService {
     pub(super) fn check(self, path: &Path, findings: &mut Findings) -> Service {
         check_labels(&self.selector, &path.key("selector"), findings);
         let mut cluster_ips = Vec::new();
+        let mut headless = false;
         let single = self.cluster_ip.iter().map(|text| (path.key("clusterIP"), text));
         let several = self.cluster_ips.iter().enumerate();
         for (path, text) in single.chain(several.map(|(nth, text)| (path.key("clusterIPs").index(nth), text))) {
             match text.parse::<IpAddr>() {
                 Ok(address) if !cluster_ips.contains(&address) => cluster_ips.push(address),
                 Ok(_) => {}
-                Err(_) if text.is_empty() || text == "None" => {}
+                Err(_) if text == "None" => headless = true,
+                Err(_) if text.is_empty() => {}
                 Err(_) => {
                     let shown = Shortened(text);
                     findings.error(&path, format!("{shown:?} is not an IP address: expected one, or None"));
                 }
             }
         }
-        Service { selector: self.selector, ports: check_ports(self.ports, &path.key("ports"), findings), cluster_ips }
+        let ports = check_ports(self.ports, &path.key("ports"), findings);
+        Service { selector: self.selector, ports, cluster_ips, headless }
     }
 }
 

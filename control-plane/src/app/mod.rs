@@ -2,6 +2,7 @@
 //! The only place that binds, spawns and ends; everything else is told what to do.
 
 mod command;
+mod virtual_addresses;
 
 pub use command::command;
 
@@ -25,6 +26,7 @@ use crate::ca::{Authority, AuthorityError, Redemptions, ServingCertificate};
 use crate::config::{Args, Directory, JournalError, State, StateError, StateLock};
 use crate::distribute::{Catalog, Control, Metrics, Publisher, Reports, Server};
 use crate::registry::{Registry, SavedLease};
+use virtual_addresses::{Keeper, configure};
 
 const LEASES: &str = "leases.json";
 const WATCH_VERSION: &str = "watch-version";
@@ -61,6 +63,11 @@ pub enum StartError {
     Token(#[from] token::CreateError),
     #[error(transparent)]
     Journal(#[from] JournalError),
+    #[error(
+        "{path} cannot be read: {source}. Mend it, or remove it once no client can remember an address from it: those \
+         in it would be given to other services"
+    )]
+    VirtualAddresses { path: PathBuf, source: crate::registry::Damaged },
     #[error("cannot listen on {address} ({flag}): {source}")]
     Bind { flag: &'static str, address: SocketAddr, source: io::Error },
     #[error("TLS: {0}")]
@@ -83,6 +90,7 @@ impl StartError {
             | StartError::TrustDomain(_)
             | StartError::Authority(_)
             | StartError::Token(_)
+            | StartError::VirtualAddresses { .. }
             | StartError::Journal(JournalError::Damaged { .. }) => 2,
         }
     }
@@ -111,7 +119,7 @@ impl ControlPlane {
         let directory = Directory::watch(&args.config, outrigger_api::resource::parse)
             .map_err(|source| StartError::Config { path: args.config.clone(), source })?;
         let (stop, stopping) = watch::channel(false);
-        let (control, serving) = open(args, &state, &directory, stopping)?;
+        let Opened { control, serving, keeper } = open(args, &state, &directory, stopping)?;
         let grpc = bind("--listen", args.listen).await?;
         let admin_listener = bind("--admin-listen", args.admin_listen).await?;
         let server = Server::new(grpc, serving.clone(), control.clone())?;
@@ -128,11 +136,11 @@ impl ControlPlane {
             _directory: directory,
             _lock: lock,
         };
-        control_plane.spawn(server, admin_listener, admin::Sources { control, serving, configuration });
+        control_plane.spawn(server, admin_listener, admin::Sources { control, serving, configuration }, keeper);
         Ok(control_plane)
     }
 
-    fn spawn(&mut self, server: Server, admin_listener: TcpListener, sources: admin::Sources) {
+    fn spawn(&mut self, server: Server, admin_listener: TcpListener, sources: admin::Sources, keeper: Keeper) {
         let admin::Sources { control, serving, configuration } = sources.clone();
         self.tasks.spawn(async move {
             if let Err(error) = server.serve().await {
@@ -149,7 +157,7 @@ impl ControlPlane {
         });
         let publisher = self.publisher.clone();
         self.tasks.spawn(until_stop(&control, async move { publisher.run().await }));
-        self.tasks.spawn(until_stop(&control, configure(self.publisher.clone(), configuration)));
+        self.tasks.spawn(until_stop(&control, configure(self.publisher.clone(), configuration, keeper)));
         self.tasks.spawn(until_stop(&control, keep_leases(self.publisher.clone(), self.state.clone())));
         self.tasks.spawn(until_stop(&control, maintain(control.clone(), serving, self.refresh.clone())));
     }
@@ -197,13 +205,14 @@ impl ControlPlane {
     }
 }
 
+struct Opened {
+    control: Arc<Control>,
+    serving: Arc<ServingCertificate>,
+    keeper: Keeper,
+}
+
 /// Everything that the state directory and the configuration give, before a port is bound.
-fn open(
-    args: &Args,
-    state: &State,
-    directory: &Directory,
-    stop: watch::Receiver<bool>,
-) -> Result<(Arc<Control>, Arc<ServingCertificate>), StartError> {
+fn open(args: &Args, state: &State, directory: &Directory, stop: watch::Receiver<bool>) -> Result<Opened, StartError> {
     let resources = directory.subscribe().borrow().resources.clone();
     let trust_domain = trust_domain(args, state, &resources)?;
     let now = SystemTime::now();
@@ -211,8 +220,11 @@ fn open(
     let serving = Arc::new(ServingCertificate::new(&authority, now)?);
     let metrics = Arc::new(metrics()?);
     let restarted = matches!(state.read(WATCH_VERSION), Ok(Some(_)));
+    let mut keeper = Keeper::open(state)?;
+    let (addresses, written) = keeper.settle(&resources, now);
+    written?;
     let publisher = Publisher::new(
-        Catalog::new(resources, trust_domain),
+        Catalog::new(resources, trust_domain, addresses),
         restored(state),
         authority.bundle().to_wire(),
         first_version(state, now),
@@ -231,7 +243,7 @@ fn open(
         streams: AtomicU64::new(1),
         stop,
     };
-    Ok((Arc::new(control), serving))
+    Ok(Opened { control: Arc::new(control), serving, keeper })
 }
 
 fn until_stop<F: Future<Output = ()> + Send + 'static>(
@@ -244,14 +256,6 @@ fn until_stop<F: Future<Output = ()> + Send + 'static>(
             () = work => {}
             _ = stop.wait_for(|stop| *stop) => {}
         }
-    }
-}
-
-/// Takes each configuration that the directory gives.
-async fn configure(publisher: Arc<Publisher>, mut configuration: watch::Receiver<Arc<crate::config::Configuration>>) {
-    while configuration.changed().await.is_ok() {
-        let resources = configuration.borrow_and_update().resources.clone();
-        publisher.configure(resources);
     }
 }
 

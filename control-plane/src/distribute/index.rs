@@ -17,7 +17,7 @@ use outrigger_api::snapshot::{
 };
 
 use crate::policy;
-use crate::registry::{Instance, InstanceId, LeasedPort, Ports, Registry};
+use crate::registry::{Instance, InstanceId, LeasedPort, Ports, Registry, VirtualAddresses};
 
 /// `RoundRobin`, `Random` or `LeastRequest`, on a Service.
 pub const LOAD_BALANCER: &str = "outrigger.dev/load-balancer";
@@ -29,29 +29,33 @@ pub const SERVICE_ACCOUNTS: &str = "outrigger.dev/service-accounts";
 pub struct Catalog {
     pub resources: Arc<Resources>,
     pub trust_domain: TrustDomain,
-    by_cluster_ip: HashMap<SocketAddr, name::ServicePort>,
+    virtual_addresses: VirtualAddresses,
+    /// By clusterIP or virtual address.
+    by_service_ip: HashMap<SocketAddr, name::ServicePort>,
     /// Who has a clusterIP, and who wants the same.
     contested: Vec<(SocketAddr, ServiceName, ServiceName)>,
 }
 
 impl Catalog {
-    pub fn new(resources: Arc<Resources>, trust_domain: TrustDomain) -> Catalog {
-        let mut by_cluster_ip: HashMap<SocketAddr, name::ServicePort> = HashMap::new();
+    /// `virtual_addresses`: settled for these resources, and kept on disk.
+    pub fn new(resources: Arc<Resources>, trust_domain: TrustDomain, virtual_addresses: VirtualAddresses) -> Catalog {
+        let mut by_service_ip: HashMap<SocketAddr, name::ServicePort> = HashMap::new();
         let mut contested = Vec::new();
         for service in resources.services.values() {
             let Ok(name) = ServiceName::new(&service.metadata.name, &service.metadata.namespace) else { continue };
-            for ip in &service.spec.cluster_ips {
+            let given = virtual_addresses.of(&name);
+            for ip in service.spec.cluster_ips.iter().chain(given.iter().flatten()) {
                 for port in &service.spec.ports {
                     let key = name::ServicePort { service: name.clone(), port: port.port };
                     let address = SocketAddr::new(*ip, port.port);
-                    let holder = by_cluster_ip.entry(address).or_insert(key);
+                    let holder = by_service_ip.entry(address).or_insert(key);
                     if holder.service != name {
                         contested.push((address, holder.service.clone(), name.clone()));
                     }
                 }
             }
         }
-        Catalog { resources, trust_domain, by_cluster_ip, contested }
+        Catalog { resources, trust_domain, virtual_addresses, by_service_ip, contested }
     }
 
     /// What the sidecar of `id` is told of itself. Before it has a lease its labels are those that were granted.
@@ -100,7 +104,7 @@ impl Catalog {
         match key {
             Key::Own | Key::Name(_) => None,
             Key::Service(key) => self.service(registry, key),
-            Key::Address(address) => match self.by_cluster_ip.get(address) {
+            Key::Address(address) => match self.by_service_ip.get(address) {
                 Some(key) => self.service(registry, key),
                 None => self.endpoint_itself(registry, *address),
             },
@@ -113,6 +117,9 @@ impl Catalog {
         let service = self.resources.services.get(&key)?;
         if !service.spec.cluster_ips.is_empty() {
             return Some(service.spec.cluster_ips.clone());
+        }
+        if !service.spec.headless {
+            return Some(self.virtual_addresses.of(name).iter().flatten().copied().collect());
         }
         let selected = registry.of_namespace(&key.0).filter(|instance| selects(service, instance));
         let mut ips: Vec<IpAddr> = selected.map(|instance| instance.ip).collect();
@@ -157,6 +164,12 @@ impl Catalog {
         for (address, holder, other) in &self.contested {
             warnings.push(format!(
                 "Service {other}: {address} is the clusterIP of {holder} already, which gets its traffic"
+            ));
+        }
+        for service in self.virtual_addresses.without() {
+            warnings.push(format!(
+                "Service {service}: no virtual address is free, so a sidecar's resolver has no answer for it; give it a \
+                 clusterIP"
             ));
         }
         for instance in registry.all() {

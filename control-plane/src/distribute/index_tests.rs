@@ -1,4 +1,5 @@
 use std::net::IpAddr;
+use std::time::SystemTime;
 
 use outrigger_api::resource::{PeerAuthentication, Selector, Workload as WorkloadSpec};
 
@@ -35,7 +36,7 @@ struct Moment {
 impl Moment {
     fn service(mut self, name: &str, selector: &str, annotations: &[(&str, &str)], ports: Vec<ServicePort>) -> Moment {
         let cluster_ips = vec![IpAddr::from([10, 96, 0, 1])];
-        let spec = Service { selector: labels(selector), ports, cluster_ips };
+        let spec = Service { selector: labels(selector), ports, cluster_ips, headless: false };
         let resource = Resource { metadata: metadata(name, annotations), spec };
         self.resources.services.insert(("shop".into(), name.into()), resource);
         self
@@ -80,7 +81,8 @@ impl Moment {
     }
 
     fn catalog(&self) -> Catalog {
-        Catalog::new(Arc::new(self.resources.clone()), TrustDomain::new("outrigger.local").unwrap())
+        let virtual_addresses = VirtualAddresses::default().settled(&self.resources, SystemTime::UNIX_EPOCH);
+        Catalog::new(Arc::new(self.resources.clone()), TrustDomain::new("outrigger.local").unwrap(), virtual_addresses)
     }
 
     fn find(&self, key: &str) -> Option<Destination> {
@@ -364,4 +366,38 @@ fn what_a_sidecar_learns_of_itself() {
     assert_eq!(early.mtls_mode(9090), MtlsMode::Permissive);
     let unknown = moment.catalog().own_workload(&moment.registry, &nobody, &Labels::new());
     assert_eq!(unknown.mtls_mode(9090), MtlsMode::Strict);
+}
+
+#[test]
+fn a_name_stands_for_the_cluster_ip_or_a_virtual_address_or_the_endpoints() {
+    let mut moment = Moment::default()
+        .service("cart", "app=cart", &[], http())
+        .service("virtual", "app=cart", &[], http())
+        .service("headless", "app=cart", &[], http())
+        .service("nobody", "app=nobody", &[], http())
+        .lease("cart", 2, "app=cart", None)
+        .lease("cart", 1, "app=cart", None);
+    for (name, ips) in
+        [("cart", vec!["10.96.0.7", "fd00::7"]), ("virtual", vec![]), ("headless", vec![]), ("nobody", vec![])]
+    {
+        let service = moment.resources.services.get_mut(&("shop".to_owned(), name.to_owned())).unwrap();
+        service.spec.cluster_ips = ips.iter().map(|ip| ip.parse().unwrap()).collect();
+        service.spec.headless = ["headless", "nobody"].contains(&name);
+    }
+    let addresses = |name: &str| {
+        let name = ServiceName::new(name, "shop").unwrap();
+        moment.catalog().addresses(&moment.registry, &name).map(|ips| ips.iter().map(IpAddr::to_string).collect())
+    };
+    let some = |ips: &[&str]| Some(ips.iter().map(|ip| (*ip).to_owned()).collect::<Vec<_>>());
+    assert_eq!(addresses("cart"), some(&["10.96.0.7", "fd00::7"]));
+    assert_eq!(addresses("virtual"), some(&["240.240.0.1", "fd3a:94e7:c15b::1"]));
+    assert_eq!(addresses("headless"), some(&["10.0.0.1", "10.0.0.2"]));
+    assert_eq!(addresses("nobody"), some(&[]));
+    assert_eq!(addresses("void"), None);
+    for address in ["240.240.0.1:80", "[fd3a:94e7:c15b::1]:80"] {
+        let found = moment.find(address).unwrap();
+        assert_eq!((found.service.to_string(), found.endpoints.len()), ("virtual.shop".to_owned(), 2), "{address}");
+    }
+    assert_eq!(moment.find("240.240.0.1:81"), None, "a port that the service has not");
+    assert_eq!(moment.find("240.240.0.2:80"), None, "nobody's");
 }

@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 
 use super::index::Catalog;
 use super::metrics::Metrics;
-use crate::registry::{Instance, InstanceId, RegisterError, Registration, Registry, SavedLease};
+use crate::registry::{Instance, InstanceId, RegisterError, Registration, Registry, SavedLease, VirtualAddresses};
 use scope::Scope;
 
 /// Changes that come together are computed together: those of this time, and of more when computing takes longer, so
@@ -118,11 +118,11 @@ impl Publisher {
         }
     }
 
-    /// Takes a configuration.
-    pub fn configure(&self, resources: Arc<Resources>) {
+    /// Takes a configuration, with the virtual addresses that are settled for it.
+    pub fn configure(&self, resources: Arc<Resources>, virtual_addresses: VirtualAddresses) {
         let mut inner = self.lock();
         inner.registry.set_workloads(&resources);
-        inner.catalog = Catalog::new(resources, inner.catalog.trust_domain.clone());
+        inner.catalog = Catalog::new(resources, inner.catalog.trust_domain.clone(), virtual_addresses);
         inner.scope.everything();
         self.changed.notify_one();
     }

@@ -4,8 +4,10 @@
 //! marked stale, because then the fault is rather ours or the network's.
 
 mod instance;
+mod virtual_addresses;
 
 pub use instance::{Instance, InstanceId, LeasedPort, Ports, Registration, SavedLease};
+pub use virtual_addresses::{Damaged, VirtualAddresses};
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};

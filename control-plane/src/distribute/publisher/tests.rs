@@ -20,6 +20,7 @@ fn resources(services: &[&str]) -> Arc<Resources> {
                 app_protocol: None,
             }],
             cluster_ips: Vec::new(),
+            headless: false,
         };
         resources.services.insert(("shop".into(), service.to_string()), Resource { metadata, spec });
     }
@@ -27,7 +28,11 @@ fn resources(services: &[&str]) -> Arc<Resources> {
 }
 
 fn publisher(version: u64) -> Publisher {
-    let catalog = Catalog::new(resources(&["cart", "pay"]), TrustDomain::new("outrigger.local").unwrap());
+    let catalog = Catalog::new(
+        resources(&["cart", "pay"]),
+        TrustDomain::new("outrigger.local").unwrap(),
+        VirtualAddresses::default(),
+    );
     let metrics = Arc::new(Metrics::new().unwrap());
     Publisher::new(catalog, Registry::default(), wire::TrustBundle::default(), version, metrics)
 }
@@ -92,7 +97,7 @@ fn each_is_told_what_it_asked_for_and_only_when_it_changes() {
     publisher.publish();
     assert!(sent(&publisher, &one).is_empty(), "a new stream with the same words changes nothing");
 
-    publisher.configure(resources(&["cart", "unknown"]));
+    publisher.configure(resources(&["cart", "unknown"]), VirtualAddresses::default());
     publisher.publish();
     assert_eq!(
         sent(&publisher, &one),
