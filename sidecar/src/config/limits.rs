@@ -20,6 +20,9 @@ pub struct Limits {
     pub chunk_extension_bytes: usize,
     /// From the first byte of a head to its end (408 beyond): what ends a slowloris.
     pub head_timeout: Duration,
+    /// Until the first byte of the first request on a port that is declared HTTP, and at the forward proxy: a connection
+    /// that never asked anything is kept for less than one that did. It is closed without a word.
+    pub first_byte_timeout: Duration,
     /// How long a body or an answer may stand still, in either direction, before its stream is ended.
     pub stream_idle: Duration,
 
@@ -84,7 +87,7 @@ pub struct Limits {
     pub handshakes_in_flight: usize,
 
     // --- Idle connections -------------------------------------------------------------------------------------
-    /// Keep-alive connection of an application that asks nothing.
+    /// Keep-alive connection of an application that asks nothing more.
     pub client_idle: Duration,
     /// Pooled connection to another sidecar.
     pub mesh_pool_idle: Duration,
@@ -141,6 +144,7 @@ impl Default for Limits {
             trailer_bytes: 16 * KIB,
             chunk_extension_bytes: 16 * KIB,
             head_timeout: Duration::from_secs(10),
+            first_byte_timeout: Duration::from_secs(60),
             stream_idle: Duration::from_secs(5 * 60),
 
             h2_header_list: 64 * KIB as u32,
@@ -227,6 +231,7 @@ mod tests {
     fn limits_agree_with_each_other() {
         let limits = Limits::default();
         assert!(limits.target_bytes < limits.head_bytes);
+        assert!(limits.first_byte_timeout < limits.client_idle);
         assert!(limits.connect_timeout * limits.connect_tries <= limits.connect_budget);
         assert!(limits.h2_stream_window <= limits.h2_connection_window);
         assert!(limits.memory_stop_reading_percent < limits.memory_refuse_percent);
