@@ -105,6 +105,8 @@ pub struct Entry {
     /// Interim (1xx) heads that wait to be written before the next bytes of the answer.
     interim: Mutex<Vec<u8>>,
     has_interim: AtomicBool,
+    /// Its task is woken at each tick.
+    ticking: AtomicBool,
     /// Requests that began on it.
     requests: AtomicU64,
     /// Clock of the table, milliseconds: when the peer's proof of who it is ends.
@@ -148,6 +150,11 @@ impl Entry {
     pub fn retire_after(&self, left: Duration) {
         let left = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
         self.retire_at.store(self.clock.now.load(Relaxed).saturating_add(left), Relaxed);
+    }
+
+    /// From now on the watchdog wakes the task that listens at each of its ticks: for what no readiness tells.
+    pub fn tick(&self) {
+        self.ticking.store(true, Relaxed);
     }
 
     pub fn describe(&self, change: impl FnOnce(&mut About)) {
@@ -287,6 +294,7 @@ impl Table {
             clock: self.clock.clone(),
             interim: Mutex::default(),
             has_interim: AtomicBool::new(false),
+            ticking: AtomicBool::new(false),
             requests: AtomicU64::new(0),
             retire_at: AtomicU64::new(u64::MAX),
         });
@@ -320,6 +328,7 @@ impl Table {
                 State::Head if idle > limits.head => entry.ask(Command::HeadTimeout),
                 State::Busy if idle > limits.stream_idle => entry.ask(Command::Close),
                 State::Tunnel if idle > limits.tunnel_idle => entry.ask(Command::Close),
+                State::Tunnel if entry.ticking.load(Relaxed) => entry.waker.wake(),
                 State::Idle | State::Head | State::Busy | State::Tunnel => {}
             }
         }
