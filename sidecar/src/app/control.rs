@@ -9,6 +9,7 @@ use outrigger_api::snapshot::{KeyAlgorithm, Workload};
 use outrigger_runtime::drain::{DrainHandle, State};
 use tokio::sync::{Notify, watch};
 
+use super::exemption;
 use crate::admin::{self, Admin, ForOperators};
 use crate::config::Config;
 use crate::connection::Table;
@@ -84,6 +85,11 @@ impl Control {
         tokio::spawn(discovery::run(discovery, tls.clone(), lease, directory.clone(), reports.source(), withdraw));
         tokio::spawn(follow(config.workload.clone(), directory, telemetry.clone()));
         tokio::spawn(gauges(tls, admin.directory.clone(), telemetry.clone()));
+        if config.transparent {
+            let readiness = admin.readiness.clone();
+            let comes_back = readiness.comes_back.clone();
+            tokio::spawn(exemption::watch(config.mark, readiness, comes_back));
+        }
         admin::serve(admin, listeners, &drain).await?;
         drain.reached(State::Done).await;
         telemetry.flush().await;

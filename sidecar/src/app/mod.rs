@@ -2,6 +2,7 @@
 //! `main` for a process and by the demo and the tests for a sidecar among others in one process.
 
 mod control;
+mod exemption;
 mod listeners;
 pub mod process;
 mod worker;
@@ -86,6 +87,7 @@ impl Sidecar {
             identity,
             drain: drain.handle(),
             offers: offers(&config),
+            comes_back: Arc::default(),
         };
         let shared = Shared {
             own: Arc::new(Own {
