@@ -231,15 +231,30 @@ impl Drop for Registered {
 pub struct Places {
     limit: usize,
     open: AtomicUsize,
+    /// Memory is short.
+    refused: AtomicBool,
 }
+
+/// So many connections are let in even when memory is short: it is not they who take it, and an allocator that gives
+/// nothing back must not close a sidecar for ever.
+const ALWAYS: usize = 16;
 
 impl Places {
     pub fn new(limit: usize) -> Arc<Places> {
-        Arc::new(Places { limit, open: AtomicUsize::new(0) })
+        Arc::new(Places { limit, open: AtomicUsize::new(0), refused: AtomicBool::new(false) })
     }
 
     pub fn open(&self) -> usize {
         self.open.load(Relaxed)
+    }
+
+    /// Whether connections are refused beyond a few; what is open goes on.
+    pub fn refuse(&self, refused: bool) {
+        self.refused.store(refused, Relaxed);
+    }
+
+    fn limit(&self) -> usize {
+        if self.refused.load(Relaxed) { self.limit.min(ALWAYS) } else { self.limit }
     }
 }
 
@@ -277,7 +292,7 @@ impl Table {
 
     /// Takes a place; `None` when the process is at its limit.
     pub fn enter(self: &Arc<Table>, direction: Direction, client: SocketAddr) -> Option<Registered> {
-        if self.places.open.fetch_add(1, Relaxed) >= self.places.limit {
+        if self.places.open.fetch_add(1, Relaxed) >= self.places.limit() {
             self.places.open.fetch_sub(1, Relaxed);
             return None;
         }
@@ -393,6 +408,23 @@ mod tests {
         drop(first);
         assert!(table.enter(Direction::Inbound, client()).is_some());
         assert!(table.is_empty());
+    }
+
+    #[test]
+    fn while_memory_is_short_few_come_in_and_none_has_to_go() {
+        let places = Places::new(100);
+        let table = Table::new(places.clone());
+        let enter = || table.enter(Direction::Outbound, client());
+        let mut open: Vec<_> = (0..50).map(|_| enter().unwrap()).collect();
+        places.refuse(true);
+        assert!(enter().is_none());
+        assert_eq!(places.open(), 50, "what is open goes on");
+        open.truncate(ALWAYS - 1);
+        let last = enter().expect("a few are always let in");
+        assert!(enter().is_none());
+        places.refuse(false);
+        assert!(enter().is_some());
+        drop(last);
     }
 
     #[test]

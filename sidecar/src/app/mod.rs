@@ -4,6 +4,7 @@
 mod control;
 mod exemption;
 mod listeners;
+mod memory;
 pub mod process;
 mod worker;
 
@@ -133,6 +134,8 @@ impl Sidecar {
             identity_status,
             renew,
             lease,
+            limits,
+            places,
             tables,
             drain: drain.handle(),
             admin,

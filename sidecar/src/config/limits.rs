@@ -110,10 +110,10 @@ pub struct Limits {
     pub copy_buffer: usize,
 
     // --- Process ----------------------------------------------------------------------------------------------
-    /// Share of the memory limit (percent) at which reading stops.
-    pub memory_stop_reading_percent: u32,
-    /// Share of the memory limit (percent) at which new connections are refused.
+    /// Share of the memory limit (percent) at which new connections are refused ...
     pub memory_refuse_percent: u32,
+    /// ... and under which they are accepted again. What open connections hold is bounded by their own limits.
+    pub memory_accept_percent: u32,
     /// SIGTERM to exit, drain delay included.
     pub drain_total: Duration,
 
@@ -185,8 +185,8 @@ impl Default for Limits {
             user_timeout: Duration::from_secs(30),
             copy_buffer: 64 * KIB,
 
-            memory_stop_reading_percent: 80,
             memory_refuse_percent: 90,
+            memory_accept_percent: 80,
             drain_total: Duration::from_secs(30),
 
             control_plane_message: 16 * MIB,
@@ -234,7 +234,7 @@ mod tests {
         assert!(limits.first_byte_timeout < limits.client_idle);
         assert!(limits.connect_timeout * limits.connect_tries <= limits.connect_budget);
         assert!(limits.h2_stream_window <= limits.h2_connection_window);
-        assert!(limits.memory_stop_reading_percent < limits.memory_refuse_percent);
+        assert!(limits.memory_accept_percent < limits.memory_refuse_percent);
         assert!(limits.renew_retry_first < limits.renew_retry_longest);
         assert!(limits.reconnect_shortest < limits.reconnect_longest);
     }
