@@ -105,6 +105,8 @@ pub struct Entry {
     /// Interim (1xx) heads that wait to be written before the next bytes of the answer.
     interim: Mutex<Vec<u8>>,
     has_interim: AtomicBool,
+    /// Its task is woken at each tick.
+    ticking: AtomicBool,
     /// Requests that began on it.
     requests: AtomicU64,
     /// Clock of the table, milliseconds: when the peer's proof of who it is ends.
@@ -148,6 +150,11 @@ impl Entry {
     pub fn retire_after(&self, left: Duration) {
         let left = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
         self.retire_at.store(self.clock.now.load(Relaxed).saturating_add(left), Relaxed);
+    }
+
+    /// From now on the watchdog wakes the task that listens at each of its ticks: for what no readiness tells.
+    pub fn tick(&self) {
+        self.ticking.store(true, Relaxed);
     }
 
     pub fn describe(&self, change: impl FnOnce(&mut About)) {
@@ -224,15 +231,30 @@ impl Drop for Registered {
 pub struct Places {
     limit: usize,
     open: AtomicUsize,
+    /// Memory is short.
+    refused: AtomicBool,
 }
+
+/// So many connections are let in even when memory is short: it is not they who take it, and an allocator that gives
+/// nothing back must not close a sidecar for ever.
+const ALWAYS: usize = 16;
 
 impl Places {
     pub fn new(limit: usize) -> Arc<Places> {
-        Arc::new(Places { limit, open: AtomicUsize::new(0) })
+        Arc::new(Places { limit, open: AtomicUsize::new(0), refused: AtomicBool::new(false) })
     }
 
     pub fn open(&self) -> usize {
         self.open.load(Relaxed)
+    }
+
+    /// Whether connections are refused beyond a few; what is open goes on.
+    pub fn refuse(&self, refused: bool) {
+        self.refused.store(refused, Relaxed);
+    }
+
+    fn limit(&self) -> usize {
+        if self.refused.load(Relaxed) { self.limit.min(ALWAYS) } else { self.limit }
     }
 }
 
@@ -270,7 +292,7 @@ impl Table {
 
     /// Takes a place; `None` when the process is at its limit.
     pub fn enter(self: &Arc<Table>, direction: Direction, client: SocketAddr) -> Option<Registered> {
-        if self.places.open.fetch_add(1, Relaxed) >= self.places.limit {
+        if self.places.open.fetch_add(1, Relaxed) >= self.places.limit() {
             self.places.open.fetch_sub(1, Relaxed);
             return None;
         }
@@ -287,6 +309,7 @@ impl Table {
             clock: self.clock.clone(),
             interim: Mutex::default(),
             has_interim: AtomicBool::new(false),
+            ticking: AtomicBool::new(false),
             requests: AtomicU64::new(0),
             retire_at: AtomicU64::new(u64::MAX),
         });
@@ -320,6 +343,7 @@ impl Table {
                 State::Head if idle > limits.head => entry.ask(Command::HeadTimeout),
                 State::Busy if idle > limits.stream_idle => entry.ask(Command::Close),
                 State::Tunnel if idle > limits.tunnel_idle => entry.ask(Command::Close),
+                State::Tunnel if entry.ticking.load(Relaxed) => entry.waker.wake(),
                 State::Idle | State::Head | State::Busy | State::Tunnel => {}
             }
         }
@@ -384,6 +408,23 @@ mod tests {
         drop(first);
         assert!(table.enter(Direction::Inbound, client()).is_some());
         assert!(table.is_empty());
+    }
+
+    #[test]
+    fn while_memory_is_short_few_come_in_and_none_has_to_go() {
+        let places = Places::new(100);
+        let table = Table::new(places.clone());
+        let enter = || table.enter(Direction::Outbound, client());
+        let mut open: Vec<_> = (0..50).map(|_| enter().unwrap()).collect();
+        places.refuse(true);
+        assert!(enter().is_none());
+        assert_eq!(places.open(), 50, "what is open goes on");
+        open.truncate(ALWAYS - 1);
+        let last = enter().expect("a few are always let in");
+        assert!(enter().is_none());
+        places.refuse(false);
+        assert!(enter().is_some());
+        drop(last);
     }
 
     #[test]
