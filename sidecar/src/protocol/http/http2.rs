@@ -144,12 +144,14 @@ impl<F: Future<Output = Response<ResponseBody>>> Future for Answering<F> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         if let StageProjected::Awaited { answer } = this.stage.as_mut().project() {
+            // The client has left; what is dropped now resets the upstream's stream. Asked first: a request that breaks off
+            // gets no answer.
+            if this.reply.poll_reset(cx).is_ready() {
+                return Poll::Ready(());
+            }
             let answer = answer.poll(cx);
             send_interim(this.session, this.reply, this.room);
-            let Poll::Ready(response) = answer else {
-                // Ready when the client has left; what is dropped then resets the upstream's stream.
-                return this.reply.poll_reset(cx).map(|_| ());
-            };
+            let Poll::Ready(response) = answer else { return Poll::Pending };
             let Some((sending, body)) = send_head(this.reply, response, *this.only_head) else {
                 return Poll::Ready(());
             };
