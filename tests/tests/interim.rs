@@ -188,3 +188,50 @@ async fn they_pass_on_http1_with_their_spelling() {
     app.send("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nfinal").await;
     assert_eq!(client.response(false).await.text(), "final");
 }
+
+/// A frame of HTTP/2 on the first stream; the head of an interim answer when `kind` is 1.
+fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let (flags, stream) = if kind == 1 { (4, 1) } else { (0, 0) };
+    [&length[1..], &[kind, flags, 0, 0, 0, stream], payload].concat()
+}
+
+/// The most memory that the process ever had.
+fn peak() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
+}
+
+/// Each of a few bytes, and of many fields when it is unpacked: 3,000 bytes that HPACK remembers, 20 times.
+#[tokio::test]
+async fn endless_ones_are_not_held() {
+    let pair = pair("http2").await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let stream = client.begin(get("/"), true).await.unwrap();
+    let mut app = pair.app.accept().await;
+    let status = [8, 3, b'1', b'0', b'3'];
+    let remembered = [&status[..], &[0x40, 4], b"link", &[0x7f, 0xb9, 0x16], &[b'a'; 3000]].concat();
+    let many = frame(1, &[&status[..], &[0xbe; 20]].concat()).repeat(10_000);
+    app.send(frame(4, &[])).await;
+    // The preface, frames, and the head of the request among them.
+    app.take(24).await;
+    loop {
+        let head = app.take(9).await;
+        app.take(usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2])).await;
+        if head[3] == 1 {
+            break;
+        }
+    }
+    let before = peak();
+    app.send(frame(1, &remembered)).await;
+    for _ in 0..4 {
+        if app.try_send(&many).await.is_err() {
+            break;
+        }
+    }
+    let answer = stream.answer().await.unwrap().whole().await.unwrap();
+    assert_eq!(answer.status, StatusCode::BAD_GATEWAY);
+    let grown = peak() - before;
+    assert!(grown < 32 << 20, "grew by {grown} bytes");
+}
