@@ -6,6 +6,7 @@ use h2::server::SendResponse;
 use http::{Request, Response, StatusCode};
 use outrigger_tests::application::Backend;
 use outrigger_tests::grpc::{Http2, Http2Server};
+use outrigger_tests::namespace::installed;
 use outrigger_tests::{Connection, Mesh, MeshOptions, Sidecar};
 
 struct Pair {
@@ -170,6 +171,29 @@ async fn large_ones_are_left_out_when_there_are_too_many() {
     }
     assert!((1..=6).contains(&passed), "64 KiB of them: {passed}");
     assert_eq!(stream.answer().await.unwrap().whole().await.unwrap().body, b"final");
+}
+
+#[tokio::test]
+async fn curl_sees_them_on_http2() {
+    if !installed(&["curl"]) {
+        return;
+    }
+    let pair = pair("http2").await;
+    let url = format!("http://{}/", pair.near.outbound());
+    let curl = tokio::task::spawn_blocking(move || {
+        let arguments = ["-sS", "--include", "--http2-prior-knowledge", "--noproxy", "*", "--max-time", "20"];
+        std::process::Command::new("curl").args(arguments).arg(url).output()
+    });
+    let mut app = Http2Server::accept(&pair.app, |_| {}).await;
+    let (_request, mut reply) = app.next().await;
+    for link in ["</a.css>", "</b.js>"] {
+        reply.send_informational(interim(103, link)).unwrap();
+    }
+    say(&mut reply, "final").await;
+    let output = curl.await.unwrap().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).replace('\r', "");
+    let hints = "HTTP/2 103 \nlink: </a.css>\n\nHTTP/2 103 \nlink: </b.js>\n\nHTTP/2 200 \n";
+    assert!(text.starts_with(hints) && text.ends_with("\n\nfinal"), "{text} {output:?}");
 }
 
 #[tokio::test]

@@ -152,7 +152,6 @@ impl Lane {
             .initial_connection_window_size(limits.h2_shared_window(self.most_streams()))
             .max_header_list_size(limits.h2_header_list)
             .max_send_buffer_size(limits.h2_send_buffer)
-            .max_local_error_reset_streams(Some(limits.h2_local_resets))
             .max_concurrent_streams(0)
             .initial_max_send_streams(self.most_streams() as usize)
             .handshake::<_, Bytes>(UpstreamIo::new(dialled.stream, heard.clone()))
