@@ -52,6 +52,8 @@ impl<'a> SidecarBuilder<'a> {
             outbound: Vec::new(),
             http_proxy: None,
             http_proxy_allow: Vec::new(),
+            dns_listen: None,
+            dns_upstream: Vec::new(),
             transparent: false,
             mark: None,
             workers: 1,

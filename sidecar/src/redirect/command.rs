@@ -38,10 +38,10 @@ pub fn main(
                  `{program} redirect check` asks whether a sidecar answers",
                 nft::TABLE
             );
-            feed(program, &nft::script(&rules), &said)
+            told(program, apply::apply(&rules), &said)
         }),
         Some("remove") => rules("outrigger-sidecar redirect remove", argv)
-            .map(|_| feed(program, &nft::removal(), &format!("removed: table {} of nftables", nft::TABLE))),
+            .map(|_| told(program, apply::remove(), &format!("removed: table {} of nftables", nft::TABLE))),
         Some("print") => print(argv, environment.clone()),
         Some("check") => rules("outrigger-sidecar redirect check", argv).map(|_| checked(program)),
         Some("--help" | "-h") => {
@@ -74,8 +74,8 @@ fn print(argv: impl Iterator<Item = OsString>, environment: Variables) -> Result
     Ok(ExitCode::SUCCESS)
 }
 
-fn feed(program: &str, script: &str, said: &str) -> ExitCode {
-    match apply::feed(script) {
+fn told(program: &str, done: Result<(), apply::Error>, said: &str) -> ExitCode {
+    match done {
         Ok(()) => {
             stdout::say(said);
             ExitCode::SUCCESS
