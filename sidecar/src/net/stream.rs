@@ -1,8 +1,7 @@
-//! Sockets: listeners and dials with the options that every socket of the mesh has, and [`Stream`], the one
-//! byte-stream type of the walk: plain or TLS, with bytes that were read ahead and are read again first.
+//! [`Stream`], the one byte-stream type of the walk: plain or TLS, with bytes that were read ahead and are read again
+//! first.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,170 +10,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, DuplexStream, ReadBuf};
-use tokio::net::{TcpSocket, TcpStream};
-
-use crate::outcome::{Error, Reason, Stage};
-
-/// Idle time and interval of TCP keep-alive probes, their count, and how long unacknowledged data may stay so.
-#[derive(Clone, Copy, Debug)]
-pub struct SocketOptions {
-    pub keepalive: Duration,
-    pub keepalive_probes: u32,
-    pub user_timeout: Duration,
-    /// SO_MARK, by which redirect rules know the sidecar's own traffic.
-    pub mark: Option<u32>,
-}
-
-impl SocketOptions {
-    /// On a listener these are inherited by what it accepts, so that accepting costs no further system call.
-    fn apply(&self, socket: &SockRef<'_>) -> io::Result<()> {
-        socket.set_tcp_nodelay(true)?;
-        if let Some(mark) = self.mark {
-            socket.set_mark(mark)?;
-        }
-        socket.set_tcp_keepalive(
-            &TcpKeepalive::new()
-                .with_time(self.keepalive)
-                .with_interval(self.keepalive)
-                .with_retries(self.keepalive_probes),
-        )?;
-        socket.set_tcp_user_timeout(Some(self.user_timeout))
-    }
-}
-
-const BACKLOG: i32 = 4096;
-
-/// Opens a listener that other workers can open too (SO_REUSEPORT). The error names the address.
-pub fn listen(address: SocketAddr, options: &SocketOptions) -> io::Result<std::net::TcpListener> {
-    let open = || {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-        if address.is_ipv6() {
-            socket.set_only_v6(true)?;
-        }
-        socket.set_reuse_address(true)?;
-        socket.set_reuse_port(true)?;
-        socket.set_nonblocking(true)?;
-        options.apply(&SockRef::from(&socket))?;
-        socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
-        Ok(socket.into())
-    };
-    open().map_err(|error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
-}
-
-/// Opens a UDP socket that nobody shares.
-pub fn bind_udp(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
-    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
-    if address.is_ipv6() {
-        socket.set_only_v6(true)?;
-    }
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
-    Ok(socket.into())
-}
-
-/// Whether this process may set a mark: else every socket that needs one would fail, later and one by one.
-pub fn check_mark(mark: u32) -> io::Result<()> {
-    let set = |domain| Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?.set_mark(mark);
-    // Either family will do: a network namespace may lack one.
-    set(Domain::IPV4).or_else(|error| if is_absent(&error) { set(Domain::IPV6) } else { Err(error) })
-}
-
-/// Whether the error of a bind says that this network namespace does not have the address, or its family at all.
-pub fn is_absent(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
-}
-
-/// Where the client of a redirected connection wanted to go.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct OriginalDst(SocketAddr);
-
-impl OriginalDst {
-    /// Asks the kernel (SO_ORIGINAL_DST, IP6T_SO_ORIGINAL_DST). A connection that was not redirected has none and is
-    /// refused: its client dialled the listener itself. Where connections are tracked the kernel then answers with the
-    /// listener's own address; where they are not it knows of none (ENOENT), and without any rules not even of the
-    /// question (ENOPROTOOPT).
-    pub fn of(stream: &TcpStream) -> Result<OriginalDst, Error> {
-        let failed = |error: io::Error| {
-            Error::own(Stage::Accept, Reason::Internal, format!("the original destination cannot be read: {error}"))
-        };
-        let own = plain(stream.local_addr().map_err(failed)?);
-        let socket = SockRef::from(stream);
-        let asked = if own.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
-        let original = match asked {
-            Ok(original) => original.as_socket().map_or(own, plain),
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOPROTOOPT)) => own,
-            Err(error) => return Err(failed(error)),
-        };
-        if original == own {
-            let detail = format!(
-                "not redirected: the client connected to {own} itself, which takes redirected \
-                                  connections only"
-            );
-            return Err(Error::downstream(Stage::Accept, Reason::OwnPort, detail));
-        }
-        Ok(OriginalDst(original))
-    }
-
-    pub fn address(self) -> SocketAddr {
-        self.0
-    }
-}
-
-/// One spelling for one destination: without what a socket address of IPv6 may carry besides.
-fn plain(address: SocketAddr) -> SocketAddr {
-    match address {
-        SocketAddr::V4(_) => address,
-        SocketAddr::V6(v6) => SocketAddrV6::new(*v6.ip(), v6.port(), 0, v6.scope_id()).into(),
-    }
-}
-
-/// Whether some socket of this machine already listens on `address`: SO_REUSEPORT would share it silently.
-pub fn is_taken(address: SocketAddr) -> bool {
-    if address.port() == 0 {
-        return false;
-    }
-    let probe = || {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-        if address.is_ipv6() {
-            socket.set_only_v6(true)?;
-        }
-        socket.set_reuse_address(true)?;
-        socket.bind(&address.into())
-    };
-    probe().is_err_and(|error: io::Error| error.kind() == io::ErrorKind::AddrInUse)
-}
-
-/// Whether an address belongs to this machine (or network namespace): who sends to its own address sends from it. That it
-/// could be bound says less, where `net.ipv4.ip_nonlocal_bind` lets anything be bound.
-pub fn is_local(ip: IpAddr) -> bool {
-    let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let source = || {
-        let socket = std::net::UdpSocket::bind((any, 0))?;
-        // Sends nothing.
-        socket.connect((ip, 9))?;
-        socket.local_addr()
-    };
-    ip.is_loopback() || (!ip.is_unspecified() && source().is_ok_and(|source| source.ip() == ip))
-}
-
-/// Connects; the caller bounds the time.
-pub async fn connect(address: SocketAddr, options: &SocketOptions) -> io::Result<TcpStream> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    options.apply(&SockRef::from(&socket))?;
-    socket.connect(address).await
-}
-
-/// Connects to what is no part of the traffic, as the control plane; only the mark is set.
-pub async fn connect_marked(address: SocketAddr, mark: Option<u32>) -> io::Result<TcpStream> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    if let Some(mark) = mark {
-        SockRef::from(&socket).set_mark(mark)?;
-    }
-    socket.connect(address).await
-}
+use tokio::net::TcpStream;
 
 /// A byte stream of the walk.
 #[derive(Debug)]
@@ -504,34 +342,5 @@ mod tests {
         one.read_exact(&mut first).await.unwrap();
         let error = one.read(&mut [0; 9]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "a truncation is no end");
-    }
-
-    #[tokio::test]
-    async fn a_connection_that_was_not_redirected_has_no_original_destination() {
-        for address in ["127.0.0.1:0", "[::1]:0"] {
-            let listener = tokio::net::TcpListener::bind(address).await.unwrap();
-            let own = listener.local_addr().unwrap();
-            let (_client, accepted) = tokio::join!(TcpStream::connect(own), listener.accept());
-            let error = OriginalDst::of(&accepted.unwrap().0).unwrap_err();
-            assert_eq!(error.reason, Reason::OwnPort, "{error}");
-            assert!(error.to_string().contains(&own.to_string()), "{error}");
-        }
-    }
-
-    #[test]
-    fn what_is_local() {
-        for (ip, local) in [
-            ("127.0.0.1", true),
-            ("127.9.9.9", true),
-            ("::1", true),
-            ("0.0.0.0", false),
-            ("::", false),
-            ("192.0.2.1", false),
-            ("2001:db8::1", false),
-            ("255.255.255.255", false),
-            ("224.0.0.1", false),
-        ] {
-            assert_eq!(is_local(ip.parse().unwrap()), local, "{ip}");
-        }
     }
 }

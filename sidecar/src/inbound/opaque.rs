@@ -1,0 +1,81 @@
+//! Bytes from others that are not parsed: the application is dialled for each connection, and both ways are copied.
+
+use std::time::Instant;
+
+use outrigger_api::name::Protocol;
+
+use crate::connect::dial::Target;
+use crate::connection::State;
+use crate::net::Stream;
+use crate::outcome::{Error, Reason};
+use crate::policy::Permit;
+use crate::protocol::opaque::{self, CopyError};
+use crate::protocol::sni::{self, Sniffed};
+use crate::telemetry::{self, TcpRecord, WireProtocol};
+use crate::tls::MeshAlpn;
+
+use super::{Refused, Walk};
+
+impl Walk {
+    pub(super) async fn opaque(
+        &self,
+        stream: Stream,
+        opened: Option<Stream>,
+        protocol: WireProtocol,
+        permit: Permit,
+    ) -> Result<(), Refused> {
+        let upstream = match opened {
+            Some(upstream) => Ok(upstream),
+            None => self.dial(permit).await,
+        };
+        match upstream {
+            Ok(upstream) => {
+                self.copy(stream, upstream, protocol).await;
+                Ok(())
+            }
+            Err(error) => Err((error, Some(stream))),
+        }
+    }
+
+    pub(super) async fn server_first(&self, stream: Stream, upstream: Stream) -> Result<(), Refused> {
+        self.count_detected(telemetry::Detected::ServerFirst);
+        let protocol = if self.declared == Some(Protocol::Tls) { WireProtocol::Tls } else { WireProtocol::Tcp };
+        self.copy(stream, upstream, protocol).await;
+        Ok(())
+    }
+
+    pub(super) async fn dial(&self, _permit: Permit) -> Result<Stream, Error> {
+        let target = Target::plain(self.application);
+        Box::pin(self.worker.dialer.dial(&target, MeshAlpn::Tcp)).await.map(|dialled| dialled.stream)
+    }
+
+    async fn copy(&self, mut stream: Stream, upstream: Stream, protocol: WireProtocol) {
+        let _hold = self.worker.drain.hold();
+        self.registered.describe(|about| about.protocol = protocol.as_str());
+        let edge = self.caller.edge(&self.worker, protocol);
+        let record = TcpRecord::begin(&self.worker.telemetry, &edge, Instant::now());
+        record.downstream(self.registered.client);
+        record.upstream(self.application);
+        self.registered.enter(State::Tunnel);
+        if protocol == WireProtocol::Tls {
+            match Box::pin(sni::sniff(&mut stream, self.worker.limits.detect_wait)).await {
+                Ok(Sniffed::Tls(name)) => {
+                    self.registered.describe(|about| about.sni = name.clone());
+                    record.sni(name);
+                }
+                Ok(Sniffed::Other) => {}
+                Err(error) => {
+                    upstream.reset_on_close();
+                    return record.failed(Reason::ClientClosed, || error.to_string());
+                }
+            }
+        }
+        let forth = |count| record.add_received(count);
+        let back = |count| record.add_sent(count);
+        match opaque::copy(stream, upstream, &self.registered, forth, back).await {
+            Ok(()) => {}
+            Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
+            Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Redirected connections: the application is where the peer meant its connection to go, as far as that is this
+//! workload.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+
+use futures_util::future::Either;
+use tokio::net::TcpStream;
+
+use crate::connect::worker::Worker;
+use crate::connection::Registered;
+use crate::net::{OriginalDst, Stream};
+use crate::outcome::{Error, Reason, Stage};
+
+use super::caller::Caller;
+
+/// Serves one redirected connection: to the application where the peer meant it to go. Not an async fn, which would keep
+/// what it was called with for as long as the connection lives.
+pub fn serve_redirected(
+    worker: Rc<Worker>,
+    stream: TcpStream,
+    registered: Rc<Registered>,
+) -> impl Future<Output = ()> + 'static {
+    match application(&worker, &stream) {
+        Ok(application) => Either::Left(super::serve(worker, application, stream.into(), registered)),
+        Err(error) => {
+            let caller = Caller { peer: None, destination_service: String::new() };
+            caller.refused(&worker, &registered, &error);
+            Stream::from(stream).reset_on_close();
+            Either::Right(std::future::ready(()))
+        }
+    }
+}
+
+/// The application that a redirected connection is for. Nothing but this workload's own addresses is reached through its
+/// sidecar, and no port of the sidecar itself.
+fn application(worker: &Worker, stream: &TcpStream) -> Result<SocketAddr, Error> {
+    let original = OriginalDst::of(stream)?.address();
+    if let Some(application) = worker.own.application_behind(original) {
+        return Ok(application);
+    }
+    let refuse = |reason, detail| Err(Error::downstream(Stage::Accept, reason, detail));
+    if worker.dialer.is_own_port(original.port()) {
+        return refuse(Reason::OwnPort, format!("{original}: port {} is this sidecar's own", original.port()));
+    }
+    if !worker.is_reached_at(original.ip()) {
+        return refuse(Reason::ForeignAddress, format!("{original} is no address of this network namespace"));
+    }
+    Ok(original)
+}

@@ -1,0 +1,99 @@
+//! HTTP from others: a connection of requests, and one request from its head to the answer's head.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use http::{Request, Response};
+
+use crate::connect::lane::{Framing, Lane, Unsent};
+use crate::connect::request_body::Received;
+use crate::net::Stream;
+use crate::policy::Permit;
+use crate::protocol::http::body::ResponseBody;
+use crate::protocol::http::exchange::{Exchange, Session};
+use crate::protocol::http::headers::Strip;
+use crate::protocol::http::serve;
+use crate::telemetry::{Edge, WireProtocol};
+
+use super::caller::Claims;
+use super::{Refused, Walk};
+
+impl Walk {
+    pub(super) async fn http1(&self, stream: Stream, permit: Permit) -> Result<(), Refused> {
+        self.registered.describe(|about| about.protocol = "http1");
+        let session = Session::new(&self.worker, &self.registered, false, Strip::Identity);
+        let service = self.service(Framing::Http1, permit);
+        let edge = service.edge(WireProtocol::Http1);
+        let telemetry = self.worker.telemetry.clone();
+        let on_refusal = Box::new(move |reason| serve::count_refused_head(&telemetry, &edge, reason));
+        serve::http1(&session, stream, on_refusal, |request| respond(session.clone(), service.clone(), request)).await;
+        Ok(())
+    }
+
+    pub(super) async fn http2(&self, stream: Stream, permit: Permit) -> Result<(), Refused> {
+        self.registered.describe(|about| about.protocol = "http2");
+        let session = Session::new(&self.worker, &self.registered, true, Strip::Identity);
+        let service = self.service(Framing::Http2, permit);
+        let limits = &self.worker.limits;
+        let mesh = self.caller.peer.is_some();
+        let streams = if mesh { limits.h2_streams_mesh } else { limits.h2_streams_application };
+        let inner = session.clone();
+        serve::http2(&session, stream, streams, move |request| respond(inner.clone(), service.clone(), request)).await;
+        Ok(())
+    }
+
+    fn service(&self, framing: Framing, permit: Permit) -> Rc<Service> {
+        let identity = self.caller.peer.as_ref().map(|peer| &peer.identity);
+        Rc::new(Service {
+            lane: self.worker.application_lane(self.application, framing, identity),
+            claims: identity.and_then(|identity| Claims::new(&self.worker.own.principal, identity)),
+            edges: [WireProtocol::Http1, WireProtocol::Http2, WireProtocol::Grpc]
+                .map(|protocol| self.caller.edge(&self.worker, protocol)),
+            application: self.application,
+            _permit: permit,
+        })
+    }
+}
+
+/// The application, as one caller's HTTP connection reaches it.
+struct Service {
+    lane: Rc<Lane>,
+    claims: Option<Claims>,
+    edges: [Arc<Edge>; 3],
+    application: SocketAddr,
+    _permit: Permit,
+}
+
+impl Service {
+    fn edge(&self, protocol: WireProtocol) -> Arc<Edge> {
+        let index = match protocol {
+            WireProtocol::Http2 => 1,
+            WireProtocol::Grpc => 2,
+            WireProtocol::Http1 | WireProtocol::Tcp | WireProtocol::Tls => 0,
+        };
+        self.edges[index].clone()
+    }
+}
+
+async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<Received>) -> Response<ResponseBody> {
+    let (mut exchange, mut outgoing) = Exchange::begin(&session, request);
+    exchange.set_edge(&service.edge(exchange.protocol));
+    if let Err(error) = exchange.clean(&mut outgoing, || service.application.to_string()) {
+        return exchange.refuse(&error);
+    }
+    if let Some(claims) = &service.claims {
+        claims.insert(&mut outgoing.parts.headers);
+    }
+    exchange.record.set_upstream(service.application);
+    exchange.record.trace_server(&mut outgoing.parts.headers);
+    let request = exchange.request(outgoing);
+    match exchange.patiently(service.lane.send(request)).await {
+        Ok(Ok(answered)) => exchange.answer(answered, None),
+        Ok(Err(Unsent { error, .. })) => {
+            let error = exchange.fault(error);
+            exchange.refuse(&error)
+        }
+        Err(error) => exchange.refuse(&error),
+    }
+}

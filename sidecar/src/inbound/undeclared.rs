@@ -1,0 +1,70 @@
+//! Ports whose protocol nobody declared: who speaks first, and what.
+
+use outrigger_api::snapshot::Key;
+
+use crate::net::Stream;
+use crate::outcome::Error;
+use crate::policy::Permit;
+use crate::protocol::detect::Detected;
+use crate::protocol::peek::Peeked;
+use crate::protocol::silence::{self, First, Moment};
+use crate::telemetry::{self, WireProtocol};
+
+use super::{Refused, Walk, mismatch};
+
+impl Walk {
+    /// A port whose protocol nobody declared, in plaintext or inside what was announced as opaque: whoever speaks first
+    /// decides, the client's bytes in any case.
+    pub(super) async fn undeclared(
+        &self,
+        mut stream: Stream,
+        opened: Option<Stream>,
+        permit: Permit,
+    ) -> Result<(), Refused> {
+        let open = async || self.dial(permit).await;
+        let key = self.key();
+        let first = silence::first(&self.worker, &key, &mut stream, Moment::AsRemembered, open);
+        let opened = match Box::pin(first).await {
+            Ok(First::Client(later)) => opened.or(later),
+            Ok(First::Server(opened)) => return self.server_first(stream, opened).await,
+            Ok(First::Nobody) => return Ok(()),
+            Err(error) => return Err((error, Some(stream))),
+        };
+        match self.counted(Box::pin(silence::decide(&self.worker, &mut stream)).await) {
+            Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) if self.caller.peer.is_some() => {
+                Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
+            }
+            Ok(Peeked::Speaks(Detected::Http1)) => {
+                opened.into_iter().for_each(silence::leave);
+                self.http1(stream, permit).await
+            }
+            Ok(Peeked::Speaks(Detected::Http2)) => {
+                opened.into_iter().for_each(silence::leave);
+                Box::pin(self.http2(stream, permit)).await
+            }
+            Ok(Peeked::Speaks(Detected::Tls)) => self.opaque(stream, opened, WireProtocol::Tls, permit).await,
+            Ok(Peeked::Speaks(Detected::Opaque)) => self.opaque(stream, opened, WireProtocol::Tcp, permit).await,
+            Ok(Peeked::Silent | Peeked::Left) => Ok(()),
+            Err(error) => Err((error, Some(stream))),
+        }
+    }
+
+    /// Under which it is remembered who speaks first.
+    pub(super) fn key(&self) -> Key {
+        Key::Address(self.application)
+    }
+
+    /// On a port whose protocol is not declared, how it was found.
+    pub(super) fn count_detected(&self, detected: telemetry::Detected) {
+        if self.declared.is_none() {
+            self.worker.telemetry.detected(detected);
+        }
+    }
+
+    fn counted(&self, peeked: Result<Peeked, Error>) -> Result<Peeked, Error> {
+        if let Ok(Peeked::Speaks(detected)) = &peeked {
+            self.count_detected((*detected).into());
+        }
+        peeked
+    }
+}

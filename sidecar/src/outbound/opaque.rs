@@ -1,0 +1,117 @@
+//! Bytes to others that are not parsed: an endpoint is picked and dialled for each connection, and both ways are copied.
+
+use std::rc::Rc;
+use std::time::Instant;
+
+use outrigger_runtime::drain::Hold;
+
+use crate::balance::{Kind, Outcome};
+use crate::connect::backend::{Slot, View};
+use crate::connect::dial::Dialled;
+use crate::connect::worker::Worker;
+use crate::connection::{Registered, State};
+use crate::net::Stream;
+use crate::outcome::{Error, Reason};
+use crate::policy::Permit;
+use crate::protocol::opaque::{self, CopyError};
+use crate::protocol::sni::{self, Sniffed};
+use crate::telemetry::{TcpRecord, WireProtocol};
+use crate::tls::MeshAlpn;
+
+use super::refusal::refuse_connection;
+use super::tried::{Tried, blame, unavailable};
+
+pub(super) async fn opaque(
+    worker: &Rc<Worker>,
+    view: Result<Rc<View>, Error>,
+    stream: Stream,
+    registered: &Rc<Registered>,
+    protocol: WireProtocol,
+    permit: Permit,
+) {
+    let view = match view {
+        Ok(view) => view,
+        Err(error) => return refuse_connection(worker, None, &stream, &error),
+    };
+    match dial(worker, &view, permit).await {
+        Ok(opened) => copy(worker, stream, opened, registered, protocol).await,
+        Err(error) => refuse_connection(worker, Some(&view), &stream, &error),
+    }
+}
+
+/// An open upstream. It counts as an opaque connection only when it turns out to be one: see [`copy`].
+pub(super) struct Opened {
+    pub(super) dialled: Dialled,
+    view: Rc<View>,
+    slot: Rc<Slot>,
+    _load: crate::balance::Open,
+    _hold: Hold,
+}
+
+impl AsMut<Stream> for Opened {
+    fn as_mut(&mut self) -> &mut Stream {
+        &mut self.dialled.stream
+    }
+}
+
+pub(super) async fn dial(worker: &Rc<Worker>, view: &Rc<View>, _permit: Permit) -> Result<Opened, Error> {
+    let mut tried = Tried::new(worker, Instant::now());
+    loop {
+        let Some((index, slot)) = view.pick(worker, Kind::Tcp, worker.now(), tried.indices()) else {
+            return Err(tried.last_error(view));
+        };
+        let Some(load) = view.endpoints.open(index) else { return Err(unavailable(view)) };
+        match Box::pin(worker.dialer.dial(&slot.target, MeshAlpn::Tcp)).await {
+            Ok(dialled) => {
+                load.connected(worker.now(), Outcome::Success);
+                let view = view.clone();
+                return Ok(Opened { dialled, view, slot, _load: load, _hold: worker.drain.hold() });
+            }
+            Err(error) => {
+                load.connected(worker.now(), blame(&error));
+                tried.again(index, error, Some(()))?;
+            }
+        }
+    }
+}
+
+pub(super) async fn copy(
+    worker: &Rc<Worker>,
+    mut stream: Stream,
+    opened: Opened,
+    registered: &Registered,
+    protocol: WireProtocol,
+) {
+    let sniffed = if protocol == WireProtocol::Tls {
+        Box::pin(sni::sniff(&mut stream, worker.limits.detect_wait)).await
+    } else {
+        Ok(Sniffed::Other)
+    };
+    registered.describe(|about| {
+        about.protocol = protocol.as_str();
+        about.mtls = opened.dialled.peer.is_some();
+    });
+    registered.enter(State::Tunnel);
+    let edge = opened.view.edge(worker, &opened.slot, protocol);
+    let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
+    record.upstream(opened.slot.target.address);
+    record.downstream(registered.client);
+    match sniffed {
+        Ok(Sniffed::Tls(name)) => {
+            registered.describe(|about| about.sni = name.clone());
+            record.sni(name);
+        }
+        Ok(Sniffed::Other) => {}
+        Err(error) => {
+            opened.dialled.stream.reset_on_close();
+            return record.failed(Reason::ClientClosed, || error.to_string());
+        }
+    }
+    let forth = |count| record.add_received(count);
+    let back = |count| record.add_sent(count);
+    match opaque::copy(stream, opened.dialled.stream, registered, forth, back).await {
+        Ok(()) => {}
+        Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
+        Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
+    }
+}

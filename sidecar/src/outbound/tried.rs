@@ -1,0 +1,65 @@
+//! Which endpoints one request or connection has tried, and whether it may try another.
+
+use std::time::Instant;
+
+use crate::balance::Outcome;
+use crate::connect::backend::View;
+use crate::connect::worker::Worker;
+use crate::outcome::{Error, Reason, Retry, Side, Stage};
+
+/// The endpoints that one request or connection has tried.
+pub(super) struct Tried {
+    indices: [usize; Tried::MOST],
+    count: usize,
+    tries: usize,
+    until: Instant,
+    last: Option<Error>,
+}
+
+impl Tried {
+    const MOST: usize = 8;
+
+    pub(super) fn new(worker: &Worker, began: Instant) -> Tried {
+        let tries = (worker.limits.connect_tries as usize).clamp(1, Tried::MOST);
+        let until = began + worker.limits.connect_budget;
+        Tried { indices: [0; Tried::MOST], count: 0, tries, until, last: None }
+    }
+
+    pub(super) fn indices(&self) -> &[usize] {
+        &self.indices[..self.count]
+    }
+
+    /// Why nothing is left to be tried.
+    pub(super) fn last_error(&mut self, view: &View) -> Error {
+        self.last.take().unwrap_or_else(|| unavailable(view))
+    }
+
+    /// Notes a failure; gives back what may be tried elsewhere.
+    pub(super) fn again<T>(&mut self, index: usize, error: Error, what: Option<T>) -> Result<T, Error> {
+        match what {
+            Some(what) if error.retry == Retry::Safe && self.count + 1 < self.tries && Instant::now() < self.until => {
+                self.indices[self.count] = index;
+                self.count += 1;
+                self.last = Some(error);
+                Ok(what)
+            }
+            _ => Err(error),
+        }
+    }
+}
+
+pub(super) fn unavailable(view: &View) -> Error {
+    let detail = match &view.service {
+        Some(service) => format!("{service} has {} endpoints, none can be used", view.endpoints.len()),
+        None => "no endpoint".to_owned(),
+    };
+    Error::upstream(Stage::Balance, Reason::DestinationUnavailable, Retry::Never, detail)
+}
+
+/// Only what the endpoint did wrong counts against it.
+pub(super) fn blame(error: &Error) -> Outcome {
+    match error.side {
+        Side::Upstream => Outcome::ConnectError,
+        Side::Downstream | Side::Own => Outcome::Cancelled,
+    }
+}
