@@ -115,7 +115,7 @@ fn name(bytes: &[u8], at: &mut usize) -> String {
                 if !text.is_empty() {
                     text.push('.');
                 }
-                text += std::str::from_utf8(&bytes[*at..*at + length]).unwrap();
+                text += &String::from_utf8_lossy(&bytes[*at..*at + length]);
                 *at += length;
             }
             _ => {

@@ -89,7 +89,7 @@ fn hostile() -> Vec<(&'static str, Vec<u8>, Option<u8>)> {
         ("class CHAOS", with(plain.len() - 1, 3), Some(4)),
         ("a transfer of a zone", question(9, "shop", 252), Some(5)),
         ("two OPT", with_edns(with_edns(plain.clone(), 512), 512), Some(1)),
-        ("a name of 256 bytes", question(9, &["x".repeat(62); 5].join("."), A), Some(1)),
+        ("a name of 256 bytes", question(9, &vec!["x".repeat(62); 5].join("."), A), Some(1)),
     ];
     all.push(("nothing but 0xFF", vec![0xFF; 4096], None));
     all.push(("nothing but zeros", vec![0; 4096], Some(1)));

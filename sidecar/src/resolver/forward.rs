@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UdpSocket;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -125,7 +125,14 @@ impl Forwarder {
         let _out = self.out(socket.local_addr()?.port(), id);
         socket.send(&message::with_id(query.bytes.to_vec(), id)).await?;
         loop {
-            socket.readable().await?;
+            // That nobody is there is no bytes to read, only an error.
+            if socket.ready(Interest::READABLE | Interest::ERROR).await?.is_error() {
+                if let Some(error) = socket.take_error()? {
+                    return Err(error);
+                }
+                // It is over; this forgets that it was.
+                let _ = socket.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+            }
             let mut buffer = self.buffer.borrow_mut();
             let count = match socket.try_recv(&mut buffer) {
                 Ok(count) => count,

@@ -132,6 +132,13 @@ fn failures_end_within_the_budget_and_say_so() {
     run(async {
         let (gone, silent) = (nobody().await, server(|_| Vec::new()).await);
         let own = "127.0.0.1:9".parse().unwrap();
+        let asked = question("a.b.c");
+        let Entry::Question(query) = message::read(&asked) else { panic!() };
+        for (upstream, expected) in [(silent, Failure::Silence), (gone, Failure::Network), (own, Failure::NoUpstream)] {
+            for transport in [Transport::Udp, Transport::Tcp].into_iter().filter(|_| upstream != silent) {
+                assert_eq!(resolver(&[upstream], |_| {}).forwarder.ask(&query, transport).await, Err(expected));
+            }
+        }
         for upstreams in [&[silent, silent, silent][..], &[gone], &[own]] {
             let resolver = resolver(upstreams, |_| {});
             let begun = std::time::Instant::now();
