@@ -6,6 +6,8 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use outrigger_tests::dns::{self, A, AAAA, By, HTTPS, MX, Message, NameServer, OPT, SOA, question, with_edns};
+use outrigger_tests::namespace::refused;
+use outrigger_tests::pods::{find, run};
 use outrigger_tests::{Application, Mesh, MeshOptions, Sidecar, eventually};
 
 const CLUSTER_IPS: [&str; 2] = ["10.96.0.10", "fd96::10"];
@@ -225,4 +227,19 @@ async fn without_upstreams_and_control_plane_what_is_known_is_answered() {
         (catalog.code == 2 && stock.addresses() == ["10.96.0.11".parse::<IpAddr>().unwrap()]).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn dnspython_reads_it() {
+    let Some(python) = refused(find("python")) else { return };
+    let mesh = mesh().await;
+    let many: Vec<String> = (0..60).map(|last| format!("10.97.0.{last}")).collect();
+    mesh.write("many.yaml", &service("many", &many.iter().map(String::as_str).collect::<Vec<_>>()));
+    let upstream = NameServer::start(|_, asked| Some(dns::answer(asked, 3, &[], 60))).await;
+    let cart = sidecar(&mesh, &[upstream.address]).await;
+    let resolver = cart.address("dns");
+    let mut client = std::process::Command::new(python);
+    client.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/clients/dns_client.py"));
+    client.args([resolver.ip().to_string(), resolver.port().to_string()]);
+    assert_eq!(run(client).await, "ok");
 }

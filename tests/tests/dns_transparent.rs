@@ -6,6 +6,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 
+use outrigger_api::virtual_address::is_virtual;
 use outrigger_tests::dns::{self, NameServer};
 use outrigger_tests::eventually;
 use outrigger_tests::mesh::STRICT;
@@ -64,8 +65,10 @@ async fn run(machine: &Namespace, line: &str) -> (i32, String) {
 /// The addresses that a name has there.
 async fn ahosts(machine: &Namespace, database: &str, name: &str) -> Vec<IpAddr> {
     let (_, said) = run(machine, &format!("getent {database} {name}")).await;
-    let mut all: Vec<IpAddr> =
-        said.lines().map(|line| line.split_whitespace().next().unwrap().parse().unwrap()).collect();
+    let mut all: Vec<IpAddr> = said
+        .lines()
+        .map(|line| line.split_whitespace().next().unwrap().parse::<IpAddr>().unwrap().to_canonical())
+        .collect();
     all.sort();
     all.dedup();
     all
@@ -102,8 +105,9 @@ async fn by_name(families: Families) {
         (ahosts(web, "ahosts", "headless").await == [mesh.address("catalog")]).then_some(())
     })
     .await;
-    let found = ahosts(web, "ahosts", "virtual.shop").await;
-    assert!(found.len() == 2 && found.iter().all(|ip| outrigger_api::virtual_address::is_virtual(*ip)), "{found:?}");
+    // Where a machine has no address of a family but loopback's, C libraries leave that family out when they may.
+    let found = [ahosts(web, "ahosts", "virtual.shop").await, ahosts(web, "hosts", "virtual").await].concat();
+    assert!(!found.is_empty() && found.iter().all(|ip| is_virtual(*ip)), "{found:?}");
     // Nothing of that was asked of anybody else. What is no service is, and answered as ever.
     assert!(upstream.names().is_empty(), "{:?}", upstream.names());
     assert_eq!(ahosts(web, "ahosts", "www.example.org").await, [OUTSIDE.parse::<IpAddr>().unwrap()]);
@@ -118,10 +122,15 @@ async fn by_name(families: Families) {
         let labels = [("destination_workload", "catalog"), ("mtls", "true"), ("code", "200"), ("reason", "")];
         catalog.counts("outrigger_http_requests_total", &labels, f64::from(count)).await;
     }
-    let by_service = |service| [("direction", "outbound"), ("destination_service", service), ("code", "200")];
-    for (service, count) in [("catalog.shop", 1.0), ("headless.shop", 1.0), ("virtual.shop", 2.0)] {
-        eventually(service, async || {
-            (cart.metrics().await.sum("outrigger_http_requests_total", &by_service(service)) == count).then_some(())
+    // An endpoint's own address is of whichever of its services comes first.
+    for (services, count) in [(&["catalog.shop", "headless.shop"][..], 2.0), (&["virtual.shop"], 2.0)] {
+        eventually(&format!("{services:?}"), async || {
+            let metrics = cart.metrics().await;
+            let requests = |service: &&str| {
+                let labels = [("direction", "outbound"), ("destination_service", *service), ("code", "200")];
+                metrics.sum("outrigger_http_requests_total", &labels)
+            };
+            (services.iter().map(requests).sum::<f64>() == count).then_some(())
         })
         .await;
     }
@@ -129,7 +138,9 @@ async fn by_name(families: Families) {
     // The service goes; who remembers its addresses is told so, and nobody dials them.
     std::fs::remove_file(mesh.path("config/service-virtual.yaml")).unwrap();
     eventually("it is gone", async || ahosts(web, "ahosts", "virtual").await.is_empty().then_some(())).await;
-    for ip in found {
+    let both = ["240.240.0.1", "fd3a:94e7:c15b::1"].map(|ip| ip.parse::<IpAddr>().unwrap());
+    assert!(found.iter().all(|ip| both.contains(ip)), "the first that was given: {found:?}");
+    for ip in both {
         let url = format!("http://{}/", SocketAddr::new(ip, 80));
         let (_, said) = run(web, &format!("curl -q -sS --max-time 50 --noproxy * -g -w %{{http_code}} {url}")).await;
         assert!(said.contains("not_registered") && said.ends_with("502"), "{said}");
