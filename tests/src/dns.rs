@@ -174,10 +174,13 @@ pub enum By {
     Tcp,
 }
 
+/// One question as it came, and how.
+pub type Asked = (By, Vec<u8>);
+
 /// A name server. Ends when it is dropped.
 pub struct NameServer {
     pub address: SocketAddr,
-    asked: Arc<Mutex<Vec<(By, Vec<u8>)>>>,
+    asked: Arc<Mutex<Vec<Asked>>>,
     _tasks: JoinSet<()>,
 }
 
@@ -227,7 +230,7 @@ impl NameServer {
     }
 
     /// All questions so far.
-    pub fn asked(&self) -> Vec<(By, Vec<u8>)> {
+    pub fn asked(&self) -> Vec<Asked> {
         self.asked.lock().unwrap().clone()
     }
 

@@ -98,7 +98,7 @@ async fn a_headless_service_is_all_of_its_endpoints() {
     mesh.write("many.yaml", &service("many", &[]));
     let cart = sidecar(&mesh, &["127.0.0.1:9".parse().unwrap()]).await;
     let resolver = cart.address("dns");
-    assert_eq!(ask(resolver, "many", A).await.addresses(), [IpAddr::from([0; 4]); 0]);
+    assert!(ask(resolver, "many", A).await.addresses().is_empty());
     let application = Application::start("many").await;
     let mut endpoints = Vec::new();
     for number in 1..=3u8 {

@@ -10,7 +10,7 @@ use outrigger_runtime::settings::{self, Stop, VARIABLE_PREFIX};
 use outrigger_runtime::stdout;
 
 use super::args::{Args, PrintArgs};
-use super::{INBOUND_PORT, OUTBOUND_PORT, Rules, apply, check, iptables, nft};
+use super::{INBOUND_PORT, OUTBOUND_PORT, RESOLVER_PORT, Rules, apply, check, iptables, nft};
 use crate::config;
 
 const VERBS: &str = "
@@ -33,8 +33,9 @@ pub fn main(
     let rules = |name, argv| rules(name, argv, environment.clone());
     let done = match verb.as_ref().and_then(|verb| verb.to_str()) {
         Some("apply") => rules("outrigger-sidecar redirect apply", argv).map(|rules| {
+            let names = if rules.dns { format!(", questions about names to {RESOLVER_PORT}") } else { String::new() };
             let said = format!(
-                "applied: outbound TCP goes to {OUTBOUND_PORT}, inbound TCP to {INBOUND_PORT} (nftables, table {}); \
+                "applied: outbound TCP goes to {OUTBOUND_PORT}, inbound TCP to {INBOUND_PORT}{names} (nftables, table {}); \
                  `{program} redirect check` asks whether a sidecar answers",
                 nft::TABLE
             );

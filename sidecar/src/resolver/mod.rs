@@ -88,7 +88,8 @@ impl Resolver {
         }
     }
 
-    /// Answers at once what can be. Names that are known never wait for those that are not.
+    /// Answers at once what can be. Names that are known never wait for those that are not, and what finds no place is not
+    /// asked of the control plane either.
     fn admit(self: &Rc<Self>, bytes: &[u8], client: SocketAddr, transport: Transport) -> Step {
         if self.forwarder.is_own(client.port(), message::id(bytes)) {
             self.forwarder.complain_of_loop();
@@ -107,9 +108,9 @@ impl Resolver {
             }
         };
         if let Some(name) = self.service(&query)
-            && let Known::Named(ips) = &*self.directory.destination(&Key::Name(name)).borrow()
+            && let Some(Known::Named(ips)) = self.directory.remembered(&Key::Name(name))
         {
-            return Step::Say(self.answer(&query, ips, transport));
+            return Step::Say(self.answer(&query, &ips, transport));
         }
         if self.in_flight.get() >= self.limits.dns_in_flight {
             self.telemetry.resolved(Resolved::Refused);

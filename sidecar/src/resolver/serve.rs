@@ -43,6 +43,9 @@ pub fn run(
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build_local(tokio::runtime::LocalOptions::default())?;
+    for address in settings.own.iter().filter(|address| !address.ip().is_loopback()) {
+        tracing::warn!(%address, "the resolver answers whoever reaches this address; on loopback it is for this machine alone");
+    }
     let resolver = Rc::new(Resolver::new(settings, directory, telemetry, limits));
     runtime.block_on(async {
         let clients = Rc::new(Cell::new(0));

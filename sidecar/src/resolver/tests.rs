@@ -180,9 +180,10 @@ fn questions_in_flight_are_bounded_and_places_come_back() {
         let resolver = resolver(&[nobody().await], |limits| limits.dns_in_flight = 2);
         let client = "127.0.0.1:1".parse().unwrap();
         let admit = |bytes: &[u8]| resolver.admit(bytes, client, Transport::Udp);
-        let (one, two) = (admit(&question("a.b.c")), admit(&question("a.b.c")));
+        let (one, two) = (admit(&question("one.shop")), admit(&question("two.shop")));
         assert!(matches!((&one, &two), (Step::Wait(_), Step::Wait(_))));
-        let Step::Say(third) = admit(&question("a.b.c")) else { panic!("a third place") };
+        let Step::Say(third) = admit(&question("three.shop")) else { panic!("a third place") };
+        assert!(resolver.directory.known().is_empty(), "nobody was asked yet, and about the third nobody will be");
         assert_eq!(third[3] & 0x0F, 2);
         assert!(matches!(admit(&[0; 5]), Step::Nothing));
         assert_eq!(counted(&resolver, "refused"), "2");
