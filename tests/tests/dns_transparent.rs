@@ -167,3 +167,27 @@ async fn services_by_name_over_ipv4() {
 async fn services_by_name_over_ipv6() {
     by_name(Families::V6).await;
 }
+
+/// The rules know another mark than the sidecar's: what it forwards comes back to it.
+#[tokio::test]
+async fn questions_that_come_back_end_and_are_complained_of() {
+    let Some(mesh) = TransparentMesh::start(under_test!(), Families::V4, &["web"], STRICT).await else { return };
+    mesh.service("catalog", Some("10.96.0.10"), 80, 8080, "").await;
+    let (web, hub) = (mesh.at("web"), mesh.network.hub().v4().into());
+    let upstream = name_server(&mesh, hub);
+    finds_names_at(web, hub);
+    let mut cart = mesh.start_sidecar(web, "web", &["--dns-listen", "127.0.0.1:15053"]);
+    cart.process.ready().await;
+    // The control plane is on the hub and can still be reached.
+    let (code, said) = cart.redirect_command(&["apply", "--mark", "7", "--dns", "--exclude-cidrs", &hub.to_string()]);
+    assert_eq!(code, 0, "{said}");
+    cart.is_ready().await;
+    assert_eq!(run(web, "getent hosts www.example.org").await.0, 2);
+    assert!(cart.process.stderr().contains("the same --mark"), "{}", cart.process.stderr());
+    assert_eq!(ahosts(web, "hosts", "catalog").await, ["10.96.0.10".parse::<IpAddr>().unwrap()]);
+    assert!(upstream.names().is_empty());
+    // Once they fit, all is well.
+    let (code, said) = cart.redirect_command(&["apply", "--mark", MARK, "--dns"]);
+    assert_eq!(code, 0, "{said}");
+    assert_eq!(ahosts(web, "hosts", "www.example.org").await, [OUTSIDE.parse::<IpAddr>().unwrap()]);
+}
