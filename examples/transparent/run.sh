@@ -28,7 +28,7 @@ clean_up() {
         kill "${pids[i]}" 2>/dev/null || true
         wait "${pids[i]}" 2>/dev/null || true
     done
-    umount /etc/hosts 2>/dev/null || true
+    umount /etc/hosts "${resolv_conf:-}" 2>/dev/null || true
     rm -rf "$work"
 }
 trap clean_up EXIT
@@ -82,8 +82,13 @@ machine() {
 
 say "two machines: web, 10.77.0.2, and catalog, 10.77.0.3; catalog.shop is 10.96.0.10, which is nobody's address"
 mount -t tmpfs tmpfs /run
-printf '127.0.0.1 localhost %s\n10.96.0.10 catalog.shop\n' "$(uname -n)" >"$work/hosts"
+# Names: /etc/hosts has none, and at the name server that is given nobody listens.
+printf '127.0.0.1 localhost %s\n' "$(uname -n)" >"$work/hosts"
 mount --bind "$work/hosts" /etc/hosts
+echo 'nameserver 10.77.0.1' >"$work/resolv.conf"
+resolv_conf=$(readlink -m /etc/resolv.conf)
+[ -e "$resolv_conf" ] || { mkdir -p "$(dirname "$resolv_conf")"; : >"$resolv_conf"; }
+mount --bind "$work/resolv.conf" "$resolv_conf"
 ip link set lo up
 ip link add mesh type bridge
 ip addr add 10.77.0.1/24 dev mesh
@@ -102,12 +107,12 @@ sidecar() {
     shift
     (umask 077
     "$outrigger" token create --state "$work/state" --namespace shop --service-account "$machine" "$@" >"$work/$machine.token")
-    start "$machine-sidecar" "$machine" "$outrigger" sidecar run --transparent --mark 1337 \
+    start "$machine-sidecar" "$machine" "$outrigger" sidecar run --transparent --mark 1337 --dns-listen 127.0.0.1:15053 \
         --control-plane 10.77.0.1:15012 --trust-bundle "$work/state/trust-bundle.pem" \
         --namespace shop --service-account "$machine" --name "$machine" "$@" \
         --token-file "$work/$machine.token" --state "$work/$machine" --drain-delay 0s
     ready "$machine-sidecar"
-    on "$machine" "$outrigger" sidecar redirect apply --mark 1337
+    on "$machine" "$outrigger" sidecar redirect apply --mark 1337 --dns
 }
 sidecar catalog --label app=catalog
 sidecar web
@@ -117,8 +122,19 @@ wait_for catalog on catalog curl -sf http://127.0.0.1:8080/
 say "on web: outrigger sidecar redirect check"
 on web "$outrigger" sidecar redirect check
 
+say "on web: getent hosts catalog catalog.shop.svc.cluster.local tea"
+names=$(on web getent ahosts catalog && on web getent hosts catalog.shop.svc.cluster.local && on web getent ahosts tea)
+echo "$names"
+expect '^10.96.0.10 ' "$names"
+expect '^240.240.0.1 ' "$names"
+
 say "on web: curl http://catalog.shop/tea"
 answer=$(on web curl -sS --noproxy '*' --fail http://catalog.shop/tea)
+echo "$answer"
+expect 'called by spiffe://outrigger.local/ns/shop/sa/web' "$answer"
+
+say "on web: curl http://tea/, a service that has no address but the mesh's"
+answer=$(on web curl -sS --noproxy '*' --fail http://tea/)
 echo "$answer"
 expect 'called by spiffe://outrigger.local/ns/shop/sa/web' "$answer"
 
@@ -128,7 +144,7 @@ if curl -sS --noproxy '*' http://10.77.0.3:8080/tea; then fail "plaintext was le
 say "on catalog: curl http://127.0.0.1:15020/metrics | grep outrigger_http_requests_total"
 metrics=$(on catalog curl -sS --noproxy '*' http://127.0.0.1:15020/metrics | grep '^outrigger_http_requests_total')
 echo "$metrics"
-expect '{direction="inbound".*source_workload="web".*mtls="true".*} 1$' "$metrics"
+expect '{direction="inbound".*source_workload="web".*mtls="true".*} 2$' "$metrics"
 
 if [ "${1:-}" = --shell ]; then
     say "a shell on web: try curl http://catalog.shop/, or outrigger sidecar redirect remove; exit ends it all"
@@ -139,6 +155,7 @@ say "undone: outrigger sidecar redirect remove"
 for machine in web catalog; do
     on "$machine" "$outrigger" sidecar redirect remove
     [ -z "$(on "$machine" nft list ruleset)" ] || fail "something is left on $machine"
+    ! on "$machine" ip route show table all | grep -q 240.240 || fail "a route is left on $machine"
 done
 
 say "everything was as it should be"

@@ -15,5 +15,6 @@ pub mod outcome;
 pub mod policy;
 pub mod protocol;
 pub mod redirect;
+pub mod resolver;
 pub mod telemetry;
 pub mod tls;

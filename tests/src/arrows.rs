@@ -30,7 +30,7 @@ const ROWS: [Rows; 2] = [
             &["discovery"],
             &["connect"],
             &["protocol"],
-            &["inbound", "outbound"],
+            &["inbound", "outbound", "resolver"],
             &["admin"],
             &["app"],
             &["main"],

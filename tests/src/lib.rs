@@ -5,6 +5,7 @@
 pub mod application;
 pub mod arrows;
 pub mod collector;
+pub mod dns;
 pub mod eventually;
 pub mod grpc;
 pub mod mesh;

@@ -52,6 +52,8 @@ impl<'a> SidecarBuilder<'a> {
             outbound: Vec::new(),
             http_proxy: None,
             http_proxy_allow: Vec::new(),
+            dns_listen: None,
+            dns_upstream: Vec::new(),
             transparent: false,
             mark: None,
             workers: 1,
@@ -191,6 +193,8 @@ impl<'a> SidecarBuilder<'a> {
         config.outbound.iter().for_each(|one| flag("outbound", format!("{}={}", one.listen, one.destination)));
         config.http_proxy.iter().for_each(|address| flag("http-proxy", address.to_string()));
         config.mark.iter().for_each(|mark| flag("mark", mark.to_string()));
+        config.dns_listen.iter().for_each(|address| flag("dns-listen", address.to_string()));
+        config.dns_upstream.iter().for_each(|address| flag("dns-upstream", address.to_string()));
         flag("admin-listen", config.admin_listen.to_string());
         flag("metrics-listen", config.metrics_listen.to_string());
         flag("health-listen", config.health_listen.to_string());

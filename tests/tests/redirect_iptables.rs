@@ -60,7 +60,9 @@ async fn the_script_redirects_and_undoes_it() {
             "{path} iptables -t nat -A OUTPUT -p tcp --dport 9 -j REDIRECT --to-ports 10; ip6tables -t nat -N THEIRS"
         ));
         let before = saved();
-        let flags = "--mark 7 --exclude-outbound-ports 5432 --exclude-cidrs 198.51.100.0/24,2001:db8::/32";
+        let flags = "--mark 7 --exclude-outbound-ports 5432 --exclude-cidrs 198.51.100.0/24,2001:db8::/32 --dns";
+        let routes = || web.run("ip route show table local; ip -6 route show table local");
+        let no_routes = routes();
         let run = script(web, flags);
         web.run(&format!("{path} {run} remove"));
         assert_eq!(saved(), before, "{which}: nothing to remove is no mistake");
@@ -69,6 +71,16 @@ async fn the_script_redirects_and_undoes_it() {
         assert_ne!(once, before);
         web.run(&format!("{path} {run} apply"));
         assert_eq!(saved(), once, "{which}: twice is once");
+
+        for address in ["240.240.0.9:80", "[fd3a:94e7:c15b::9]:80"].map(|text| text.parse().unwrap()) {
+            assert_eq!(ask(web, address).await.unwrap(), format!("outbound {address}"), "{which}: a virtual address");
+        }
+        let run_without = script(web, "--mark 7");
+        web.run(&format!("{path} {run_without}"));
+        assert_eq!(routes(), no_routes, "{which}: no names, no routes");
+        let run = script(web, flags);
+        web.run(&format!("{path} {run}"));
+        assert_ne!(routes(), no_routes);
 
         let path_there = kind(catalog, which);
         let run_there = script(catalog, "--exclude-inbound-ports 9100");
@@ -95,7 +107,7 @@ async fn the_script_redirects_and_undoes_it() {
         // The check does not care who made the rules.
         assert_eq!(check(web).await, Some(4), "{which}: the stand-in is no sidecar");
         web.run(&format!("{path} {run} remove"));
-        assert_eq!(saved(), before, "{which}");
+        assert_eq!((saved(), routes()), (before, no_routes), "{which}");
         assert_eq!(check(web).await, Some(3), "{which}");
         assert!(web.try_run(&format!("{path} {run} aply")).unwrap_err().contains("usage"));
     }

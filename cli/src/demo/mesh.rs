@@ -224,6 +224,8 @@ impl Launch<'_> {
             outbound: outbound.collect::<Result<_, DemoError>>()?,
             http_proxy: None,
             http_proxy_allow: Vec::new(),
+            dns_listen: None,
+            dns_upstream: Vec::new(),
             transparent: false,
             mark: None,
             workers: 1,

@@ -11,6 +11,7 @@ use crate::admin::ForOperators;
 use crate::config::{Config, INBOUND_PORT, OUTBOUND_PORT};
 use crate::connection::Direction;
 use crate::net::{self, SocketOptions};
+use crate::resolver;
 
 /// What is bound before anything runs.
 pub(super) struct Bound {
@@ -18,6 +19,8 @@ pub(super) struct Bound {
     pub(super) listening: Vec<(String, SocketAddr)>,
     pub(super) data: Vec<DataListener>,
     pub(super) operators: ForOperators,
+    /// Of the resolver; none: it was not asked for.
+    pub(super) names: Vec<resolver::Listener>,
 }
 
 /// A listener of the data path, open once per worker.
@@ -61,7 +64,11 @@ pub(super) fn bind(config: &Config, options: &SocketOptions) -> io::Result<Bound
     if let Some(proxy) = config.http_proxy {
         one("http-proxy".to_owned(), proxy, Purpose::Proxy { allow: config.http_proxy_allow.clone().into() })?;
     }
-    Ok(Bound { listening: binding.listening, data, operators })
+    let names = match config.dns_listen {
+        Some(listen) => binding.names(listen, config.transparent)?,
+        None => Vec::new(),
+    };
+    Ok(Bound { listening: binding.listening, data, operators, names })
 }
 
 /// Where redirect rules lead. What the application sends is redirected in OUTPUT and arrives on loopback, whatever it
@@ -115,6 +122,56 @@ impl Binding<'_> {
         }
         let families = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
         Ok(self.present(name, families, address.port(), 1)?.into_iter().flat_map(|(_, sockets)| sockets).collect())
+    }
+
+    /// The resolver's. `both`: with redirect rules a question comes to loopback of the family of whom it was for.
+    fn names(&mut self, address: SocketAddr, both: bool) -> io::Result<Vec<resolver::Listener>> {
+        let other: Option<IpAddr> = match address.ip() {
+            _ if !both => None,
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Some(Ipv6Addr::UNSPECIFIED.into()),
+            IpAddr::V4(ip) if ip.is_loopback() => Some(Ipv6Addr::LOCALHOST.into()),
+            IpAddr::V6(Ipv6Addr::LOCALHOST) => Some(Ipv4Addr::LOCALHOST.into()),
+            IpAddr::V4(_) | IpAddr::V6(_) => None,
+        };
+        let first = self.both_transports(address)?;
+        let port = first.tcp.local_addr()?.port();
+        let mut all = vec![first];
+        if let Some(other) = other {
+            match self.both_transports(SocketAddr::new(other, port)) {
+                Ok(listener) => all.push(listener),
+                Err(error) if net::is_absent(&error) => {
+                    tracing::debug!(ip = %other, "this network namespace has no such address; no resolver listens there");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(all)
+    }
+
+    /// UDP and TCP at one port.
+    fn both_transports(&mut self, address: SocketAddr) -> io::Result<resolver::Listener> {
+        let mut tries = if address.port() == 0 { 8 } else { 1 };
+        loop {
+            let (bound, tcp) = self.open("dns", address, 1)?;
+            tries -= 1;
+            match (net::bind_udp(bound), tcp.into_iter().next()) {
+                (Ok(udp), Some(tcp)) => return Ok(resolver::Listener { udp, tcp }),
+                // The port that TCP got is somebody's for UDP; another one will do.
+                (Err(error), _) if tries > 0 && error.kind() == io::ErrorKind::AddrInUse => {
+                    self.listening.pop();
+                }
+                (Err(error), _) if error.kind() == io::ErrorKind::AddrInUse => {
+                    let message = format!(
+                        "cannot listen on {bound} (dns, UDP): the port is in use; end what holds it or choose another"
+                    );
+                    return Err(io::Error::new(error.kind(), message));
+                }
+                (Err(error), _) => {
+                    return Err(io::Error::new(error.kind(), format!("cannot listen on {bound} (dns, UDP): {error}")));
+                }
+                (Ok(_), None) => return Err(io::ErrorKind::AddrNotAvailable.into()),
+            }
+        }
     }
 
     /// Opens those of the addresses that this network namespace has, all at one port.

@@ -35,6 +35,7 @@ use crate::connection::{Places, Table};
 use crate::discovery::{Directory, Lease};
 use crate::identity::IdentityStatus;
 use crate::net::SocketOptions;
+use crate::resolver;
 use crate::telemetry::{self, Telemetry};
 use crate::tls::{Clock, Tls};
 
@@ -126,6 +127,18 @@ impl Sidecar {
             config: Arc::new(admin::ConfigView::new(&config)),
         };
         let budget = Budget { delay: config.drain_delay, total: limits.drain_total };
+        let names = resolver::Settings {
+            namespace: config.namespace.clone(),
+            upstreams: config.dns_upstream.clone(),
+            mark: config.mark,
+            own: bound.names.iter().filter_map(|listener| listener.tcp.local_addr().ok()).collect(),
+        };
+        if !bound.names.is_empty() {
+            let (listeners, directory, telemetry) = (bound.names, directory.clone(), telemetry.clone());
+            let (limits, drain) = (limits.clone(), drain.handle());
+            let run = move || resolver::run(names, listeners, directory, telemetry, limits, drain);
+            threads.push(thread("resolver", &ending, run)?);
+        }
         let control = Control {
             config,
             tls,

@@ -75,9 +75,13 @@ pub struct Args {
     /// /ready and /live [default: 127.0.0.1:15021, with --transparent port 15021 of all addresses]
     #[arg(long, value_name = "ADDR:PORT")]
     pub health_listen: Option<SocketAddr>,
-    /// Not in this version
+    /// Answer names of services at this address, UDP and TCP, and forward all others; 127.0.0.1:15053 for `redirect apply
+    /// --dns`, with --transparent on loopback of both families
     #[arg(long, value_name = "ADDR:PORT")]
     pub dns_listen: Option<SocketAddr>,
+    /// Forward other names to this server [default: those of /etc/resolv.conf]; may be repeated
+    #[arg(long, value_name = "ADDR[:PORT]", value_parser = value::name_server)]
+    pub dns_upstream: Vec<SocketAddr>,
     /// Directory in which the certificate and the last good snapshot survive a restart
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,

@@ -17,11 +17,18 @@ const HEALTH_PORT: u16 = 15021;
 
 /// None when something required is absent, which has then been reported.
 pub(super) fn check(args: Args, processors: usize, mistakes: &mut Mistakes) -> Option<Config> {
-    if let Some(listen) = args.dns_listen {
-        mistakes.add("dns-listen", listen, "the resolver is not in this version: use --outbound and --http-proxy");
-    }
     addresses(&args, mistakes);
     proxy(&args, mistakes);
+    if let Some(upstream) = args.dns_upstream.first()
+        && args.dns_listen.is_none()
+        && !mistakes.was_given("dns-listen")
+    {
+        mistakes.add(
+            "dns-upstream",
+            upstream,
+            "nothing is forwarded without a resolver: add --dns-listen 127.0.0.1:15053",
+        );
+    }
     if args.token_file.is_none() && args.state.is_none() && !given(mistakes, &["token-file", "state"]) {
         mistakes.missing("token-file", "is required unless --state holds a certificate from an earlier run");
     }
@@ -61,6 +68,8 @@ pub(super) fn check(args: Args, processors: usize, mistakes: &mut Mistakes) -> O
         admin_listen: args.admin_listen,
         metrics_listen,
         health_listen,
+        dns_listen: args.dns_listen,
+        dns_upstream: args.dns_upstream,
         state: args.state,
         drain_delay: args.drain_delay,
         log: args.log,
@@ -107,6 +116,7 @@ fn listeners(args: &Args) -> Vec<Listener> {
         let everywhere = (Ipv4Addr::UNSPECIFIED, INBOUND_PORT).into();
         all.push(Listener { long: "transparent", address: everywhere, spelled: "true".to_owned() });
     }
+    all.extend(args.dns_listen.map(|address| one("dns-listen", address)));
     all.extend(args.http_proxy.map(|address| one("http-proxy", address)));
     all.extend(args.inbound.iter().map(|inbound| Listener {
         long: "inbound",

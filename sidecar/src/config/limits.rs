@@ -109,6 +109,20 @@ pub struct Limits {
     /// Read-ahead of an opaque connection, each direction.
     pub copy_buffer: usize,
 
+    // --- Names ------------------------------------------------------------------------------------------------
+    /// Questions that wait for the control plane or an upstream; the next one is answered that it failed.
+    pub dns_in_flight: usize,
+    /// Clients that ask by TCP; the next one is closed.
+    pub dns_tcp_clients: usize,
+    /// The longest that a TCP client may take to ask or to take its answer.
+    pub dns_tcp_idle: Duration,
+    /// How long one upstream is waited for ...
+    pub dns_server_timeout: Duration,
+    /// ... and all of them together.
+    pub dns_budget: Duration,
+    /// How long the control plane is waited for when a name is asked for the first time.
+    pub dns_first_answer: Duration,
+
     // --- Process ----------------------------------------------------------------------------------------------
     /// Share of the memory limit (percent) at which new connections are refused ...
     pub memory_refuse_percent: u32,
@@ -185,6 +199,13 @@ impl Default for Limits {
             user_timeout: Duration::from_secs(30),
             copy_buffer: 64 * KIB,
 
+            dns_in_flight: 256,
+            dns_tcp_clients: 64,
+            dns_tcp_idle: Duration::from_secs(10),
+            dns_server_timeout: Duration::from_secs(2),
+            dns_budget: Duration::from_secs(5),
+            dns_first_answer: Duration::from_millis(500),
+
             memory_refuse_percent: 90,
             memory_accept_percent: 80,
             drain_total: Duration::from_secs(30),
@@ -236,6 +257,7 @@ mod tests {
         assert!(limits.h2_stream_window <= limits.h2_connection_window);
         assert!(limits.memory_accept_percent < limits.memory_refuse_percent);
         assert!(limits.renew_retry_first < limits.renew_retry_longest);
+        assert!(limits.dns_server_timeout < limits.dns_budget);
         assert!(limits.reconnect_shortest < limits.reconnect_longest);
     }
 }

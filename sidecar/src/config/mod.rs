@@ -61,6 +61,10 @@ pub struct Config {
     pub admin_listen: SocketAddr,
     pub metrics_listen: SocketAddr,
     pub health_listen: SocketAddr,
+    /// Where names are resolved, if they are.
+    pub dns_listen: Option<SocketAddr>,
+    /// Whom other names are forwarded to; none: whom /etc/resolv.conf names.
+    pub dns_upstream: Vec<SocketAddr>,
     /// Directory for the last good snapshot and certificate; without it nothing survives a restart.
     pub state: Option<PathBuf>,
     /// How long connections are still accepted after SIGTERM; at most [`Limits::drain_total`].

@@ -42,6 +42,8 @@ pub enum ValueError {
     Application,
     #[error("expected LISTEN=SERVICE:PORT, as in 127.0.0.1:7001=catalog.shop:80")]
     Outbound,
+    #[error("expected ADDR or ADDR:PORT of a name server, as in 10.0.0.2, 10.0.0.2:53 or [fd00::53]:53")]
+    NameServer,
     #[error(transparent)]
     Duration(#[from] go_duration::DurationError),
 }
@@ -134,6 +136,14 @@ pub(super) fn outbound(text: &str) -> Result<UnqualifiedOutbound, ValueError> {
     Ok(UnqualifiedOutbound { listen, destination: destination.to_owned() })
 }
 
+/// Names are asked at port 53 unless another one is given.
+pub(super) fn name_server(text: &str) -> Result<SocketAddr, ValueError> {
+    let address = text.parse::<SocketAddr>().or_else(|_| text.parse().map(|ip: IpAddr| SocketAddr::new(ip, 53)));
+    let usable =
+        |address: &SocketAddr| address.port() != 0 && !address.ip().is_unspecified() && !address.ip().is_multicast();
+    address.ok().filter(usable).ok_or(ValueError::NameServer)
+}
+
 pub(super) fn duration(text: &str) -> Result<Duration, ValueError> {
     Ok(go_duration::parse(text)?)
 }
@@ -175,6 +185,23 @@ mod tests {
             assert!(key_and_value(text).is_err(), "{text}");
         }
         assert!(key_and_value(&format!("{}=x", "a".repeat(64))).is_err());
+    }
+
+    #[test]
+    fn name_servers() {
+        for (text, address) in [
+            ("10.0.0.2", "10.0.0.2:53"),
+            ("10.0.0.2:54", "10.0.0.2:54"),
+            ("fd00::53", "[fd00::53]:53"),
+            ("[::1]:5", "[::1]:5"),
+        ] {
+            assert_eq!(name_server(text).unwrap().to_string(), address);
+        }
+        for text in
+            ["", "dns.example", "10.0.0.2:0", "10.0.0.2:", "0.0.0.0", "[::]:53", "224.0.0.251", "10.0.0.2,10.0.0.3"]
+        {
+            assert_eq!(name_server(text), Err(ValueError::NameServer), "{text}");
+        }
     }
 
     #[test]

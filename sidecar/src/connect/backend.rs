@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use outrigger_api::name::{Protocol, ServiceName, ServicePort};
 use outrigger_api::snapshot::{Destination, Endpoint, EndpointTls, Key, LoadBalancer};
+use outrigger_api::virtual_address::is_virtual;
 use rustls_pki_types::ServerName;
 use tokio::sync::watch;
 
@@ -148,6 +149,13 @@ impl View {
     /// A destination that nobody registered: its own address, plaintext, if the mesh allows that.
     fn passthrough(worker: &Worker, key: &Key, previous: Option<&View>) -> Result<View, Error> {
         let address = match key {
+            // Nobody is there, and what somebody remembers of it must not go astray.
+            Key::Address(address) if is_virtual(address.ip()) => {
+                let detail = format!(
+                    "{key} is a virtual address whose service is gone, or never had it: resolve the service's name again"
+                );
+                return Err(Error::own(Stage::Lookup, Reason::NotRegistered, detail));
+            }
             Key::Address(address) if !worker.registry_only() => *address,
             Key::Address(_) => {
                 let detail = format!("{key} is not registered and outbound.mode is RegistryOnly");

@@ -137,6 +137,14 @@ impl Directory {
         self.subscribe(key, now)
     }
 
+    /// What is known of a destination that was asked for before. Unlike [`Directory::destination`] it never subscribes.
+    pub fn remembered(&self, key: &Key) -> Option<Known> {
+        let destinations = self.0.destinations.read().unwrap_or_else(PoisonError::into_inner);
+        let entry = destinations.get(key)?;
+        entry.used.store(self.millis(), Ordering::Relaxed);
+        Some(entry.known.borrow().clone())
+    }
+
     fn subscribe(&self, key: &Key, now: u64) -> watch::Receiver<Known> {
         if *key == Key::Own {
             return self.0.untold.subscribe();

@@ -6,5 +6,5 @@ mod socket;
 mod stream;
 
 pub use original_dst::OriginalDst;
-pub use socket::{SocketOptions, check_mark, connect, connect_marked, is_absent, is_local, is_taken, listen};
+pub use socket::{SocketOptions, bind_udp, check_mark, connect, connect_marked, is_absent, is_local, is_taken, listen};
 pub use stream::Stream;

@@ -55,6 +55,17 @@ pub fn listen(address: SocketAddr, options: &SocketOptions) -> io::Result<std::n
     open().map_err(|error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
 }
 
+/// Opens a UDP socket that nobody shares.
+pub fn bind_udp(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
+
 /// Whether this process may set a mark: else every socket that needs one would fail, later and one by one.
 pub fn check_mark(mark: u32) -> io::Result<()> {
     let set = |domain| Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?.set_mark(mark);

@@ -1,8 +1,10 @@
-//! The thin part: feeds a script to `nft`, and says in the user's words why it could not. nft applies all of a script or
-//! nothing, so a failure leaves what was there.
+//! The thin part: feeds a script to `nft`, adds or takes away the routes, and says in the user's words why it could not. nft
+//! applies all of a script or nothing, and routes that were added are taken back then, so a failure leaves what was there.
 
 use std::io::{ErrorKind, Write};
 use std::process::{Command, Stdio};
+
+use super::{Rules, nft, routes};
 
 /// Why nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -28,10 +30,30 @@ pub(super) enum Error {
     NotInKernel(String),
     #[error("nft refused the rules, which `outrigger-sidecar redirect print` shows: {0}. Nothing was changed.")]
     Refused(String),
+    #[error("{0}. Nothing was changed.")]
+    Routes(routes::Error),
+    #[error("{0}. The rules are as they were asked for; only the routes are still there, and do no harm.")]
+    RoutesLeft(routes::Error),
+}
+
+/// Puts the rules in force, and with `--dns` the routes that go with them; after an error everything is as it was.
+pub(super) fn apply(rules: &Rules) -> Result<(), Error> {
+    let added = if rules.dns { routes::add().map_err(Error::Routes)? } else { Vec::new() };
+    feed(&nft::script(rules)).inspect_err(|_| routes::take_back(&added))?;
+    if !rules.dns {
+        routes::remove().map_err(Error::RoutesLeft)?;
+    }
+    Ok(())
+}
+
+/// Takes away what [`apply`] did, this time or another.
+pub(super) fn remove() -> Result<(), Error> {
+    feed(&nft::removal())?;
+    routes::remove().map_err(Error::RoutesLeft)
 }
 
 /// Runs `nft -f -`.
-pub(super) fn feed(script: &str) -> Result<(), Error> {
+fn feed(script: &str) -> Result<(), Error> {
     let mut nft = Command::new("nft");
     // Its words are read below, so they have to be in one language.
     nft.args(["-f", "-"]).env("LC_ALL", "C").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());

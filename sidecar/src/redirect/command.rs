@@ -10,7 +10,7 @@ use outrigger_runtime::settings::{self, Stop, VARIABLE_PREFIX};
 use outrigger_runtime::stdout;
 
 use super::args::{Args, PrintArgs};
-use super::{INBOUND_PORT, OUTBOUND_PORT, Rules, apply, check, iptables, nft};
+use super::{INBOUND_PORT, OUTBOUND_PORT, RESOLVER_PORT, Rules, apply, check, iptables, nft};
 use crate::config;
 
 const VERBS: &str = "
@@ -33,15 +33,16 @@ pub fn main(
     let rules = |name, argv| rules(name, argv, environment.clone());
     let done = match verb.as_ref().and_then(|verb| verb.to_str()) {
         Some("apply") => rules("outrigger-sidecar redirect apply", argv).map(|rules| {
+            let names = if rules.dns { format!(", questions about names to {RESOLVER_PORT}") } else { String::new() };
             let said = format!(
-                "applied: outbound TCP goes to {OUTBOUND_PORT}, inbound TCP to {INBOUND_PORT} (nftables, table {}); \
+                "applied: outbound TCP goes to {OUTBOUND_PORT}, inbound TCP to {INBOUND_PORT}{names} (nftables, table {}); \
                  `{program} redirect check` asks whether a sidecar answers",
                 nft::TABLE
             );
-            feed(program, &nft::script(&rules), &said)
+            told(program, apply::apply(&rules), &said)
         }),
         Some("remove") => rules("outrigger-sidecar redirect remove", argv)
-            .map(|_| feed(program, &nft::removal(), &format!("removed: table {} of nftables", nft::TABLE))),
+            .map(|_| told(program, apply::remove(), &format!("removed: table {} of nftables", nft::TABLE))),
         Some("print") => print(argv, environment.clone()),
         Some("check") => rules("outrigger-sidecar redirect check", argv).map(|_| checked(program)),
         Some("--help" | "-h") => {
@@ -74,8 +75,8 @@ fn print(argv: impl Iterator<Item = OsString>, environment: Variables) -> Result
     Ok(ExitCode::SUCCESS)
 }
 
-fn feed(program: &str, script: &str, said: &str) -> ExitCode {
-    match apply::feed(script) {
+fn told(program: &str, done: Result<(), apply::Error>, said: &str) -> ExitCode {
+    match done {
         Ok(()) => {
             stdout::say(said);
             ExitCode::SUCCESS

@@ -2,9 +2,13 @@
 //! do. Each family is changed by one iptables-restore, which takes all of its input or nothing. Pure.
 
 use std::fmt::{Display, Write};
+use std::net::IpAddr;
+
+use outrigger_api::virtual_address::{IPV4_NETWORK, IPV6_NETWORK};
 
 use super::probe::{EXEMPT_PORT, PROBE_PORT, PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT};
-use super::{INBOUND_PORT, NEVER_REDIRECTED, OUTBOUND_PORT, Own, RESOLVER_PORT, Rules};
+
+use super::{INBOUND_PORT, NEVER_REDIRECTED, OUTBOUND_PORT, Own, RESOLVER_PORT, Rules, routes};
 
 const HEAD: &str = r#"#!/bin/sh
 # Outrigger: brings this network namespace's TCP connections to the sidecar, by iptables and ip6tables.
@@ -51,9 +55,21 @@ has_v6() {
     [ -e /proc/net/if_inet6 ]
 }
 
+# The routes to virtual addresses of services, which stand beside the rules of --dns, and alone do no harm.
+routes() {
+    ADD4
+    ! grep -qs ' lo$' /proc/net/if_inet6 || ADD6
+}
+
+no_routes() {
+    DEL4 2>/dev/null || :
+    DEL6 2>/dev/null || :
+}
+
 case "${1:-apply}" in
 apply) ;;
 remove)
+    no_routes
     remove iptables
     ! has_v6 || remove ip6tables
     exit
@@ -67,16 +83,23 @@ esac
 
 /// What `print --iptables` prints.
 pub(super) fn script(rules: &Rules) -> String {
+    let [[add4, add6], [del4, del6]] = ["replace", "del"].map(routes::commands);
     let mut text = HEAD.to_owned();
-    let v4 = family(rules, PROBE_V4.ip(), &rules.exclude_v4);
-    let v6 = family(rules, PROBE_V6.ip(), &rules.exclude_v6);
+    for (place, command) in [("ADD4", add4), ("ADD6", add6), ("DEL4", del4), ("DEL6", del6)] {
+        text = text.replace(place, &command);
+    }
+    text += if rules.dns { "\nroutes\n" } else { "\nno_routes\n" };
+    let network = |(ip, prefix): (IpAddr, u8)| format!("{ip}/{prefix}");
+    let (ours4, ours6) = ((IPV4_NETWORK.0.into(), IPV4_NETWORK.1), (IPV6_NETWORK.0.into(), IPV6_NETWORK.1));
+    let v4 = family(rules, PROBE_V4.ip(), &network(ours4), &rules.exclude_v4);
+    let v6 = family(rules, PROBE_V6.ip(), &network(ours6), &rules.exclude_v6);
     let _ = write!(text, "\napply iptables <<'RULES'\n{v4}RULES\n");
     let _ = write!(text, "\nhas_v6 || exit 0\napply ip6tables <<'RULES'\n{v6}RULES\n");
     text
 }
 
-/// One family's rules; `probe` and `excluded` are of that family.
-fn family(rules: &Rules, probe: impl Display, excluded: &[impl Display]) -> String {
+/// One family's rules; `probe`, `virtual_network` and `excluded` are of that family.
+fn family(rules: &Rules, probe: impl Display, virtual_network: &str, excluded: &[impl Display]) -> String {
     let mut out = Chain { name: "OUTRIGGER_OUTBOUND", text: String::new() };
     out.comment("What is opened here. The first rule that says RETURN leaves a connection alone.");
     out.comment("Connections that were there before these rules go on.");
@@ -97,6 +120,8 @@ fn family(rules: &Rules, probe: impl Display, excluded: &[impl Display]) -> Stri
         out.comment("--dns: questions about names, to servers on loopback as well.");
         out.rule(format_args!("-p udp --dport 53 -j REDIRECT --to-ports {RESOLVER_PORT}"));
         out.rule(format_args!("-p tcp --dport 53 -j REDIRECT --to-ports {RESOLVER_PORT}"));
+        out.comment("--dns: virtual addresses of services, which are nobody's on any network.");
+        out.rule(format_args!("-d {virtual_network} -p tcp -j REDIRECT --to-ports {OUTBOUND_PORT}"));
     }
     out.comment("What stays on this machine: loopback and its own addresses.");
     out.rule("-o lo -j RETURN");

@@ -9,6 +9,7 @@ mod command;
 mod iptables;
 mod nft;
 mod probe;
+mod routes;
 
 pub use args::Args;
 pub use command::{main, variables_of_run};

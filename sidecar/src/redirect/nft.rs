@@ -3,8 +3,11 @@
 
 use std::fmt::{Display, Write};
 
+use outrigger_api::virtual_address::{IPV4_NETWORK, IPV6_NETWORK};
+
 use super::probe::{EXEMPT_PORT, PROBE_PORT, PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT};
-use super::{INBOUND_PORT, NEVER_REDIRECTED, OUTBOUND_PORT, Own, RESOLVER_PORT, Rules};
+
+use super::{INBOUND_PORT, NEVER_REDIRECTED, OUTBOUND_PORT, Own, RESOLVER_PORT, Rules, routes};
 
 /// Our table; everything that we put into the packet filter is in it.
 pub(super) const TABLE: &str = "inet outrigger";
@@ -14,6 +17,10 @@ pub(super) fn script(rules: &Rules) -> String {
     let mut text = String::new();
     text += "# Outrigger: brings this network namespace's TCP connections to the sidecar, IPv4 and IPv6.\n";
     text += "# One transaction for `nft -f -`: the table is taken away, if it is there, and made anew.\n";
+    if rules.dns {
+        text += "# Beside them stand the routes to virtual addresses, which `apply` adds and `remove` takes away:\n";
+        routes::commands("replace").iter().for_each(|command| text += &format!("#   {command}\n"));
+    }
     text += &removal();
     let _ = write!(text, "\ntable {TABLE} {{\n{}\n{}}}\n", outbound(rules), inbound(rules));
     text
@@ -50,6 +57,10 @@ fn outbound(rules: &Rules) -> String {
         chain.comment("--dns: questions about names, to servers on loopback as well.");
         chain.rule(format_args!("udp dport 53 redirect to :{RESOLVER_PORT}"));
         chain.rule(format_args!("tcp dport 53 redirect to :{RESOLVER_PORT}"));
+        chain.comment("--dns: virtual addresses of services, which are nobody's on any network.");
+        let ((v4, v4_prefix), (v6, v6_prefix)) = (IPV4_NETWORK, IPV6_NETWORK);
+        chain.rule(format_args!("ip daddr {v4}/{v4_prefix} meta l4proto tcp redirect to :{OUTBOUND_PORT}"));
+        chain.rule(format_args!("ip6 daddr {v6}/{v6_prefix} meta l4proto tcp redirect to :{OUTBOUND_PORT}"));
     }
     chain.comment("What stays on this machine: loopback and its own addresses.");
     chain.rule("oifname \"lo\" return");

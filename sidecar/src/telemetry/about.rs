@@ -127,6 +127,11 @@ pub(super) const DETECT: About = About {
     help: "Connections on undeclared ports whose protocol was decided.",
     labels: &["outcome"],
 };
+pub(super) const DNS: About = About {
+    name: "outrigger_dns_queries_total",
+    help: "Questions about names that the resolver was asked.",
+    labels: &["outcome"],
+};
 pub(super) const SPANS_EXPORTED: About =
     About { name: "outrigger_spans_exported_total", help: "Spans that the collector took.", labels: &[] };
 pub(super) const ACCEPT_FAILURES: About = About {
@@ -156,7 +161,7 @@ pub(super) const ACCESS_LOG_DROPPED: About = About {
 };
 
 /// All metrics of this module.
-pub(super) const ALL: [&About; 21] = [
+pub(super) const ALL: [&About; 22] = [
     &HTTP_REQUESTS,
     &HTTP_DURATION,
     &HTTP_REQUEST_BYTES,
@@ -172,6 +177,7 @@ pub(super) const ALL: [&About; 21] = [
     &CONTROL_PLANE_CONNECTED,
     &SNAPSHOT_AGE,
     &DETECT,
+    &DNS,
     &SPANS_EXPORTED,
     &SPANS_DROPPED,
     &ACCESS_LOG_DROPPED,

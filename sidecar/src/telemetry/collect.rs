@@ -11,12 +11,12 @@ use prometheus::proto::{self, MetricFamily, MetricType};
 
 use super::about::{
     ACCEPT_FAILURES, ACCESS_LOG_DROPPED, ALL, About, CERTIFICATE_EXPIRY, CONNECTIONS_REFUSED, CONTROL_PLANE_CONNECTED,
-    DETECT, GRPC_MESSAGES, HTTP_DURATION, HTTP_REQUEST_BYTES, HTTP_REQUESTS, HTTP_RESPONSE_BYTES, IN_FLIGHT,
+    DETECT, DNS, GRPC_MESSAGES, HTTP_DURATION, HTTP_REQUEST_BYTES, HTTP_REQUESTS, HTTP_RESPONSE_BYTES, IN_FLIGHT,
     MEMORY_PRESSURE, SNAPSHOT_AGE, SPANS_DROPPED, SPANS_EXPORTED, TCP_CLOSED, TCP_DURATION, TCP_OPENED, TCP_RECEIVED,
     TCP_SENT,
 };
 use super::edge::{BUCKETS, Edge, Edges, Observations, Outcome, TcpCounters};
-use super::labels::{Detected, OVERFLOW, WireProtocol};
+use super::labels::{Detected, OVERFLOW, Resolved, WireProtocol};
 
 /// Everything that is measured in this process.
 #[derive(Debug)]
@@ -29,6 +29,8 @@ pub(super) struct Metrics {
     pub snapshot_confirmed: AtomicI64,
     /// In the order of [`Detected::ALL`].
     pub detected: [AtomicU64; Detected::ALL.len()],
+    /// In the order of [`Resolved::ALL`].
+    pub resolved: [AtomicU64; Resolved::ALL.len()],
     pub spans_exported: AtomicU64,
     pub spans_dropped: AtomicU64,
     pub access_log_dropped: AtomicU64,
@@ -45,6 +47,7 @@ impl Metrics {
             connected: AtomicBool::new(false),
             snapshot_confirmed: AtomicI64::new(0),
             detected: Default::default(),
+            resolved: Default::default(),
             spans_exported: AtomicU64::new(0),
             spans_dropped: AtomicU64::new(0),
             access_log_dropped: AtomicU64::new(0),
@@ -82,9 +85,14 @@ impl Metrics {
             .iter()
             .zip(&self.detected)
             .map(|(outcome, count)| (vec![outcome.as_str().to_owned()], count.load(Ordering::Relaxed)));
+        let resolved = Resolved::ALL
+            .iter()
+            .zip(&self.resolved)
+            .map(|(outcome, count)| (vec![outcome.as_str().to_owned()], count.load(Ordering::Relaxed)));
         let mut families = vec![
             gauge(&CONTROL_PLANE_CONNECTED, Rows::one(connected)),
             counter(&DETECT, Rows(detected.collect())),
+            counter(&DNS, Rows(resolved.collect())),
             counter(&SPANS_EXPORTED, count(&self.spans_exported)),
             counter(&SPANS_DROPPED, count(&self.spans_dropped)),
             counter(&ACCESS_LOG_DROPPED, count(&self.access_log_dropped)),

@@ -61,6 +61,32 @@ impl Detected {
     }
 }
 
+/// What became of a question about a name, the label of `outrigger_dns_queries_total`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Resolved {
+    /// Answered from what the mesh knows.
+    Mesh,
+    /// An upstream's answer was passed on.
+    Forwarded,
+    /// No upstream answered.
+    Failed,
+    /// It was no question that is answered or forwarded, or one too many.
+    Refused,
+}
+
+impl Resolved {
+    pub const ALL: [Resolved; 4] = [Resolved::Mesh, Resolved::Forwarded, Resolved::Failed, Resolved::Refused];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Resolved::Mesh => "mesh",
+            Resolved::Forwarded => "forwarded",
+            Resolved::Failed => "failed",
+            Resolved::Refused => "refused",
+        }
+    }
+}
+
 /// The value of a label for a peer that proved nothing and is not registered.
 pub const UNKNOWN: &str = "unknown";
 /// The value of every label of the series that takes what exceeds the cap.

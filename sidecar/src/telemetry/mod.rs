@@ -42,8 +42,8 @@ pub use export::ExportError;
 use export::{SpanQueue, Target, check_endpoint};
 pub use grpc::GrpcFrames;
 pub use labels::{
-    Detected, Direction, EdgeLabels, OVERFLOW, UNKNOWN, WireProtocol, grpc_status_name, is_failing_grpc_status,
-    is_failure,
+    Detected, Direction, EdgeLabels, OVERFLOW, Resolved, UNKNOWN, WireProtocol, grpc_status_name,
+    is_failing_grpc_status, is_failure,
 };
 pub use record::HttpRecord;
 pub use tcp::TcpRecord;
@@ -223,6 +223,11 @@ impl Telemetry {
     /// Counts a connection on an undeclared port whose protocol was decided.
     pub fn detected(&self, outcome: Detected) {
         self.metrics.detected[outcome as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a question about a name.
+    pub fn resolved(&self, outcome: Resolved) {
+        self.metrics.resolved[outcome as usize].fetch_add(1, Ordering::Relaxed);
     }
 
     /// What happened since the last call, for `Telemetry.Report`. The caller fills in `connections`; a window that

@@ -176,8 +176,12 @@ fn mistakes_that_concern_several_flags() {
              (--transparent), which would loop",
         ),
         (
-            &["--dns-listen=127.0.0.1:53"],
-            "--dns-listen=127.0.0.1:53 (flag): the resolver is not in this version: use --outbound and --http-proxy",
+            &["--dns-upstream=10.0.0.2"],
+            "--dns-upstream=10.0.0.2:53 (flag): nothing is forwarded without a resolver: add --dns-listen 127.0.0.1:15053",
+        ),
+        (
+            &["--dns-listen=127.0.0.1:15000"],
+            "--dns-listen=127.0.0.1:15000 (flag): --admin-listen listens at 127.0.0.1:15000 already",
         ),
         (&["--namespace=outrigger-system"], "--namespace=outrigger-system (flag): is given more than once"),
     ] {

@@ -43,9 +43,21 @@ has_v6() {
     [ -e /proc/net/if_inet6 ]
 }
 
+# The routes to virtual addresses of services, which stand beside the rules of --dns, and alone do no harm.
+routes() {
+    ip route replace local 240.240.0.0/16 dev lo src 127.0.0.1 metric 15053
+    ! grep -qs ' lo$' /proc/net/if_inet6 || ip -6 route replace local fd3a:94e7:c15b::/64 dev lo metric 15053
+}
+
+no_routes() {
+    ip route del local 240.240.0.0/16 dev lo metric 15053 2>/dev/null || :
+    ip -6 route del local fd3a:94e7:c15b::/64 dev lo metric 15053 2>/dev/null || :
+}
+
 case "${1:-apply}" in
 apply) ;;
 remove)
+    no_routes
     remove iptables
     ! has_v6 || remove ip6tables
     exit
@@ -55,6 +67,8 @@ remove)
     exit 2
     ;;
 esac
+
+routes
 
 apply iptables <<'RULES'
 # What is opened here. The first rule that says RETURN leaves a connection alone.
@@ -73,6 +87,8 @@ apply iptables <<'RULES'
 # --dns: questions about names, to servers on loopback as well.
 -A OUTRIGGER_OUTBOUND -p udp --dport 53 -j REDIRECT --to-ports 15053
 -A OUTRIGGER_OUTBOUND -p tcp --dport 53 -j REDIRECT --to-ports 15053
+# --dns: virtual addresses of services, which are nobody's on any network.
+-A OUTRIGGER_OUTBOUND -d 240.240.0.0/16 -p tcp -j REDIRECT --to-ports 15001
 # What stays on this machine: loopback and its own addresses.
 -A OUTRIGGER_OUTBOUND -o lo -j RETURN
 # --exclude-cidrs
@@ -117,6 +133,8 @@ apply ip6tables <<'RULES'
 # --dns: questions about names, to servers on loopback as well.
 -A OUTRIGGER_OUTBOUND -p udp --dport 53 -j REDIRECT --to-ports 15053
 -A OUTRIGGER_OUTBOUND -p tcp --dport 53 -j REDIRECT --to-ports 15053
+# --dns: virtual addresses of services, which are nobody's on any network.
+-A OUTRIGGER_OUTBOUND -d fd3a:94e7:c15b::/64 -p tcp -j REDIRECT --to-ports 15001
 # What stays on this machine: loopback and its own addresses.
 -A OUTRIGGER_OUTBOUND -o lo -j RETURN
 # --exclude-cidrs
