@@ -46,13 +46,14 @@ const ROWS: [Rows; 2] = [
 ];
 
 /// Each crate's folder and the crates of ours that it may depend on.
-const CRATES: [(&str, &[&str]); 6] = [
+const CRATES: [(&str, &[&str]); 7] = [
     ("api", &[]),
     ("runtime", &["outrigger-api"]),
     ("sidecar", &["outrigger-api", "outrigger-runtime"]),
     ("control-plane", &["outrigger-api", "outrigger-runtime"]),
     ("cli", &["outrigger-api", "outrigger-runtime", "outrigger-sidecar", "outrigger-control-plane"]),
     ("tests", &["outrigger-api", "outrigger-runtime", "outrigger-sidecar", "outrigger-control-plane", "outrigger"]),
+    ("fuzz", &["outrigger-api", "outrigger-sidecar", "outrigger-control-plane"]),
 ];
 
 /// Who may link Kubernetes' client.

@@ -70,16 +70,20 @@ fn detect_request_line(bytes: &[u8]) -> Option<Detected> {
     if method_end == 0 || method_end > LONGEST_METHOD || line[method_end] != b' ' {
         return Some(Detected::Opaque);
     }
-    let Some(end) = line.iter().position(|byte| *byte == b'\n') else {
-        let binary = line.iter().any(|byte| byte.is_ascii_control() && *byte != b'\r' && *byte != b'\t');
-        return if binary {
-            Some(Detected::Opaque)
-        } else if line.len() > LONGEST_REQUEST_LINE {
-            Some(Detected::Http1)
-        } else {
-            None
-        };
+    // The first byte that text does not have decides, whatever comes behind it and wherever the bytes are cut.
+    let end = line.iter().position(|byte| byte.is_ascii_control() && !matches!(byte, b'\r' | b'\t'));
+    let Some(end) = end else {
+        return if line.len() > LONGEST_REQUEST_LINE { Some(Detected::Http1) } else { None };
     };
+    if end > LONGEST_REQUEST_LINE {
+        return Some(Detected::Http1);
+    }
+    if line[end] != b'\n' {
+        // A target that has begun makes it a request, if a wrong one: its parser refuses it.
+        let target = &line[method_end + 1..end];
+        let begun = target.starts_with(b"/") || target.starts_with(b"http");
+        return Some(if begun { Detected::Http1 } else { Detected::Opaque });
+    }
     let line = line[..end].strip_suffix(b"\r").unwrap_or(&line[..end]);
     let version = line.rsplit(|byte| *byte == b' ').next().unwrap_or_default();
     if version.starts_with(b"HTTP/") { Some(Detected::Http1) } else { Some(Detected::Opaque) }
@@ -121,6 +125,10 @@ mod tests {
         (b"\0\0\0\x08\x04\xd2\x16\x2f", Some(Detected::Opaque)),
         (b"AMQP\0\0\x09\x01", Some(Detected::Opaque)),
         (b"GET \x00", Some(Detected::Opaque)),
+        (b"GET \x00/ HTTP/1.1\r\n", Some(Detected::Opaque)),
+        (b"3T -HT TP/1*d\x00 HTTP/1.1\r\n", Some(Detected::Opaque)),
+        (b"GET /\x00 HTTP/1.1\r\n", Some(Detected::Http1)),
+        (b"GET http://a/\x01", Some(Detected::Http1)),
         (b"\xff", Some(Detected::Opaque)),
         (b" ", Some(Detected::Opaque)),
     ];

@@ -76,6 +76,18 @@ fn extensions_and_trailers_are_bounded_over_the_message() {
 }
 
 #[test]
+fn the_largest_trailers_are_read_however_they_are_split() {
+    let limits = Limits::default();
+    for more in [0, 1] {
+        let field = format!("a: {}\r\n", "b".repeat(limits.trailer_bytes - "a: \r".len() + more));
+        let body = [b"0\r\n".to_vec(), field.into_bytes(), b"\r\n".to_vec()].concat();
+        for step in [1, 7, body.len() - 1, body.len()] {
+            assert_eq!(chunked(&body, step).is_ok(), more == 0, "{more} by {step}");
+        }
+    }
+}
+
+#[test]
 fn other_lengths() {
     let limits = Limits::default();
     let mut exact = Decoder::new(Length::Exact(3), &limits);

@@ -181,6 +181,10 @@ fn check_target(uri: &Uri, longest: usize) -> Result<(), Refusal> {
 
 fn origin_form(uri: &Uri) -> Uri {
     let path = uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    if path.as_str().starts_with('?') {
+        // RFC 9112 section 3.2.1: an empty path goes on as "/", before a query, too.
+        return Uri::try_from(format!("/{path}")).unwrap_or_default();
+    }
     Uri::from(path)
 }
 
@@ -308,6 +312,7 @@ mod tests {
             ("/", Version::HTTP_11, &["a:80:80"], None),
             ("/", Version::HTTP_11, &["a#"], None),
             ("http://b/x?y", Version::HTTP_11, &["a"], Some("b")),
+            ("http://b?y", Version::HTTP_11, &["a"], Some("b")),
             ("http://u@b/", Version::HTTP_11, &["a"], None),
         ];
         for (target, version, hosts, expected) in cases {
@@ -316,7 +321,7 @@ mod tests {
             assert_eq!(got.is_ok(), expected.is_some(), "{target} {hosts:?}: {got:?}");
             if let Some(expected) = expected {
                 assert_eq!(parts.headers[header::HOST], *expected);
-                assert!(parts.uri.authority().is_none() && parts.uri.path().starts_with('/'));
+                assert!(parts.uri.authority().is_none() && parts.uri.to_string().starts_with('/'));
             }
         }
     }

@@ -1,0 +1,38 @@
+//! What a client's first bytes are: what was decided on some of them is not changed by more.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use outrigger_sidecar::protocol::detect::{detect, speaks_http2};
+use outrigger_sidecar::tls::{Hello, read_hello};
+
+#[derive(PartialEq, Eq, Debug)]
+enum Said {
+    Mesh(Option<String>),
+    Foreign(Option<String>),
+    Incomplete,
+    Invalid,
+}
+
+fuzz_target!(|input: (u16, &[u8])| {
+    let (cut, bytes) = input;
+    let first = &bytes[..usize::from(cut).min(bytes.len())];
+    if let Some(detected) = detect(first) {
+        assert_eq!(detect(bytes), Some(detected), "{} then {}", first.escape_ascii(), bytes.escape_ascii());
+    }
+    if speaks_http2(first) {
+        assert!(speaks_http2(bytes));
+    }
+    let (early, late) = (hello(first), hello(bytes));
+    if early != Said::Incomplete {
+        assert_eq!(early, late, "{} then {}", first.escape_ascii(), bytes.escape_ascii());
+    }
+});
+
+fn hello(bytes: &[u8]) -> Said {
+    match read_hello(bytes) {
+        Hello::Mesh(hello) => Said::Mesh(hello.client_hello().server_name().map(str::to_owned)),
+        Hello::Foreign { sni } => Said::Foreign(sni),
+        Hello::Incomplete => Said::Incomplete,
+        Hello::Invalid => Said::Invalid,
+    }
+}
