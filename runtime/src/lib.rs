@@ -6,6 +6,7 @@ pub mod config_dir;
 pub mod drain;
 pub mod heartbeat;
 pub mod logging;
+pub mod memory;
 pub mod metrics;
 pub mod open_files;
 pub mod process_metrics;

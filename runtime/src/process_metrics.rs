@@ -112,7 +112,7 @@ impl Stat {
 }
 
 /// The first number behind a word at the start of a line; "unlimited" is none.
-fn number_behind(text: &str, word: &str) -> Option<u64> {
+pub(crate) fn number_behind(text: &str, word: &str) -> Option<u64> {
     let rest = text.lines().find_map(|line| line.strip_prefix(word))?;
     rest.split_whitespace().next()?.parse().ok()
 }

@@ -84,9 +84,6 @@ pub struct About {
     pub sni: Option<String>,
 }
 
-/// Interim answers that wait, in bytes: the largest head fits.
-const MAX_INTERIM: usize = 64 * 1024;
-
 /// One open connection. Shared between its task, the watchdog and the admin thread; every field that changes while
 /// requests flow is an atomic that only its own worker writes.
 #[derive(Debug)]
@@ -102,9 +99,8 @@ pub struct Entry {
     command: AtomicU8,
     waker: AtomicWaker,
     clock: Arc<Clock>,
-    /// Interim (1xx) heads that wait to be written before the next bytes of the answer.
-    interim: Mutex<Vec<u8>>,
-    has_interim: AtomicBool,
+    /// Its task is woken at each tick.
+    ticking: AtomicBool,
     /// Requests that began on it.
     requests: AtomicU64,
     /// Clock of the table, milliseconds: when the peer's proof of who it is ends.
@@ -150,6 +146,11 @@ impl Entry {
         self.retire_at.store(self.clock.now.load(Relaxed).saturating_add(left), Relaxed);
     }
 
+    /// From now on the watchdog wakes the task that listens at each of its ticks: for what no readiness tells.
+    pub fn tick(&self) {
+        self.ticking.store(true, Relaxed);
+    }
+
     pub fn describe(&self, change: impl FnOnce(&mut About)) {
         change(&mut self.about.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -173,27 +174,6 @@ impl Entry {
     /// The connection's task says where to wake it when it is asked something.
     pub fn listen(&self, waker: &Waker) {
         self.waker.register(waker);
-    }
-
-    /// Queues an interim answer; written ahead of the final one. What a client does not take is not kept for ever:
-    /// beyond a bound interim answers are left out.
-    pub fn push_interim(&self, head: &[u8]) {
-        let mut interim = self.interim.lock().unwrap_or_else(PoisonError::into_inner);
-        if interim.len() + head.len() > MAX_INTERIM {
-            return;
-        }
-        interim.extend_from_slice(head);
-        drop(interim);
-        self.has_interim.store(true, Relaxed);
-        self.waker.wake();
-    }
-
-    /// Takes what [`Entry::push_interim`] queued.
-    pub fn take_interim(&self) -> Option<Vec<u8>> {
-        if !self.has_interim.swap(false, Relaxed) {
-            return None;
-        }
-        Some(std::mem::take(&mut *self.interim.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 }
 
@@ -224,15 +204,30 @@ impl Drop for Registered {
 pub struct Places {
     limit: usize,
     open: AtomicUsize,
+    /// Memory is short.
+    refused: AtomicBool,
 }
+
+/// So many connections are let in even when memory is short: it is not they who take it, and an allocator that gives
+/// nothing back must not close a sidecar for ever.
+const ALWAYS: usize = 16;
 
 impl Places {
     pub fn new(limit: usize) -> Arc<Places> {
-        Arc::new(Places { limit, open: AtomicUsize::new(0) })
+        Arc::new(Places { limit, open: AtomicUsize::new(0), refused: AtomicBool::new(false) })
     }
 
     pub fn open(&self) -> usize {
         self.open.load(Relaxed)
+    }
+
+    /// Whether connections are refused beyond a few; what is open goes on.
+    pub fn refuse(&self, refused: bool) {
+        self.refused.store(refused, Relaxed);
+    }
+
+    fn limit(&self) -> usize {
+        if self.refused.load(Relaxed) { self.limit.min(ALWAYS) } else { self.limit }
     }
 }
 
@@ -270,7 +265,7 @@ impl Table {
 
     /// Takes a place; `None` when the process is at its limit.
     pub fn enter(self: &Arc<Table>, direction: Direction, client: SocketAddr) -> Option<Registered> {
-        if self.places.open.fetch_add(1, Relaxed) >= self.places.limit {
+        if self.places.open.fetch_add(1, Relaxed) >= self.places.limit() {
             self.places.open.fetch_sub(1, Relaxed);
             return None;
         }
@@ -285,8 +280,7 @@ impl Table {
             command: AtomicU8::new(Command::Run as u8),
             waker: AtomicWaker::new(),
             clock: self.clock.clone(),
-            interim: Mutex::default(),
-            has_interim: AtomicBool::new(false),
+            ticking: AtomicBool::new(false),
             requests: AtomicU64::new(0),
             retire_at: AtomicU64::new(u64::MAX),
         });
@@ -320,6 +314,7 @@ impl Table {
                 State::Head if idle > limits.head => entry.ask(Command::HeadTimeout),
                 State::Busy if idle > limits.stream_idle => entry.ask(Command::Close),
                 State::Tunnel if idle > limits.tunnel_idle => entry.ask(Command::Close),
+                State::Tunnel if entry.ticking.load(Relaxed) => entry.waker.wake(),
                 State::Idle | State::Head | State::Busy | State::Tunnel => {}
             }
         }
@@ -384,6 +379,23 @@ mod tests {
         drop(first);
         assert!(table.enter(Direction::Inbound, client()).is_some());
         assert!(table.is_empty());
+    }
+
+    #[test]
+    fn while_memory_is_short_few_come_in_and_none_has_to_go() {
+        let places = Places::new(100);
+        let table = Table::new(places.clone());
+        let enter = || table.enter(Direction::Outbound, client());
+        let mut open: Vec<_> = (0..50).map(|_| enter().unwrap()).collect();
+        places.refuse(true);
+        assert!(enter().is_none());
+        assert_eq!(places.open(), 50, "what is open goes on");
+        open.truncate(ALWAYS - 1);
+        let last = enter().expect("a few are always let in");
+        assert!(enter().is_none());
+        places.refuse(false);
+        assert!(enter().is_some());
+        drop(last);
     }
 
     #[test]

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use outrigger_sidecar::config::Limits;
 use outrigger_tests::application::{Backend, nobody};
+use outrigger_tests::metrics::Samples;
 use outrigger_tests::peer::{Peer, TCP};
 use outrigger_tests::wire::{self, Connection, End};
-use outrigger_tests::{Application, Mesh, MeshOptions, Sidecar, eventually};
+use outrigger_tests::{Application, Mesh, MeshOptions, Sidecar, eventually, under_test};
 
 /// For what must not happen; nothing waits on it.
 const A_WHILE: Duration = Duration::from_millis(300);
@@ -249,20 +250,50 @@ async fn too_many_make_room_for_others() {
     }
 }
 
-/// With the limits as they are: one worker, more silent clients than it keeps.
+/// With the limits as they are, in a process with one worker. All stay open on the clients' side: many more than the
+/// sidecar keeps.
 #[tokio::test]
-async fn thousands_that_never_send_a_byte() {
+async fn ten_thousand_that_never_send_a_byte() {
+    const SILENT: usize = 10_000;
+    let files = outrigger_runtime::open_files::raise().unwrap();
+    assert!(files > SILENT as u64 + 1_000, "{files} open files are too few for {SILENT} clients: raise `ulimit -Hn`");
     let app = Application::start("mail").await;
-    let pair = pair(app.port(), |_| {}).await;
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    mesh.service("mail.shop", 2525, app.port(), None);
+    let _far = mesh.sidecar("mail-1").label("app", "mail").inbound(app.address()).start().await;
+    let mut near = mesh.sidecar("cart-1").outbound("mail:2525").spawn(under_test!()).await;
+    near.ready().await;
+    let door = near.address("outbound:mail.shop:2525").await;
+    let metrics = near.address("metrics").await;
+    let counted = async |name: &str, labels: &[(&str, &str)]| {
+        Samples::parse(&wire::get(metrics, "/metrics").await.text()).sum(name, labels)
+    };
+    assert_eq!(wire::get(door, "/x").await.status, 200);
+    let (upstreams, memory) = (app.connections(), counted("process_resident_memory_bytes", &[]).await);
+
+    let silent = clients(SILENT, door).await;
     let kept = Limits::default().detections_in_flight;
-    let silent = clients(kept + 1000, pair.near.outbound()).await;
-    eventually("the oldest are refused", async || (closed(&pair.near, "overloaded").await == 1000.0).then_some(()))
-        .await;
-    assert_eq!(open(&pair.near).await, kept);
-    assert!(app.connections() <= 1, "{} upstreams", app.connections());
-    assert_eq!(wire::get(pair.near.outbound(), "/x").await.status, 200);
+    let overloaded = [("reason", "overloaded")];
+    eventually("the oldest make room", async || {
+        let refused = counted("outrigger_tcp_connections_closed_total", &overloaded).await;
+        (refused == (SILENT - kept) as f64).then_some(())
+    })
+    .await;
+    assert!(app.connections() - upstreams <= 1, "{} upstreams", app.connections() - upstreams);
+    let grown = counted("process_resident_memory_bytes", &[]).await - memory;
+    assert!(grown < 32.0 * 1024.0 * 1024.0, "{grown} bytes for {SILENT} connections");
+    let begun = Instant::now();
+    assert_eq!(wire::get(door, "/x").await.status, 200, "who speaks is served");
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
     drop(silent);
-    eventually("nothing is left", async || (open(&pair.near).await == 0).then_some(())).await;
+    eventually("nothing is left", async || {
+        let mut admin = Connection::open(near.address("admin").await).await;
+        let answer = admin.ask("GET /connections HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+        let views: serde_json::Value = serde_json::from_str(&answer.text()).unwrap();
+        let left = |view: &serde_json::Value| view["connections"].as_array().unwrap().len();
+        (views.as_array().unwrap().iter().map(left).sum::<usize>() == 0).then_some(())
+    })
+    .await;
 }
 
 /// A sidecar that lets many silent connections through keeps its peer no less busy than a stranger would.

@@ -145,6 +145,27 @@ async fn a_keep_alive_connection_without_requests_is_closed_in_order() {
     assert_eq!(client.expect_end().await, End::Closed);
 }
 
+/// On a port declared HTTP, and at the forward proxy, at the sidecar's door as well; who asked once may take long.
+#[tokio::test]
+async fn who_never_asks_anything_is_closed_without_a_word() {
+    let mesh = Mesh::start(MeshOptions::permissive()).await;
+    let app = Application::start("catalog").await;
+    mesh.service("catalog.shop", 80, app.port(), Some("http"));
+    let short = |limits: &mut Limits| limits.first_byte_timeout = LIMIT;
+    let far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app.address()).limits(short).start().await;
+    let near = mesh.sidecar("cart-1").outbound("catalog:80").http_proxy().limits(short).start().await;
+    let mut asked = Connection::open(near.outbound()).await;
+    assert_eq!(asked.ask(GET).await.status, 200);
+    for address in [near.outbound(), near.http_proxy(), far.inbound()] {
+        let begun = std::time::Instant::now();
+        let mut silent = Connection::open(address).await;
+        assert_eq!(silent.expect_end().await, End::Closed);
+        assert!(begun.elapsed() >= LIMIT, "{:?}", begun.elapsed());
+        assert!(silent.ahead().is_empty());
+    }
+    assert_eq!(asked.ask(GET).await.status, 200, "longer than that between requests");
+}
+
 #[tokio::test]
 async fn stalled_requests_do_not_delay_others() {
     let app = Application::start("catalog").await;

@@ -97,8 +97,6 @@ async fn idle_clients_and_tunnels_are_ended() {
     let answer = client.ask(GET).await;
     assert!(answer.status == 200 && answer.header("connection").is_none());
     assert_eq!(client.expect_end().await, End::Closed, "a keep-alive connection on which nothing is asked");
-    // One that never asked anything.
-    Connection::open(http.near.outbound()).await.expect_end().await;
 
     let backend = Backend::start().await;
     let tcp = pair(backend.port(), Some("tcp"), idle).await;

@@ -227,3 +227,22 @@ async fn wrong_lines_end_with_2_and_variables_of_run_are_no_mistake() {
     let (code, said) = run(unknown).await;
     assert!(code == 2 && said.contains("OUTRIGGER_EXCLUDE_UIDS"), "{said}");
 }
+
+/// One environment for the container that applies the rules and for the sidecar beside it.
+#[tokio::test]
+async fn variables_of_redirect_are_no_mistake_for_run() {
+    let mut in_a_pod = command(under_test!(), Program::Sidecar);
+    in_a_pod
+        .arg("run")
+        .env("OUTRIGGER_EXCLUDE_UIDS", "3,4")
+        .env("OUTRIGGER_UID", "7")
+        .env("OUTRIGGER_IPTABLES", "true");
+    in_a_pod.env("OUTRIGGER_EXCLUDE_UID", "3");
+    let (code, said) = run(in_a_pod).await;
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("OUTRIGGER_NAME"), "what is missing is told: {said}");
+    assert!(said.contains("OUTRIGGER_EXCLUDE_UID=3"), "what nobody knows is a mistake: {said}");
+    for known in ["OUTRIGGER_EXCLUDE_UIDS=", "OUTRIGGER_UID=", "OUTRIGGER_IPTABLES="] {
+        assert!(!said.contains(known), "{known} in {said}");
+    }
+}

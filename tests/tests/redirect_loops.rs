@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 
 use outrigger_tests::mesh::STRICT;
 use outrigger_tests::namespace::{Families, installed};
+use outrigger_tests::process::{Program, command};
 use outrigger_tests::transparent::{TransparentMesh, everything, get};
 use outrigger_tests::{Namespace, eventually, under_test};
 
@@ -54,6 +55,30 @@ async fn no_loop(families: Families, cluster_ip: &str, outside: &str) {
     web.counts(CLOSED, &[("direction", "outbound")], all + 1.0).await;
     let own_port = [("reason", "own_port")];
     assert_eq!(web.metrics().await.sum(CLOSED, &own_port), before.sum(CLOSED, &own_port));
+}
+
+/// Not even the control plane can be reached then: `/ready` says why, and what to do.
+#[tokio::test]
+async fn a_sidecar_that_starts_under_such_rules_says_so() {
+    if !installed(&["nft"]) {
+        return;
+    }
+    let Some(mesh) = TransparentMesh::start(under_test!(), Families::V4, &["web"], STRICT).await else { return };
+    let mut apply = command(under_test!(), Program::Sidecar);
+    apply.args(["redirect", "apply"]);
+    assert!(mesh.at("web").inside(&apply).status().unwrap().success());
+    let web = mesh.start_sidecar(mesh.at("web"), "web", &[]);
+    web.process.address("health").await;
+    let hint = eventually("the reason is told", async || {
+        let (status, body) = web.ready().await;
+        assert_eq!(status, 503, "{body}");
+        (body["reason"] == "redirect_not_exempt").then(|| body["hint"].to_string())
+    })
+    .await;
+    assert!(hint.contains("--mark") && hint.contains("--uid"), "{hint}");
+    assert!(web.process.stderr().contains("send this sidecar's own connections back to it"));
+    web.redirect();
+    web.is_ready().await;
 }
 
 /// Connects to where nobody is: the end comes without a byte, maybe before the client has looked.

@@ -84,6 +84,23 @@ async fn a_reset_is_a_reset_on_the_other_side() {
     }
 }
 
+/// Who has ended and waits for the other's answer may still break: the other learns of it without a word of its own.
+#[tokio::test]
+async fn a_reset_behind_an_end_is_a_reset_on_the_other_side() {
+    for protocol in [Some("tcp"), None] {
+        let pair = pair(protocol).await;
+        for from_client in [true, false] {
+            let (client, app) = pair.open().await;
+            let (mut from, mut to) = if from_client { (client, app) } else { (app, client) };
+            from.finish().await;
+            assert_eq!(to.expect_end().await, End::Closed);
+            from.reset();
+            // The reader is at its end: only a write, or the socket's own error, tells of the reset.
+            eventually("the reset arrives", async || to.tcp().take_error().unwrap()).await;
+        }
+    }
+}
+
 #[tokio::test]
 async fn what_was_said_before_a_reset_is_delivered() {
     let pair = pair(Some("tcp")).await;

@@ -3,7 +3,7 @@
 
 mod readiness;
 
-pub use readiness::{NotReady, Readiness};
+pub use readiness::{EXEMPT_HINT, NotReady, Readiness};
 
 use std::io;
 use std::sync::Arc;

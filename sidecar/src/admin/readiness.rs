@@ -1,6 +1,8 @@
 //! Whether this sidecar can serve: a valid certificate, an own snapshot, and what it offers registered. Says what is
 //! missing and what to do about it.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use serde::Serialize;
@@ -22,6 +24,10 @@ impl NotReady {
     }
 }
 
+/// What to do about rules that do not exempt the sidecar.
+pub const EXEMPT_HINT: &str =
+    "run it as the user of `redirect apply --uid` (1337), or with the same --mark for `run` and `redirect apply`";
+
 /// What readiness looks at. Every answer is made from what is true now.
 #[derive(Clone)]
 pub struct Readiness {
@@ -33,6 +39,9 @@ pub struct Readiness {
     /// has to learn what is declared and demanded on them. None: it registers nothing. A transparent sidecar may register
     /// without naming a port.
     pub offers: Option<Vec<u16>>,
+    /// The redirect rules bring this sidecar's own connections back to it: then whatever else is missing is missing for
+    /// that.
+    pub comes_back: Arc<AtomicBool>,
 }
 
 impl Readiness {
@@ -40,6 +49,20 @@ impl Readiness {
         if self.drain.is_draining() {
             return Err(NotReady::new("draining", "this sidecar is shutting down; nothing is to be done"));
         }
+        self.complete().map_err(|missing| {
+            if !self.comes_back.load(Ordering::Relaxed) {
+                return missing;
+            }
+            let hint = format!(
+                "the redirect rules send this sidecar's own connections back to it: {EXEMPT_HINT}. What it waits for: {}",
+                missing.reason
+            );
+            NotReady::new("redirect_not_exempt", hint)
+        })
+    }
+
+    /// Whether all is there.
+    fn complete(&self) -> Result<(), NotReady> {
         let valid = self.tls.current().is_some_and(|material| {
             let credential = material.credential();
             SystemTime::now() < credential.not_after()

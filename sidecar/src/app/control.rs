@@ -9,9 +9,10 @@ use outrigger_api::snapshot::{KeyAlgorithm, Workload};
 use outrigger_runtime::drain::{DrainHandle, State};
 use tokio::sync::{Notify, watch};
 
+use super::{exemption, memory};
 use crate::admin::{self, Admin, ForOperators};
-use crate::config::Config;
-use crate::connection::Table;
+use crate::config::{Config, Limits};
+use crate::connection::{Places, Table};
 use crate::discovery::{self, Directory, DiscoverySettings, Lease};
 use crate::identity::{self, IdentitySettings, IdentityStatus};
 use crate::telemetry::Telemetry;
@@ -26,6 +27,8 @@ pub(super) struct Control {
     pub(super) identity_status: watch::Sender<IdentityStatus>,
     pub(super) renew: Arc<Notify>,
     pub(super) lease: Option<Lease>,
+    pub(super) limits: Limits,
+    pub(super) places: Arc<Places>,
     pub(super) tables: Arc<[Arc<Table>]>,
     pub(super) drain: DrainHandle,
     pub(super) admin: Admin,
@@ -46,6 +49,8 @@ impl Control {
             identity_status,
             renew,
             lease,
+            limits,
+            places,
             tables,
             drain,
             admin,
@@ -84,6 +89,12 @@ impl Control {
         tokio::spawn(discovery::run(discovery, tls.clone(), lease, directory.clone(), reports.source(), withdraw));
         tokio::spawn(follow(config.workload.clone(), directory, telemetry.clone()));
         tokio::spawn(gauges(tls, admin.directory.clone(), telemetry.clone()));
+        tokio::spawn(memory::watch(limits, places, telemetry.clone()));
+        if config.transparent {
+            let readiness = admin.readiness.clone();
+            let comes_back = readiness.comes_back.clone();
+            tokio::spawn(exemption::watch(config.mark, readiness, comes_back));
+        }
         admin::serve(admin, listeners, &drain).await?;
         drain.reached(State::Done).await;
         telemetry.flush().await;

@@ -2,7 +2,9 @@
 //! `main` for a process and by the demo and the tests for a sidecar among others in one process.
 
 mod control;
+mod exemption;
 mod listeners;
+mod memory;
 pub mod process;
 mod worker;
 
@@ -87,6 +89,7 @@ impl Sidecar {
             identity,
             drain: drain.handle(),
             offers: offers(&config),
+            comes_back: Arc::default(),
         };
         let shared = Shared {
             own: Arc::new(Own {
@@ -144,6 +147,8 @@ impl Sidecar {
             identity_status,
             renew,
             lease,
+            limits,
+            places,
             tables,
             drain: drain.handle(),
             admin,

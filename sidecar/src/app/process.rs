@@ -42,7 +42,8 @@ fn usage(program: &str) -> String {
 }
 
 fn run(argv: impl Iterator<Item = OsString>) -> ExitCode {
-    let config = match Config::from_command_line("outrigger-sidecar run", argv, std::env::vars_os()) {
+    let environment = redirect::variables_of_run(std::env::vars_os());
+    let config = match Config::from_command_line("outrigger-sidecar run", argv, environment) {
         Ok(config) => config,
         Err(stop) => return stop.report(),
     };

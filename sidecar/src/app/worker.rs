@@ -165,6 +165,7 @@ async fn accept(worker: Rc<Worker>, crew: Crew, listener: TcpListener, purpose: 
                 Some(other) => hand_over(&worker, &crew, other, stream, client, &purpose),
                 None => begin(&worker, stream, client, &purpose),
             },
+            Err(error) if is_of_the_connection(&error) => {}
             Err(error) => {
                 worker.telemetry.accept_failed();
                 trouble.tell(&error);
@@ -172,6 +173,26 @@ async fn accept(worker: Rc<Worker>, crew: Crew, listener: TcpListener, purpose: 
             }
         }
     }
+}
+
+/// Whether an accept failed for the connection that it would have been, which is gone: the next may be there already.
+/// Whatever else fails, want of descriptors or of memory (EMFILE, ENFILE, ENOBUFS, ENOMEM) above all, would fail again at
+/// once and is waited for.
+fn is_of_the_connection(error: &io::Error) -> bool {
+    let Some(code) = error.raw_os_error() else { return false };
+    // accept(2): what the network did to a connection before it was taken is told as an error of the call.
+    matches!(
+        code,
+        libc::ECONNABORTED
+            | libc::ECONNRESET
+            | libc::EPROTO
+            | libc::ENETDOWN
+            | libc::ENETUNREACH
+            | libc::EHOSTDOWN
+            | libc::EHOSTUNREACH
+            | libc::ENONET
+            | libc::ENOPROTOOPT
+    )
 }
 
 /// What one listener could not accept: told at once, and then every so often, since it fails many times a second.
@@ -267,6 +288,17 @@ mod tests {
 
     fn size_redirected<A, B, C, F>(_: impl FnOnce(A, B, C) -> F) -> usize {
         size_of::<F>()
+    }
+
+    #[test]
+    fn want_of_memory_is_waited_for_and_a_connection_that_is_gone_is_not() {
+        for code in [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EINVAL, libc::EBADF] {
+            assert!(!is_of_the_connection(&io::Error::from_raw_os_error(code)), "{code}");
+        }
+        for code in [libc::ECONNABORTED, libc::EPROTO, libc::EHOSTUNREACH] {
+            assert!(is_of_the_connection(&io::Error::from_raw_os_error(code)), "{code}");
+        }
+        assert!(!is_of_the_connection(&io::Error::other("no code")));
     }
 
     /// What every connection costs for as long as it lives, before any library's part.

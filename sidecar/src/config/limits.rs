@@ -20,6 +20,9 @@ pub struct Limits {
     pub chunk_extension_bytes: usize,
     /// From the first byte of a head to its end (408 beyond): what ends a slowloris.
     pub head_timeout: Duration,
+    /// Until the first byte of the first request on a port that is declared HTTP, and at the forward proxy: a connection
+    /// that never asked anything is kept for less than one that did. It is closed without a word.
+    pub first_byte_timeout: Duration,
     /// How long a body or an answer may stand still, in either direction, before its stream is ended.
     pub stream_idle: Duration,
 
@@ -84,7 +87,7 @@ pub struct Limits {
     pub handshakes_in_flight: usize,
 
     // --- Idle connections -------------------------------------------------------------------------------------
-    /// Keep-alive connection of an application that asks nothing.
+    /// Keep-alive connection of an application that asks nothing more.
     pub client_idle: Duration,
     /// Pooled connection to another sidecar.
     pub mesh_pool_idle: Duration,
@@ -121,10 +124,10 @@ pub struct Limits {
     pub dns_first_answer: Duration,
 
     // --- Process ----------------------------------------------------------------------------------------------
-    /// Share of the memory limit (percent) at which reading stops.
-    pub memory_stop_reading_percent: u32,
-    /// Share of the memory limit (percent) at which new connections are refused.
+    /// Share of the memory limit (percent) at which new connections are refused ...
     pub memory_refuse_percent: u32,
+    /// ... and under which they are accepted again. What open connections hold is bounded by their own limits.
+    pub memory_accept_percent: u32,
     /// SIGTERM to exit, drain delay included.
     pub drain_total: Duration,
 
@@ -155,6 +158,7 @@ impl Default for Limits {
             trailer_bytes: 16 * KIB,
             chunk_extension_bytes: 16 * KIB,
             head_timeout: Duration::from_secs(10),
+            first_byte_timeout: Duration::from_secs(60),
             stream_idle: Duration::from_secs(5 * 60),
 
             h2_header_list: 64 * KIB as u32,
@@ -202,8 +206,8 @@ impl Default for Limits {
             dns_budget: Duration::from_secs(5),
             dns_first_answer: Duration::from_millis(500),
 
-            memory_stop_reading_percent: 80,
             memory_refuse_percent: 90,
+            memory_accept_percent: 80,
             drain_total: Duration::from_secs(30),
 
             control_plane_message: 16 * MIB,
@@ -248,9 +252,10 @@ mod tests {
     fn limits_agree_with_each_other() {
         let limits = Limits::default();
         assert!(limits.target_bytes < limits.head_bytes);
+        assert!(limits.first_byte_timeout < limits.client_idle);
         assert!(limits.connect_timeout * limits.connect_tries <= limits.connect_budget);
         assert!(limits.h2_stream_window <= limits.h2_connection_window);
-        assert!(limits.memory_stop_reading_percent < limits.memory_refuse_percent);
+        assert!(limits.memory_accept_percent < limits.memory_refuse_percent);
         assert!(limits.renew_retry_first < limits.renew_retry_longest);
         assert!(limits.dns_server_timeout < limits.dns_budget);
         assert!(limits.reconnect_shortest < limits.reconnect_longest);

@@ -28,10 +28,9 @@ impl Walk {
         let open = async || self.dial(policy::admit(self.mode, Arrival::Plaintext)?).await;
         match self.declared {
             Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
-                match tokio::time::timeout(self.worker.limits.client_idle, stream.read_ahead()).await {
-                    Ok(Ok(0)) | Err(_) => Ok(First::Nobody),
-                    Ok(Ok(_)) => Ok(First::Client(None)),
-                    Ok(Err(error)) => Err(peek::left(&error)),
+                match peek::begins(stream, self.worker.limits.first_byte_timeout).await? {
+                    Some(_) => Ok(First::Nobody),
+                    None => Ok(First::Client(None)),
                 }
             }
             Some(Protocol::Tcp | Protocol::Tls) => silence::first_of_opaque(&self.worker, stream, open).await,

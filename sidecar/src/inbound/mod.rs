@@ -212,7 +212,7 @@ impl Walk {
             Some(Protocol::Tcp) => return self.opaque(stream, opened, WireProtocol::Tcp, permit).await,
             Some(Protocol::Tls) => return self.opaque(stream, opened, WireProtocol::Tls, permit).await,
             Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
-                peek::speaks_or_waits(&mut stream, limits.client_idle, limits.head_timeout).await
+                peek::speaks_or_waits(&mut stream, limits.first_byte_timeout, limits.head_timeout).await
             }
             None => return self.undeclared(stream, opened, permit).await,
         };

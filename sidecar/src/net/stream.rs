@@ -167,6 +167,14 @@ impl Stream {
         }
     }
 
+    /// The peer's reset, for somebody who has read its end and reads no more; it is told once.
+    pub fn take_reset(&self) -> Option<io::Error> {
+        match &self.io {
+            Io::Pipe(pipe) => pipe.reset.load(Ordering::Relaxed).then(|| io::ErrorKind::ConnectionReset.into()),
+            Io::Tcp(_) | Io::Accepted(_) | Io::Dialled(_) => self.tcp()?.take_error().ok()?,
+        }
+    }
+
     /// Makes the close of this socket a reset, so that a truncation cannot be taken for an end.
     pub fn reset_on_close(&self) {
         if let Some(tcp) = self.tcp() {
@@ -335,6 +343,7 @@ mod tests {
         let mut heard = Vec::new();
         other.read_to_end(&mut heard).await.unwrap();
         assert_eq!(heard, b"question");
+        assert!(one.take_reset().is_none() && other.take_reset().is_none());
         other.write_all(b"ans").await.unwrap();
         other.reset_on_close();
         drop(other);
@@ -342,5 +351,6 @@ mod tests {
         one.read_exact(&mut first).await.unwrap();
         let error = one.read(&mut [0; 9]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "a truncation is no end");
+        assert!(one.take_reset().is_some());
     }
 }

@@ -48,9 +48,8 @@ async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, re
     let peeked = match declared {
         Some(Protocol::Tcp) => return opaque(worker, view, stream, registered, WireProtocol::Tcp, permit).await,
         Some(Protocol::Tls) => return opaque(worker, view, stream, registered, WireProtocol::Tls, permit).await,
-        // The client speaks first: it may take as long as it likes to begin.
         Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
-            peek::speaks_or_waits(&mut stream, limits.client_idle, limits.head_timeout).await
+            peek::speaks_or_waits(&mut stream, limits.first_byte_timeout, limits.head_timeout).await
         }
         None => return undeclared(worker, backend, view, stream, registered, permit).await,
     };

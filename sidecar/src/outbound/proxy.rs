@@ -18,14 +18,17 @@ use crate::protocol::http::body::ResponseBody;
 use crate::protocol::http::exchange::{Exchange, Session};
 use crate::protocol::http::headers::Strip;
 use crate::protocol::http::serve;
+use crate::protocol::peek;
 
 use super::refusal::head_refusals;
 use super::requests::respond_to;
 use super::walk;
 
 /// Serves one connection to the forward proxy: each request says where it wants to go.
-pub async fn serve_proxy(worker: Rc<Worker>, stream: Stream, registered: Rc<Registered>) {
+pub async fn serve_proxy(worker: Rc<Worker>, mut stream: Stream, registered: Rc<Registered>) {
     registered.describe(|about| about.protocol = "http-proxy");
+    // Who says nothing is closed without a word, and who resets has nothing to be told.
+    let Ok(None) = peek::begins(&mut stream, worker.limits.first_byte_timeout).await else { return };
     let session = Session::new(&worker, &registered, false, Strip::HopByHop);
     let permit = policy::admit_outbound();
     let respond = |request| proxy(session.clone(), request, permit);

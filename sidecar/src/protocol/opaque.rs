@@ -104,11 +104,25 @@ pub async fn copy(
             entry.touch();
             back_bytes(count);
         });
+        // Who has ended is not read any more, so nothing tells of its reset: it is asked for, once per tick.
+        if forth_done || back_done.is_ready() {
+            entry.tick();
+        }
+        if forth_done
+            && back_done.is_pending()
+            && let Some(error) = downstream.take_reset()
+        {
+            return Poll::Ready(Err(CopyError::Downstream(error)));
+        }
         match back_done {
             Poll::Ready(Err(End::Read(error))) => Poll::Ready(Err(CopyError::Upstream(error))),
             Poll::Ready(Err(End::Write(error))) => Poll::Ready(Err(CopyError::Downstream(error))),
             Poll::Ready(Ok(())) if forth_done => Poll::Ready(Ok(true)),
-            Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
+            Poll::Ready(Ok(())) => match upstream.take_reset() {
+                Some(error) => Poll::Ready(Err(CopyError::Upstream(error))),
+                None => Poll::Pending,
+            },
+            Poll::Pending => Poll::Pending,
         }
     })
     .await;

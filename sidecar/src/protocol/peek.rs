@@ -32,15 +32,23 @@ pub async fn speaks(stream: &mut Stream, patience: Duration) -> Result<Peeked, E
 /// Peeks at a client that may take `wait` to begin: [`Peeked::Silent`] when it has not by then. Once a byte has come,
 /// time no longer decides.
 pub async fn speaks_or_waits(stream: &mut Stream, wait: Duration, patience: Duration) -> Result<Peeked, Error> {
-    if stream.ahead().is_empty() {
-        match tokio::time::timeout(wait, stream.read_ahead()).await {
-            Err(_) => return Ok(Peeked::Silent),
-            Ok(Ok(0)) => return Ok(Peeked::Left),
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => return Err(left(&error)),
-        }
+    match begins(stream, wait).await? {
+        None => speaks(stream, patience).await,
+        Some(nothing) => Ok(nothing),
     }
-    speaks(stream, patience).await
+}
+
+/// Waits for the first byte of a client that must speak first: None when it is there.
+pub async fn begins(stream: &mut Stream, wait: Duration) -> Result<Option<Peeked>, Error> {
+    if !stream.ahead().is_empty() {
+        return Ok(None);
+    }
+    match tokio::time::timeout(wait, stream.read_ahead()).await {
+        Err(_) => Ok(Some(Peeked::Silent)),
+        Ok(Ok(0)) => Ok(Some(Peeked::Left)),
+        Ok(Ok(_)) => Ok(None),
+        Ok(Err(error)) => Err(left(&error)),
+    }
 }
 
 async fn decide(stream: &mut Stream) -> io::Result<Peeked> {

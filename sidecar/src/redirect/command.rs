@@ -29,7 +29,7 @@ pub fn main(
 ) -> ExitCode {
     let mut argv = argv.into_iter();
     let verb = argv.next();
-    let environment = variables(environment);
+    let environment = variables(environment, Verb::Redirect);
     let rules = |name, argv| rules(name, argv, environment.clone());
     let done = match verb.as_ref().and_then(|verb| verb.to_str()) {
         Some("apply") => rules("outrigger-sidecar redirect apply", argv).map(|rules| {
@@ -101,13 +101,26 @@ fn checked(program: &str) -> ExitCode {
     }
 }
 
-/// The process's variables without those that are settings of `run` alone: `redirect` is called in the sidecar's own
-/// container, too, where they are set. `--mark` belongs to both.
-fn variables(environment: impl IntoIterator<Item = (OsString, OsString)>) -> Variables {
-    let own = names(PrintArgs::augment_args(clap::Command::new("redirect")));
-    let mut others = names(config::Args::augment_args(clap::Command::new("run")));
+/// Which of the two verbs that share an environment reads it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verb {
+    Run,
+    Redirect,
+}
+
+/// The variables of a process that runs a sidecar, without those that are settings of `redirect` alone: one pod has one
+/// environment for the container that applies the rules and for the sidecar.
+pub fn variables_of_run(environment: impl IntoIterator<Item = (OsString, OsString)>) -> Vec<(OsString, OsString)> {
+    variables(environment, Verb::Run)
+}
+
+/// The variables without those that are settings of the other verb alone. `--mark` belongs to both.
+fn variables(environment: impl IntoIterator<Item = (OsString, OsString)>, verb: Verb) -> Variables {
+    let redirect = names(PrintArgs::augment_args(clap::Command::new("redirect")));
+    let mut run = names(config::Args::augment_args(clap::Command::new("run")));
     // The file that it names is the sidecar's.
-    others.insert(format!("{VARIABLE_PREFIX}SETTINGS"));
+    run.insert(format!("{VARIABLE_PREFIX}SETTINGS"));
+    let (own, others) = if verb == Verb::Run { (run, redirect) } else { (redirect, run) };
     environment
         .into_iter()
         .filter(|(name, _)| name.to_str().is_none_or(|name| own.contains(name) || !others.contains(name)))

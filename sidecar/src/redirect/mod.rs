@@ -12,7 +12,7 @@ mod probe;
 mod routes;
 
 pub use args::Args;
-pub use command::main;
+pub use command::{main, variables_of_run};
 pub use probe::{PROBE_PORT, PROBE_V4, PROBE_V6, answer, complaint, exempt_target, is_exempt_target, is_probe};
 
 use ipnet::{Ipv4Net, Ipv6Net};

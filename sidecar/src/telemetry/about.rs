@@ -141,7 +141,12 @@ pub(super) const ACCEPT_FAILURES: About = About {
 };
 pub(super) const CONNECTIONS_REFUSED: About = About {
     name: "outrigger_connections_refused_total",
-    help: "Connections closed at once because the sidecar was at its limit of connections.",
+    help: "Connections closed at once because the sidecar was at its limit of connections or of memory.",
+    labels: &[],
+};
+pub(super) const MEMORY_PRESSURE: About = About {
+    name: "outrigger_memory_pressure",
+    help: "1 while memory is short and new connections are refused.",
     labels: &[],
 };
 pub(super) const SPANS_DROPPED: About = About {
@@ -156,7 +161,7 @@ pub(super) const ACCESS_LOG_DROPPED: About = About {
 };
 
 /// All metrics of this module.
-pub(super) const ALL: [&About; 21] = [
+pub(super) const ALL: [&About; 22] = [
     &HTTP_REQUESTS,
     &HTTP_DURATION,
     &HTTP_REQUEST_BYTES,
@@ -178,4 +183,5 @@ pub(super) const ALL: [&About; 21] = [
     &ACCESS_LOG_DROPPED,
     &ACCEPT_FAILURES,
     &CONNECTIONS_REFUSED,
+    &MEMORY_PRESSURE,
 ];

@@ -12,7 +12,8 @@ use prometheus::proto::{self, MetricFamily, MetricType};
 use super::about::{
     ACCEPT_FAILURES, ACCESS_LOG_DROPPED, ALL, About, CERTIFICATE_EXPIRY, CONNECTIONS_REFUSED, CONTROL_PLANE_CONNECTED,
     DETECT, DNS, GRPC_MESSAGES, HTTP_DURATION, HTTP_REQUEST_BYTES, HTTP_REQUESTS, HTTP_RESPONSE_BYTES, IN_FLIGHT,
-    SNAPSHOT_AGE, SPANS_DROPPED, SPANS_EXPORTED, TCP_CLOSED, TCP_DURATION, TCP_OPENED, TCP_RECEIVED, TCP_SENT,
+    MEMORY_PRESSURE, SNAPSHOT_AGE, SPANS_DROPPED, SPANS_EXPORTED, TCP_CLOSED, TCP_DURATION, TCP_OPENED, TCP_RECEIVED,
+    TCP_SENT,
 };
 use super::edge::{BUCKETS, Edge, Edges, Observations, Outcome, TcpCounters};
 use super::labels::{Detected, OVERFLOW, Resolved, WireProtocol};
@@ -35,6 +36,7 @@ pub(super) struct Metrics {
     pub access_log_dropped: AtomicU64,
     pub accept_failures: AtomicU64,
     pub connections_refused: AtomicU64,
+    pub memory_pressure: AtomicBool,
 }
 
 impl Metrics {
@@ -51,6 +53,7 @@ impl Metrics {
             access_log_dropped: AtomicU64::new(0),
             accept_failures: AtomicU64::new(0),
             connections_refused: AtomicU64::new(0),
+            memory_pressure: AtomicBool::new(false),
         }
     }
 
@@ -95,6 +98,7 @@ impl Metrics {
             counter(&ACCESS_LOG_DROPPED, count(&self.access_log_dropped)),
             counter(&ACCEPT_FAILURES, count(&self.accept_failures)),
             counter(&CONNECTIONS_REFUSED, count(&self.connections_refused)),
+            gauge(&MEMORY_PRESSURE, Rows::one(f64::from(u8::from(self.memory_pressure.load(Ordering::Relaxed))))),
         ];
         families.extend(self.certificate_expiry(now).map(|left| gauge(&CERTIFICATE_EXPIRY, Rows::one(left))));
         families.extend(self.snapshot_age(now).map(|age| gauge(&SNAPSHOT_AGE, Rows::one(age))));

@@ -215,6 +215,11 @@ impl Telemetry {
         self.metrics.connections_refused.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Whether connections are refused for want of memory.
+    pub fn set_memory_pressure(&self, short: bool) {
+        self.metrics.memory_pressure.store(short, Ordering::Relaxed);
+    }
+
     /// Counts a connection on an undeclared port whose protocol was decided.
     pub fn detected(&self, outcome: Detected) {
         self.metrics.detected[outcome as usize].fetch_add(1, Ordering::Relaxed);

@@ -1,0 +1,80 @@
+//! Whether memory is short, looked at several times a second on the control thread. When it is, new connections are
+//! refused before they cost anything; what is open goes on. An allocation that fails ends a process, and a control group
+//! at its limit is killed: this is what keeps both from happening.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use outrigger_runtime::memory::Memory;
+
+use crate::config::Limits;
+use crate::connection::Places;
+use crate::telemetry::Telemetry;
+
+const AGAIN: Duration = Duration::from_millis(250);
+
+/// Bytes in use, and how many may be.
+#[derive(Clone, Copy, Debug)]
+struct Use {
+    resident: u64,
+    limit: u64,
+}
+
+/// Refuses connections while memory is short. Without a limit of memory it does nothing.
+pub(super) async fn watch(limits: Limits, places: Arc<Places>, telemetry: Arc<Telemetry>) {
+    let memory = Memory::of_this_process();
+    let look = || Some(Use { resident: Memory::resident()?, limit: memory.limit()? });
+    let mut tick = tokio::time::interval(AGAIN);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut short = false;
+    loop {
+        tick.tick().await;
+        let seen = look();
+        let now = seen.is_some_and(|seen| is_short(seen, short, &limits));
+        if let Some(seen) = seen.filter(|_| now != short) {
+            tell(seen, now, &limits);
+        }
+        short = now;
+        places.refuse(short);
+        telemetry.set_memory_pressure(short);
+    }
+}
+
+/// It begins at one share of the limit and ends at a lower one, so that it does not begin again at once.
+fn is_short(seen: Use, was: bool, limits: &Limits) -> bool {
+    let percent = if was { limits.memory_accept_percent } else { limits.memory_refuse_percent };
+    u128::from(seen.resident) * 100 >= u128::from(seen.limit) * u128::from(percent)
+}
+
+fn tell(seen: Use, short: bool, limits: &Limits) {
+    let (resident, limit) = (seen.resident >> 20, seen.limit >> 20);
+    if short {
+        tracing::warn!(
+            resident_mib = resident,
+            limit_mib = limit,
+            "memory is short: new connections are refused until less than {} % of the limit is in use; what is open goes \
+             on. Raise the memory limit of this container or control group",
+            limits.memory_accept_percent
+        );
+    } else {
+        tracing::info!(resident_mib = resident, limit_mib = limit, "memory is no longer short");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_begins_at_a_share_and_ends_at_a_lower_one() {
+        let limits = Limits { memory_refuse_percent: 90, memory_accept_percent: 80, ..Limits::default() };
+        let mut short = false;
+        for (resident, expected) in
+            [(10, false), (89, false), (90, true), (89, true), (80, true), (79, false), (89, false), (120, true)]
+        {
+            short = is_short(Use { resident, limit: 100 }, short, &limits);
+            assert_eq!(short, expected, "{resident}");
+        }
+        assert!(!is_short(Use { resident: u64::MAX / 2, limit: u64::MAX }, false, &limits), "no overflow");
+    }
+}
