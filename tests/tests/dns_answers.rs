@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use outrigger_tests::dns::{self, A, AAAA, By, HTTPS, MX, Message, NameServer, OPT, SOA, question, with_edns};
 use outrigger_tests::namespace::refused;
 use outrigger_tests::pods::{find, run};
-use outrigger_tests::{Application, Mesh, MeshOptions, Sidecar, eventually};
+use outrigger_tests::{Application, Mesh, MeshOptions, PATIENCE, Sidecar, eventually};
 
 const CLUSTER_IPS: [&str; 2] = ["10.96.0.10", "fd96::10"];
 
@@ -38,7 +38,11 @@ async fn sidecar(mesh: &Mesh, upstreams: &[SocketAddr]) -> Sidecar {
         config.dns_listen = Some(([127, 0, 0, 1], 0).into());
         config.dns_upstream = upstreams;
     };
-    mesh.sidecar("cart-1").config(change).start().await
+    // On a busy machine answers may come late; how long they are waited for is not what most of this is about.
+    let patient = |limits: &mut outrigger_sidecar::config::Limits| {
+        (limits.dns_first_answer, limits.dns_server_timeout, limits.dns_budget) = (PATIENCE, PATIENCE, PATIENCE);
+    };
+    mesh.sidecar("cart-1").limits(patient).config(change).start().await
 }
 
 async fn ask(to: SocketAddr, name: &str, kind: u16) -> Message {
@@ -193,26 +197,33 @@ async fn without_upstreams_and_control_plane_what_is_known_is_answered() {
     let silent = NameServer::start(|_, _| None).await;
     let gone: SocketAddr = "127.0.0.1:9".parse().unwrap();
     let upstreams = vec![silent.address, gone];
-    let cart = sidecar(&mesh, &upstreams).await;
+    let begin = |token: bool| {
+        let sidecar = mesh.sidecar("cart-1").config(|config| {
+            config.dns_listen = Some(([127, 0, 0, 1], 0).into());
+            config.dns_upstream = upstreams.clone();
+        });
+        if token { sidecar } else { sidecar.no_token() }
+    };
+    let cart = begin(true).start().await;
     let known = [CLUSTER_IPS[0].parse::<IpAddr>().unwrap()];
-    assert_eq!(ask(cart.address("dns"), "catalog", A).await.addresses(), known);
+    eventually("the first answer", async || {
+        (ask(cart.address("dns"), "catalog", A).await.addresses() == known).then_some(())
+    })
+    .await;
+    let before = count(&cart, "failed").await;
     // One that does not answer, then one that is not there.
     let said = dns::udp(cart.address("dns"), &with_edns(question(7, "www.example.org", A), 1232)).await;
     let failed = Message::read(&said);
     assert_eq!((failed.code, failed.answers.len(), failed.additional[0].kind), (2, 0, OPT));
     assert_eq!(failed.additional[0].data, [0, 15, 0, 2, 0, 23], "and why: network error");
-    assert_eq!(count(&cart, "failed").await, 1.0);
+    assert_eq!(count(&cart, "failed").await, before + 1.0);
 
     mesh.kill_control_plane().await;
     assert_eq!(ask(cart.address("dns"), "catalog.shop", A).await.addresses(), known);
     // Nobody can say whether there is such a service.
     assert_eq!(ask(cart.address("dns"), "stock", A).await.code, 2);
     cart.stop().await;
-    let again = mesh.sidecar("cart-1").no_token().config(|config| {
-        config.dns_listen = Some(([127, 0, 0, 1], 0).into());
-        config.dns_upstream = upstreams;
-    });
-    let again = again.start_unready();
+    let again = begin(false).start_unready();
     again.ready().await;
     assert_eq!(ask(again.address("dns"), "catalog.shop.svc", A).await.addresses(), known, "from --state");
     assert_eq!(ask(again.address("dns"), "stock", A).await.code, 2);

@@ -32,7 +32,9 @@ async fn setting(limits: impl FnOnce(&mut outrigger_sidecar::config::Limits)) ->
     let say = |_, asked: &[u8]| asked[12..].starts_with(b"\x03www").then(|| dns::answer(asked, 3, &[], 60));
     let upstream = NameServer::start(say).await;
     let address = upstream.address;
-    let sidecar = mesh.sidecar("cart-1").limits(limits).config(|config| {
+    // On a busy machine the control plane's first answer may come late.
+    let patient = |limits: &mut outrigger_sidecar::config::Limits| limits.dns_first_answer = outrigger_tests::PATIENCE;
+    let sidecar = mesh.sidecar("cart-1").limits(patient).limits(limits).config(|config| {
         config.dns_listen = Some(([127, 0, 0, 1], 0).into());
         config.dns_upstream = vec![address];
     });
@@ -44,14 +46,25 @@ async fn setting(limits: impl FnOnce(&mut outrigger_sidecar::config::Limits)) ->
 impl Setting {
     /// Both kinds of names are answered, by both transports.
     async fn serves(&self) {
-        for (name, code) in [("catalog", 0), ("www.example.org", 3)] {
-            for said in [
-                dns::udp(self.resolver, &question(1, name, A)).await,
-                dns::tcp(self.resolver, &question(1, name, A)).await,
-            ] {
-                let message = Message::read(&said);
-                assert_eq!((message.code, message.answers.len()), (code, usize::from(code == 0)), "{name}");
-            }
+        self.answers_names_of_the_mesh().await;
+        for by_tcp in [false, true] {
+            // What an upstream says may take longer than the limits of a test.
+            eventually("www.example.org is denied", async || {
+                let asked = question(1, "www.example.org", A);
+                let said =
+                    if by_tcp { dns::tcp(self.resolver, &asked).await } else { dns::udp(self.resolver, &asked).await };
+                (Message::read(&said).code == 3).then_some(())
+            })
+            .await;
+        }
+    }
+
+    async fn answers_names_of_the_mesh(&self) {
+        for said in [
+            dns::udp(self.resolver, &question(1, "catalog", A)).await,
+            dns::tcp(self.resolver, &question(1, "catalog", A)).await,
+        ] {
+            assert_eq!(Message::read(&said).addresses(), ["10.96.0.10".parse::<IpAddr>().unwrap()]);
         }
     }
 
@@ -127,10 +140,10 @@ async fn packets_that_are_no_questions() {
 #[tokio::test]
 async fn mutations_of_questions() {
     let setting = setting(|limits| {
-        limits.dns_server_timeout = Duration::from_millis(50);
-        limits.dns_first_answer = Duration::from_millis(50);
+        limits.dns_server_timeout = Duration::from_millis(100);
     })
     .await;
+    setting.serves().await;
     let seeds = [
         question(1, "catalog", A),
         with_edns(question(2, "catalog.shop.svc.cluster.local", 28), 4096),
@@ -156,14 +169,9 @@ async fn mutations_of_questions() {
         }
         client.send(&packet).await.unwrap();
         if round % 100 == 0 {
-            setting.serves().await;
+            setting.answers_names_of_the_mesh().await;
         }
     }
-    eventually("what waits is over", async || {
-        let said = dns::udp(setting.resolver, &question(1, "www.example.org", A)).await;
-        (Message::read(&said).code == 3).then_some(())
-    })
-    .await;
     setting.serves().await;
 }
 
@@ -171,7 +179,7 @@ async fn mutations_of_questions() {
 async fn a_flood_of_questions_that_nobody_answers_holds_up_no_name_of_the_mesh() {
     let setting = setting(|limits| {
         limits.dns_in_flight = 8;
-        limits.dns_server_timeout = Duration::from_secs(2);
+        limits.dns_server_timeout = Duration::from_secs(4);
     })
     .await;
     setting.serves().await;
@@ -196,7 +204,7 @@ async fn a_flood_of_questions_that_nobody_answers_holds_up_no_name_of_the_mesh()
 async fn tcp_clients_that_are_slow_silent_or_too_many() {
     let setting = setting(|limits| {
         limits.dns_tcp_clients = 4;
-        limits.dns_tcp_idle = Duration::from_secs(1);
+        limits.dns_tcp_idle = Duration::from_secs(3);
     })
     .await;
     let connect = async || TcpStream::connect(setting.resolver).await.unwrap();
@@ -259,5 +267,9 @@ async fn a_port_that_is_taken() {
     let mut process = sidecar.spawn(under_test!()).await;
     process.ready().await;
     let resolver = process.address("dns").await;
-    assert_eq!(Message::read(&dns::udp(resolver, &question(1, "catalog", A)).await).answers.len(), 1);
+    eventually("the first answer", async || {
+        let said = dns::udp(resolver, &question(1, "catalog", A)).await;
+        (Message::read(&said).answers.len() == 1).then_some(())
+    })
+    .await;
 }
