@@ -52,6 +52,15 @@ impl Connection {
         stream.into()
     }
 
+    /// How a connection ends that is ended at once: a reset may come before the client has looked at what it opened.
+    pub async fn ended_by(address: SocketAddr) -> End {
+        match soon("connect", TcpStream::connect(address)).await {
+            Ok(stream) => Connection::from(stream).expect_end().await,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => End::Reset,
+            Err(error) => panic!("{address}: {error}"),
+        }
+    }
+
     /// Sends these bytes as they are. Panics when the other side is gone.
     pub async fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.try_send(bytes).await.unwrap();

@@ -176,8 +176,7 @@ async fn nobody_to_connect_to_is_a_reset_with_a_reason() {
     let gone = Backend::start().await.stop();
     mesh.service("queue.shop", 5672, gone.port(), Some("tcp"));
     let near = mesh.sidecar("cart-1").outbound("queue:5672").start().await;
-    let mut client = Connection::open(near.outbound()).await;
-    assert_eq!(client.expect_end().await, End::Reset);
+    assert_eq!(Connection::ended_by(near.outbound()).await, End::Reset);
     let labels = [("direction", "outbound"), ("reason", "destination_unavailable")];
     eventually("counted", async || {
         (near.metrics().await.sum("outrigger_tcp_connections_closed_total", &labels) == 1.0).then_some(())
@@ -185,8 +184,7 @@ async fn nobody_to_connect_to_is_a_reset_with_a_reason() {
     .await;
     let _far = mesh.sidecar("queue-1").label("app", "queue").inbound(gone).start().await;
     eventually("the endpoint is known", async || {
-        let mut client = Connection::open(near.outbound()).await;
-        client.expect_end().await;
+        Connection::ended_by(near.outbound()).await;
         let labels = [("direction", "outbound"), ("mtls", "true")];
         (near.metrics().await.sum("outrigger_tcp_connections_closed_total", &labels) >= 1.0).then_some(())
     })
