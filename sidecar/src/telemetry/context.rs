@@ -63,6 +63,10 @@ impl Incoming {
 
     /// The trace id alone, for a log line when no spans are made; 0 without one.
     pub(super) fn trace_id(headers: &HeaderMap) -> u128 {
+        // One walk costs less than a search, and mostly there is none.
+        if !headers.keys().any(|name| *name == TRACEPARENT) {
+            return 0;
+        }
         single(headers, &TRACEPARENT).and_then(parse_traceparent).map_or(0, |(ids, _)| ids.trace)
     }
 

@@ -119,7 +119,10 @@ impl HttpRecord {
             return;
         }
         self.named_trace.set(Incoming::trace_id(headers));
-        let host = || headers.get(HOST).and_then(|host| host.to_str().ok());
+        let host = || {
+            let (_, host) = headers.iter().find(|(name, _)| **name == HOST)?;
+            host.to_str().ok()
+        };
         let authority = uri.authority().map(http::uri::Authority::as_str).or_else(host).unwrap_or_default();
         let mut words = self.words.borrow_mut();
         words.method = Some(method.clone());

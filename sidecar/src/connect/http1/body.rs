@@ -50,11 +50,20 @@ pub(super) fn response_length(method: &Method, status: StatusCode, headers: &Hea
     if bodyless {
         return Length::Exact(0);
     }
-    if let Some(coding) = headers.get(header::TRANSFER_ENCODING) {
+    let (mut coding, mut length) = (None, None);
+    // One walk costs less than a search for each.
+    for (name, value) in headers {
+        match *name {
+            header::TRANSFER_ENCODING if coding.is_none() => coding = Some(value),
+            header::CONTENT_LENGTH if length.is_none() => length = Some(value),
+            _ => {}
+        }
+    }
+    if let Some(coding) = coding {
         let chunked = coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked");
         return if chunked { Length::Chunked } else { Length::UntilEnd };
     }
-    match headers.get(header::CONTENT_LENGTH) {
+    match length {
         None => Length::UntilEnd,
         Some(value) => {
             // A list of equal numbers is one number; `check_answer` sees to it that they are equal.

@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
@@ -128,12 +128,12 @@ impl Conn {
         });
     }
 
-    /// Whether an idle connection can be used: not when its peer has closed it or said something unasked.
-    pub fn is_silent(&mut self) -> bool {
+    /// Whether an idle connection can be used: not when its peer has closed it or said something unasked. If it is, the
+    /// task is woken when there is something to receive.
+    pub fn is_silent(&mut self, cx: &mut Context<'_>) -> bool {
         let mut nothing = [0; 64];
         let mut buffer = ReadBuf::new(&mut nothing);
-        let mut cx = Context::from_waker(Waker::noop());
-        self.read.is_empty() && Pin::new(&mut self.stream).poll_read(&mut cx, &mut buffer).is_pending()
+        self.read.is_empty() && Pin::new(&mut self.stream).poll_read(cx, &mut buffer).is_pending()
     }
 
     /// Where heads and framing are written to.

@@ -13,7 +13,11 @@ use crate::outcome::Reason;
 
 /// How the fields of a head were spelled: names go on with the letters that they came with.
 #[derive(Clone, Debug)]
-pub struct Spelling(Bytes);
+pub struct Spelling {
+    head: Bytes,
+    /// Lines with a field.
+    lines: usize,
+}
 
 /// A request's head with what it says of its connection.
 pub struct RequestHead {
@@ -69,7 +73,8 @@ pub fn parse_request(
         .map_err(|_| (Reason::BadRequest, "the target is no URI"))?;
     let old = parsed.version == Some(0);
     *request.version_mut() = if old { Version::HTTP_10 } else { Version::HTTP_11 };
-    let fields = fields_of(&head, parsed.headers).ok_or((Reason::BadRequest, "a field"))?;
+    let lines = parsed.headers.len();
+    let fields = fields_of(&head, parsed.headers, ADDED).ok_or((Reason::BadRequest, "a field"))?;
     *request.headers_mut() = fields.headers;
     let headers = request.headers_mut();
     let length = match fields.framing {
@@ -83,7 +88,7 @@ pub fn parse_request(
         headers.insert(header::CONTENT_LENGTH, first);
     }
     let keep_alive = if fields.connection { keeps_alive(headers, old) } else { !old };
-    Ok(Some(RequestHead { request, spelling: Spelling(head), length, keep_alive }))
+    Ok(Some(RequestHead { request, spelling: Spelling { head, lines }, length, keep_alive }))
 }
 
 /// Takes the head of an answer to a `method` request out of what was received; `None` when its end has not come.
@@ -114,14 +119,15 @@ pub fn parse_response(
     *response.status_mut() = status;
     let old = parsed.version == Some(0);
     *response.version_mut() = if old { Version::HTTP_10 } else { Version::HTTP_11 };
-    let fields = fields_of(&head, parsed.headers).ok_or("a field of the answer")?;
+    let lines = parsed.headers.len();
+    let fields = fields_of(&head, parsed.headers, 0).ok_or("a field of the answer")?;
     *response.headers_mut() = fields.headers;
     if old && response.headers().contains_key(header::TRANSFER_ENCODING) {
         return Err("Transfer-Encoding in an HTTP/1.0 answer");
     }
     let length = body::response_length(method, status, response.headers());
     let keep_alive = if fields.connection { keeps_alive(response.headers(), old) } else { !old };
-    Ok(Some(ResponseHead { response, spelling: Spelling(head), length, keep_alive }))
+    Ok(Some(ResponseHead { response, spelling: Spelling { head, lines }, length, keep_alive }))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -202,8 +208,11 @@ struct Parsed {
     connection: bool,
 }
 
-fn fields_of(head: &Bytes, lines: &[httparse::Header<'_>]) -> Option<Parsed> {
-    let mut headers = HeaderMap::with_capacity(lines.len());
+/// Fields that are mostly added to a request on its way: who calls, in two forms.
+const ADDED: usize = 2;
+
+fn fields_of(head: &Bytes, lines: &[httparse::Header<'_>], added: usize) -> Option<Parsed> {
+    let mut headers = HeaderMap::with_capacity(lines.len() + added);
     let (mut framing, mut connection) = (0, false);
     for line in lines {
         let name = HeaderName::from_bytes(line.name.as_bytes()).ok()?;
@@ -305,7 +314,7 @@ pub(super) fn write_hex(out: &mut Vec<u8>, size: usize) {
 impl Spelling {
     /// The reason phrase of an answer.
     fn phrase(&self) -> Option<&[u8]> {
-        let line = &self.0[..memchr::memchr(b'\n', &self.0)?];
+        let line = &self.head[..memchr::memchr(b'\n', &self.head)?];
         let phrase = line.get(13..)?;
         let phrase = phrase.strip_suffix(b"\r").unwrap_or(phrase);
         // No text of a peer's goes on that the parser did not look at.
@@ -313,8 +322,8 @@ impl Spelling {
     }
 
     fn names(&self) -> Names<'_> {
-        let start = memchr::memchr(b'\n', &self.0).map_or(self.0.len(), |end| end + 1);
-        Names { head: &self.0, start, at: start }
+        let start = memchr::memchr(b'\n', &self.head).map_or(self.head.len(), |end| end + 1);
+        Names { head: &self.head, start, at: start, left: self.lines }
     }
 }
 
@@ -323,19 +332,27 @@ struct Names<'a> {
     head: &'a [u8],
     start: usize,
     at: usize,
+    /// Lines whose field was not asked for yet.
+    left: usize,
 }
 
 impl<'a> Names<'a> {
     fn find(&mut self, name: &str) -> Option<&'a [u8]> {
+        if self.left == 0 {
+            // What was added here was not in the head.
+            return None;
+        }
         let from = self.at;
-        self.search(name, self.head.len()).or_else(|| {
+        let found = self.search(name, self.head.len()).or_else(|| {
             self.at = self.start;
             let found = self.search(name, from);
             if found.is_none() {
                 self.at = from;
             }
             found
-        })
+        })?;
+        self.left -= 1;
+        Some(found)
     }
 
     fn search(&mut self, name: &str, until: usize) -> Option<&'a [u8]> {
@@ -343,12 +360,33 @@ impl<'a> Names<'a> {
             let line = &self.head[self.at..];
             let end = memchr::memchr(b'\n', line)? + 1;
             self.at += end;
-            if line.get(name.len()) == Some(&b':') && line[..name.len()].eq_ignore_ascii_case(name.as_bytes()) {
+            if line.get(name.len()) == Some(&b':') && is_same(&line[..name.len()], name.as_bytes()) {
                 return Some(&line[..name.len()]);
             }
         }
         None
     }
+}
+
+/// Whether `spelled` is `name`, which has no capitals, but for the case of letters; both are as long. Eight bytes at a
+/// time: this is asked of every field that is passed on.
+fn is_same(spelled: &[u8], name: &[u8]) -> bool {
+    let (Some(spelled_end), Some(name_end)) = (spelled.last_chunk::<8>(), name.last_chunk::<8>()) else {
+        return spelled.eq_ignore_ascii_case(name);
+    };
+    let (spelled_words, name_words) = (spelled.as_chunks::<8>().0, name.as_chunks::<8>().0);
+    is_same_word(*spelled_end, *name_end)
+        && spelled_words.iter().zip(name_words).all(|(spelled, name)| is_same_word(*spelled, *name))
+}
+
+fn is_same_word(spelled: [u8; 8], name: [u8; 8]) -> bool {
+    const EACH: u64 = u64::MAX / 0xff;
+    let (spelled, name) = (u64::from_ne_bytes(spelled), u64::from_ne_bytes(name));
+    // No byte of a name is above 0x7f, so that no sum reaches the next byte.
+    let from_a = name + EACH * u64::from(0x80 - b'a');
+    let beyond_z = name + EACH * u64::from(0x7f - b'z');
+    let letters = (from_a & !beyond_z & (EACH * 0x80)) >> 2;
+    (spelled ^ name) & !letters == 0
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! request that meets one at the very moment when the peer closes it is sent once more on a fresh one, when that is
 //! safe. The request's body goes out while the answer comes in, on the task of the downstream.
 
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -52,7 +53,8 @@ impl Lane {
         let mut may_reuse = true;
         loop {
             let mut began = Instant::now();
-            let reused = if may_reuse { self.take_idle(began) } else { None };
+            let taking = poll_fn(|cx| Poll::Ready(self.take_idle(began, cx)));
+            let reused = if may_reuse { taking.await } else { None };
             let is_reused = reused.is_some();
             let mut connection = match reused {
                 Some(connection) => connection,
@@ -66,8 +68,8 @@ impl Lane {
                 },
             };
             let sent_before = connection.conn.sent();
-            let mut attempt = Attempt::new(&mut connection.conn, &mut request, self);
-            let outcome = std::future::poll_fn(|cx| attempt.poll(cx)).await;
+            let mut attempt = Attempt::new(&mut connection.conn, &mut request, self, is_reused);
+            let outcome = poll_fn(|cx| attempt.poll(cx)).await;
             let Attempt { sending, received, .. } = attempt;
             match outcome {
                 Ok(head) => return Ok(self.answered(connection, request, sending, head, began)),
@@ -114,14 +116,14 @@ impl Lane {
     }
 
     /// What ended by the wall clock the watchdog takes out.
-    fn take_idle(&self, now: Instant) -> Option<Box<Http1>> {
+    fn take_idle(&self, now: Instant, cx: &mut Context<'_>) -> Option<Box<Http1>> {
         let generation = self.dialer.generation();
         let limit = self.idle_limit.get();
         let mut idle = self.idle.borrow_mut();
         while let Some(Idle { mut connection, since }) = idle.pop() {
             if now.saturating_duration_since(since) < limit
                 && (connection.retire_at.is_none() || connection.generation == generation)
-                && connection.conn.is_silent()
+                && connection.conn.is_silent(cx)
             {
                 return Some(connection);
             }
@@ -148,7 +150,8 @@ impl Lane {
         if self.target.tls.is_some() {
             return;
         }
-        let Some(value) = response.headers().get("keep-alive") else { return };
+        let mut fields = response.headers().iter();
+        let Some((_, value)) = fields.find(|(name, _)| name.as_str() == "keep-alive") else { return };
         let seconds = value.to_str().ok().and_then(|text| {
             text.split(',').find_map(|part| part.trim().strip_prefix("timeout=")?.trim().parse::<u64>().ok())
         });
@@ -186,6 +189,8 @@ struct Attempt<'a> {
     request: &'a mut Request<RequestBody>,
     lane: &'a Lane,
     sending: Sending,
+    /// A moment ago there was nothing to receive, and the task is woken when there is.
+    silent: bool,
     /// How far the search for the end of the head got.
     seen: usize,
     received: bool,
@@ -193,7 +198,7 @@ struct Attempt<'a> {
 }
 
 impl<'a> Attempt<'a> {
-    fn new(conn: &'a mut Conn, request: &'a mut Request<RequestBody>, lane: &'a Lane) -> Attempt<'a> {
+    fn new(conn: &'a mut Conn, request: &'a mut Request<RequestBody>, lane: &'a Lane, silent: bool) -> Attempt<'a> {
         let chunked = !request.body().is_empty() && request.body().size_hint().exact().is_none();
         let out = conn.queue();
         head::write_request(out, request, request.body().spelling());
@@ -202,11 +207,14 @@ impl<'a> Attempt<'a> {
         }
         out.extend_from_slice(b"\r\n");
         let sending = Sending { chunked, done: request.body().is_empty(), failed: None };
-        Attempt { conn, request, lane, sending, seen: 0, received: false, interim: 0 }
+        Attempt { conn, request, lane, sending, silent, seen: 0, received: false, interim: 0 }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<ResponseHead, Failure>> {
         self.sending.poll(cx, self.conn, Some(self.request.body_mut())).map_err(Failure::Request)?;
+        if std::mem::take(&mut self.silent) && self.sending.failed.is_none() {
+            return Poll::Pending;
+        }
         loop {
             let parsed =
                 head::parse_response(self.conn.received(), &mut self.seen, self.request.method(), &self.lane.limits);

@@ -8,7 +8,7 @@ mod http2;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -185,7 +185,7 @@ impl Lane {
         self.idle.borrow_mut().retain_mut(|idle| {
             now.duration_since(idle.since) < limit
                 && usable(idle.connection.retire_at, idle.connection.generation, wall, generation)
-                && idle.connection.conn.is_silent()
+                && idle.connection.conn.is_silent(&mut Context::from_waker(Waker::noop()))
         });
         // Dropping the sender of a shared connection lets its streams end first.
         self.shared.borrow_mut().retain_mut(|shared| shared.is_usable(wall, generation));

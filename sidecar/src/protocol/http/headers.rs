@@ -24,10 +24,10 @@ const HTTP2_SETTINGS: &str = "http2-settings";
 /// Removes hop-by-hop fields, and with [`Strip::Identity`] every claim of an identity. `upgrade` is the protocol that
 /// is being asked for and keeps its fields. Framing fields and Host cannot be nominated away by `Connection`.
 pub fn clean(headers: &mut HeaderMap, strip: Strip, upgrade: bool) {
-    let trailers = accepts_trailers(headers);
     if !headers.keys().any(|name| is_hop_by_hop(name) || strip.takes(name)) {
         return;
     }
+    let trailers = accepts_trailers(headers);
     let nominated: Vec<HeaderName> = nominated(headers);
     let upgrade_to = if upgrade { headers.get(header::UPGRADE).cloned() } else { None };
     let mut kept = HeaderMap::with_capacity(headers.len());
@@ -111,7 +111,7 @@ fn accepts_trailers(headers: &HeaderMap) -> bool {
 
 /// True when the request asks for a protocol that may pass: anything but h2c, with `Connection: upgrade`.
 pub fn asks_upgrade(headers: &HeaderMap) -> bool {
-    let Some(protocol) = headers.get(header::UPGRADE) else { return false };
+    let Some((_, protocol)) = headers.iter().find(|(name, _)| **name == header::UPGRADE) else { return false };
     let names_h2c = protocol
         .to_str()
         .map_or(true, |text| text.split(',').any(|one| one.trim().to_ascii_lowercase().starts_with("h2c")));

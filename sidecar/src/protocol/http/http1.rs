@@ -178,7 +178,7 @@ fn framing(status: StatusCode, body: &ResponseBody, asked: Asked) -> Framing {
 
 fn write_framing(out: &mut Vec<u8>, framing: Framing, headers: &HeaderMap, close: bool, asked: Asked, switched: bool) {
     match framing {
-        Framing::Exact(length) if !switched && !headers.contains_key(header::CONTENT_LENGTH) => {
+        Framing::Exact(length) if !switched && !headers.keys().any(|name| *name == header::CONTENT_LENGTH) => {
             head::write_length(out, length);
         }
         Framing::Chunked => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),
@@ -193,7 +193,8 @@ fn write_framing(out: &mut Vec<u8>, framing: Framing, headers: &HeaderMap, close
 }
 
 fn says_close(headers: &HeaderMap) -> bool {
-    headers.get(header::CONNECTION).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"close"))
+    let connection = headers.iter().find(|(name, _)| **name == header::CONNECTION);
+    connection.is_some_and(|(_, value)| value.as_bytes().eq_ignore_ascii_case(b"close"))
 }
 
 /// The sending of an answer's body.
