@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Waker;
 use std::time::{Duration, Instant, SystemTime};
@@ -84,9 +84,6 @@ pub struct About {
     pub sni: Option<String>,
 }
 
-/// Interim answers that wait, in bytes: the largest head fits.
-const MAX_INTERIM: usize = 64 * 1024;
-
 /// One open connection. Shared between its task, the watchdog and the admin thread; every field that changes while
 /// requests flow is an atomic that only its own worker writes.
 #[derive(Debug)]
@@ -102,9 +99,6 @@ pub struct Entry {
     command: AtomicU8,
     waker: AtomicWaker,
     clock: Arc<Clock>,
-    /// Interim (1xx) heads that wait to be written before the next bytes of the answer.
-    interim: Mutex<Vec<u8>>,
-    has_interim: AtomicBool,
     /// Requests that began on it.
     requests: AtomicU64,
     /// Clock of the table, milliseconds: when the peer's proof of who it is ends.
@@ -173,27 +167,6 @@ impl Entry {
     /// The connection's task says where to wake it when it is asked something.
     pub fn listen(&self, waker: &Waker) {
         self.waker.register(waker);
-    }
-
-    /// Queues an interim answer; written ahead of the final one. What a client does not take is not kept for ever:
-    /// beyond a bound interim answers are left out.
-    pub fn push_interim(&self, head: &[u8]) {
-        let mut interim = self.interim.lock().unwrap_or_else(PoisonError::into_inner);
-        if interim.len() + head.len() > MAX_INTERIM {
-            return;
-        }
-        interim.extend_from_slice(head);
-        drop(interim);
-        self.has_interim.store(true, Relaxed);
-        self.waker.wake();
-    }
-
-    /// Takes what [`Entry::push_interim`] queued.
-    pub fn take_interim(&self) -> Option<Vec<u8>> {
-        if !self.has_interim.swap(false, Relaxed) {
-            return None;
-        }
-        Some(std::mem::take(&mut *self.interim.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 }
 
@@ -285,8 +258,6 @@ impl Table {
             command: AtomicU8::new(Command::Run as u8),
             waker: AtomicWaker::new(),
             clock: self.clock.clone(),
-            interim: Mutex::default(),
-            has_interim: AtomicBool::new(false),
             requests: AtomicU64::new(0),
             retire_at: AtomicU64::new(u64::MAX),
         });

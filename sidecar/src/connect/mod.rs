@@ -3,12 +3,11 @@
 pub mod backend;
 pub mod dial;
 pub mod http1;
+pub mod http2;
+pub mod interim;
 pub mod lane;
-mod local;
 pub mod own_dials;
 pub mod request_body;
 pub mod speculation;
 pub mod streams;
 pub mod worker;
-
-pub use local::Local;

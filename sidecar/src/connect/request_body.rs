@@ -2,15 +2,15 @@
 
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
 use super::http1::{self, Fault, Spelling};
+use super::http2;
+use super::interim::Interim;
 use super::streams::Progress;
-use crate::connection::Entry;
 use crate::telemetry::{GrpcFrames, HttpRecord};
 
 /// Removes what a trailer section must not carry on this hop.
@@ -19,17 +19,17 @@ pub type TrailerFilter = fn(&mut http::HeaderMap);
 /// A request's body as it comes from the downstream.
 pub enum Received {
     Http1(http1::Incoming),
-    Http2(hyper::body::Incoming),
+    Http2(http2::Incoming),
 }
 
-/// A request's body as it goes to the upstream, with what an HTTP/1.1 upstream needs to know of the request besides.
+/// A request's body as it goes to the upstream, with what a lane needs to know of the request besides.
 pub struct RequestBody {
     /// None: no body; such a request can be sent again.
     streaming: Option<Streaming>,
     /// How the head of an HTTP/1 request was spelled.
     spelling: Option<Spelling>,
-    /// The connection of a client that takes interim answers.
-    interim: Option<Arc<Entry>>,
+    /// Where interim answers go, if the client takes any.
+    interim: Option<Rc<Interim>>,
 }
 
 struct Streaming {
@@ -46,7 +46,17 @@ pub enum RequestBroke {
     #[error(transparent)]
     Http1(#[from] Fault),
     #[error(transparent)]
-    Http2(#[from] hyper::Error),
+    Http2(#[from] h2::Error),
+}
+
+impl RequestBroke {
+    /// How the request's stream to an HTTP/2 upstream is reset.
+    pub fn reset_code(&self) -> h2::Reason {
+        match self {
+            RequestBroke::Http1(_) => h2::Reason::INTERNAL_ERROR,
+            RequestBroke::Http2(error) => http2::reset_code(error),
+        }
+    }
 }
 
 impl Received {
@@ -60,24 +70,24 @@ impl Received {
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RequestBroke>>> {
         match self {
             Received::Http1(incoming) => incoming.poll_frame(cx).map_err(RequestBroke::Http1),
-            Received::Http2(incoming) => Pin::new(incoming).poll_frame(cx).map_err(RequestBroke::Http2),
+            Received::Http2(incoming) => incoming.poll_frame(cx).map_err(RequestBroke::Http2),
         }
     }
 }
 
 impl RequestBody {
-    /// `interim`: the client takes interim (1xx) answers.
+    /// `interim`: where interim (1xx) answers go, if the client takes any.
     pub fn new(
         received: Received,
         record: &Rc<HttpRecord>,
         grpc: bool,
         trailers: TrailerFilter,
         progress: impl FnOnce() -> Progress,
-        interim: bool,
+        interim: Option<Rc<Interim>>,
     ) -> RequestBody {
-        let (spelling, interim) = match &received {
-            Received::Http1(incoming) => (Some(incoming.spelling.clone()), interim.then(|| incoming.entry().clone())),
-            Received::Http2(_) => (None, None),
+        let spelling = match &received {
+            Received::Http1(incoming) => Some(incoming.spelling.clone()),
+            Received::Http2(_) => None,
         };
         let streaming = (!received.is_end_stream()).then(|| {
             let grpc = grpc.then(GrpcFrames::default);
@@ -86,8 +96,9 @@ impl RequestBody {
         RequestBody { streaming, spelling, interim }
     }
 
-    pub fn empty() -> RequestBody {
-        RequestBody { streaming: None, spelling: None, interim: None }
+    /// The body of the same request once more. Only to be asked of one that is empty.
+    pub fn clone_empty(&self) -> RequestBody {
+        RequestBody { streaming: None, spelling: self.spelling.clone(), interim: self.interim.clone() }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -99,7 +110,7 @@ impl RequestBody {
     }
 
     /// Where interim answers go.
-    pub fn interim(&self) -> Option<&Arc<Entry>> {
+    pub fn interim(&self) -> Option<&Rc<Interim>> {
         self.interim.as_ref()
     }
 }

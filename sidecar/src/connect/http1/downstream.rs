@@ -109,11 +109,8 @@ impl Downstream {
         Poll::Pending
     }
 
-    /// Sends interim answers ahead of the final one.
-    pub fn send_interim(&self, cx: &mut Context<'_>) {
-        if let Some(interim) = self.entry.take_interim() {
-            self.conn().queue().extend_from_slice(&interim);
-        }
+    /// Writes what is queued ahead of the answer.
+    pub fn flush(&self, cx: &mut Context<'_>) {
         let mut conn = self.conn();
         if !conn.is_flushed() {
             // A client that is gone is noticed by who reads from it or writes the answer.
@@ -131,10 +128,6 @@ pub struct Incoming {
 impl Incoming {
     pub fn new(downstream: &Rc<Downstream>, spelling: Spelling) -> Incoming {
         Incoming { downstream: downstream.clone(), spelling }
-    }
-
-    pub fn entry(&self) -> &Arc<Entry> {
-        &self.downstream.entry
     }
 
     pub fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Fault>>> {

@@ -9,21 +9,18 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode, header};
+use http::{Request, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 
-use super::{Answered, Lane, Unsent, UpstreamBody, is_replayable};
+use super::{Answered, Lane, Unsent, UpstreamBody, fault, is_replayable};
 use crate::connect::http1::body::Decoded;
 use crate::connect::http1::head::{self, ResponseHead};
 use crate::connect::http1::{Conn, Decoder, Fault, Spelling};
+use crate::connect::interim;
 use crate::connect::request_body::{RequestBody, RequestBroke};
 use crate::net::Stream;
 use crate::outcome::{Error, Reason, Retry, Stage};
 use crate::tls::MeshAlpn;
-
-/// How many interim answers a request may get. Each is passed on; endless ones would be held for a client that does not
-/// read.
-const MOST_INTERIM: u32 = 64;
 
 pub(super) struct Http1 {
     pub(super) conn: Conn,
@@ -166,11 +163,7 @@ impl Lane {
     /// What a failed exchange means.
     fn told(&self, failure: Failure, retry: Retry) -> Error {
         let fault = match failure {
-            Failure::Request(broke) => {
-                let unreadable = matches!(broke, RequestBroke::Http1(Fault::Malformed(_)));
-                let reason = if unreadable { Reason::BadRequest } else { Reason::ClientClosed };
-                return Error::downstream(Stage::Forward, reason, broke.to_string());
-            }
+            Failure::Request(broke) => return fault::request_broke(&broke),
             Failure::Upstream(fault) => fault,
         };
         let reason = match &fault {
@@ -220,11 +213,11 @@ impl<'a> Attempt<'a> {
             match parsed.map_err(|wrong| Failure::Upstream(Fault::Malformed(wrong)))? {
                 Some(head) if is_interim(&head) => {
                     self.interim += 1;
-                    if self.interim > MOST_INTERIM {
+                    if self.interim > interim::MOST {
                         return Poll::Ready(Err(Failure::Upstream(Fault::Malformed("endless interim answers"))));
                     }
                     if let Some(client) = self.request.body().interim() {
-                        client.push_interim(&interim(&head));
+                        client.push(head.response, Some(head.spelling));
                     }
                     continue;
                 }
@@ -246,18 +239,6 @@ impl<'a> Attempt<'a> {
 
 fn is_interim(head: &ResponseHead) -> bool {
     head.response.status().is_informational() && head.response.status() != StatusCode::SWITCHING_PROTOCOLS
-}
-
-/// An interim answer as it goes on (RFC 9110 section 15.2), without what belongs to this hop.
-fn interim(head: &ResponseHead) -> Vec<u8> {
-    let mut headers = head.response.headers().clone();
-    for name in [header::CONNECTION, header::TRANSFER_ENCODING, header::CONTENT_LENGTH, header::UPGRADE] {
-        headers.remove(name);
-    }
-    let mut raw = Vec::new();
-    head::write_response(&mut raw, false, head.response.status(), &headers, Some(&head.spelling));
-    raw.extend_from_slice(b"\r\n");
-    raw
 }
 
 /// The sending of a request whose head is queued.
@@ -370,7 +351,7 @@ impl Answer {
         }
     }
 
-    fn send_on(&mut self, cx: &mut Context<'_>) {
+    pub fn send_on(&mut self, cx: &mut Context<'_>) {
         let broke = self.sending.poll(cx, &mut self.connection.conn, self.request.as_mut()).is_err();
         if self.sending.done || broke {
             self.request = None;

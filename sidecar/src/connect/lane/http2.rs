@@ -1,25 +1,33 @@
-//! HTTP/2 on a lane: connections are shared by requests, and one is opened by one while the others wait for it.
+//! HTTP/2 on a lane: connections are shared by requests, and one is opened by one while the others wait for it. A request
+//! is sent and its answer received on the task of the downstream, without a task or a channel of its own; a task drives
+//! each connection.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, RefCell, RefMut};
+use std::pin::Pin;
 use std::rc::Rc;
-use std::time::{Instant, SystemTime};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::{Duration, Instant, SystemTime};
 
-use http::Request;
-use hyper::client::conn::http2;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::client::{ResponseFuture, SendRequest};
+use http::{Method, Request, Response, StatusCode, header};
+use http_body::{Body, Frame, SizeHint};
 use tokio::sync::Notify;
 
-use super::{Answered, Lane, StreamPlace, Unsent, UpstreamBody, fault, replayable, usable};
-use crate::connect::local::Local;
-use crate::connect::request_body::RequestBody;
+use super::{Answered, Lane, Unsent, UpstreamBody, fault, usable};
+use crate::connect::http2::{Incoming, KeepAlive, Sending, Stop, UpstreamIo};
+use crate::connect::interim::{self, Interim};
+use crate::connect::request_body::{RequestBody, RequestBroke};
 use crate::outcome::{Error, Reason, Retry, Stage};
 use crate::tls::MeshAlpn;
 
+/// A connection that requests share. Its streams live on when it leaves the pool.
 pub(super) struct Shared {
-    pub(super) sender: http2::SendRequest<RequestBody>,
-    pub(super) streams: Rc<Cell<usize>>,
-    pub(super) retire_at: Option<SystemTime>,
-    pub(super) generation: u64,
+    sender: SendRequest<Bytes>,
+    streams: Rc<Cell<usize>>,
+    retire_at: Option<SystemTime>,
+    generation: u64,
 }
 
 /// Somebody opens a connection; the others wait for its end.
@@ -30,76 +38,105 @@ pub(super) struct Opening {
     ended: Cell<bool>,
 }
 
+/// The answer's body, and what is left of the request to be sent.
+pub struct Answer {
+    incoming: Incoming,
+    request: Option<Box<Rest>>,
+    place: StreamPlace,
+    /// How long the rest of a request may take that was answered before its end.
+    patience: Duration,
+}
+
+/// What of a request is not sent yet.
+struct Rest {
+    sending: Sending,
+    body: RequestBody,
+}
+
+/// One stream on a shared connection; its drop frees the place.
+struct StreamPlace(Rc<Cell<usize>>);
+
+impl Drop for StreamPlace {
+    fn drop(&mut self) {
+        self.0.set(self.0.get().saturating_sub(1));
+    }
+}
+
 impl Lane {
     pub(super) async fn send_http2(self: &Rc<Lane>, mut request: Request<RequestBody>) -> Result<Answered, Unsent> {
         let mut again = true;
         loop {
-            let (mut sender, place) = match self.shared_connection().await {
-                Ok(shared) => shared,
-                Err(error) => return Err(Unsent { error, request: Some(request) }),
-            };
-            let copy = replayable(&request);
-            let sent = Instant::now();
-            let mut failed = match sender.try_send_request(request).await {
-                Ok(response) => {
-                    let response = response.map(|incoming| UpstreamBody::Http2(incoming, place));
-                    let at = Instant::now();
-                    return Ok(Answered { response, at, latency: at - sent });
+            let copy = copy(&request);
+            let begun = loop {
+                if let Some(mut shared) = self.find_shared() {
+                    break shared.begin(request);
                 }
-                Err(failed) => failed,
+                if let Err(error) = self.open_or_wait().await {
+                    return Err(Unsent { error, request: Some(request) });
+                }
             };
-            let refused = fault::is_refused_stream(failed.error());
-            match failed.take_message().or(if refused { copy } else { None }) {
+            let sent = Instant::now();
+            let mut attempt = match begun {
+                Ok(attempt) => attempt,
+                Err(error) => {
+                    let error = Error::own(Stage::Forward, Reason::Internal, format!("the head of a request: {error}"));
+                    return Err(Unsent { error, request: None });
+                }
+            };
+            let failure = match std::future::poll_fn(|cx| attempt.poll(cx)).await {
+                Ok(response) => {
+                    let at = Instant::now();
+                    return Ok(Answered { response: attempt.answered(response, self), at, latency: at - sent });
+                }
+                Err(failure) => failure,
+            };
+            let refused = matches!(&failure, Failure::Upstream(error) if fault::is_refused_stream(error));
+            match copy.filter(|_| refused) {
                 Some(unsent) if again => {
                     request = unsent;
                     again = false;
                 }
                 request => {
                     let retry = if request.is_some() { Retry::Safe } else { Retry::Never };
-                    return Err(Unsent { error: self.closed(failed.error(), retry), request });
+                    return Err(Unsent { error: self.failed(failure, retry), request });
                 }
             }
         }
     }
 
-    async fn shared_connection(self: &Rc<Lane>) -> Result<(http2::SendRequest<RequestBody>, StreamPlace), Error> {
-        loop {
-            if let Some(found) = self.find_shared() {
-                return Ok(found);
-            }
-            let waiting = self.opening.borrow().clone();
-            if let Some(opening) = waiting {
-                let done = opening.done.notified();
-                if !opening.ended.get() {
-                    done.await;
-                }
-                if let Some((reason, retry, detail)) = opening.failure.borrow().clone() {
-                    return Err(Error::upstream(Stage::Connect, reason, retry, detail));
-                }
-                continue;
-            }
-            let guard = OpeningGuard::new(self);
-            let opened = Box::pin(self.open_http2()).await;
-            guard.end(&opened);
-            let shared = opened?;
-            self.shared.borrow_mut().push(shared);
-        }
-    }
-
-    fn find_shared(&self) -> Option<(http2::SendRequest<RequestBody>, StreamPlace)> {
-        let wall = SystemTime::now();
+    /// A connection that takes one more stream.
+    fn find_shared(&self) -> Option<RefMut<'_, Shared>> {
         let generation = self.dialer.generation();
-        let most = (self.peer_streams() as usize * self.limits.h2_streams_used_percent as usize / 100).max(1);
+        let (ours, percent) = (self.most_streams(), self.limits.h2_streams_used_percent);
         let mut shared = self.shared.borrow_mut();
-        shared.retain(|one| !one.sender.is_closed() && usable(one.retire_at, one.generation, wall, generation));
-        shared.iter().find(|one| one.streams.get() < most).map(|one| {
-            one.streams.set(one.streams.get() + 1);
-            (one.sender.clone(), StreamPlace(one.streams.clone()))
-        })
+        // What ended by the wall clock the watchdog takes out.
+        shared.retain_mut(|one| one.is_open() && (one.retire_at.is_none() || one.generation == generation));
+        RefMut::filter_map(shared, |shared| shared.iter_mut().find(|one| one.has_room(ours, percent))).ok()
     }
 
-    /// The library does not tell what a peer advertised; sidecars and common servers are known.
-    fn peer_streams(&self) -> u32 {
+    /// Opens a connection, or waits for whoever is opening one.
+    async fn open_or_wait(self: &Rc<Lane>) -> Result<(), Error> {
+        let waiting = self.opening.borrow().clone();
+        if let Some(opening) = waiting {
+            let done = opening.done.notified();
+            if !opening.ended.get() {
+                done.await;
+            }
+            if let Some((reason, retry, detail)) = opening.failure.borrow().clone() {
+                return Err(Error::upstream(Stage::Connect, reason, retry, detail));
+            }
+            return Ok(());
+        }
+        let guard = OpeningGuard::new(self);
+        let opened = Box::pin(self.open_http2()).await;
+        guard.end(&opened);
+        self.shared.borrow_mut().push(opened?);
+        Ok(())
+    }
+
+    /// The streams that we have on one connection at most, and as many as we take for granted before the peer has said
+    /// how many it lets us have.
+    fn most_streams(&self) -> u32 {
         if self.target.tls.is_some() { self.limits.h2_streams_mesh } else { self.limits.h2_streams_application }
     }
 
@@ -107,24 +144,193 @@ impl Lane {
         let dialled = self.dialer.dial(&self.target, MeshAlpn::H2).await?;
         let retire_at = dialled.retire_at();
         let generation = dialled.peer.as_ref().map_or(0, |peer| peer.generation);
-        let mut builder = http2::Builder::new(Local);
-        builder
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(self.limits.h2_stream_window)
-            .initial_connection_window_size(self.limits.h2_shared_window(self.peer_streams()))
-            .max_header_list_size(self.limits.h2_header_list)
-            .max_send_buf_size(self.limits.h2_send_buffer)
+        let limits = &self.limits;
+        let heard = Rc::new(Cell::new(false));
+        let (sender, mut connection) = h2::client::Builder::new()
+            .enable_push(false)
+            .initial_window_size(limits.h2_stream_window)
+            .initial_connection_window_size(limits.h2_shared_window(self.most_streams()))
+            .max_header_list_size(limits.h2_header_list)
+            .max_send_buffer_size(limits.h2_send_buffer)
             .max_concurrent_streams(0)
-            .keep_alive_interval(self.limits.keepalive)
-            .keep_alive_timeout(self.limits.user_timeout);
-        let (sender, connection) = builder
-            .handshake::<_, RequestBody>(TokioIo::new(dialled.stream))
+            .initial_max_send_streams(self.most_streams() as usize)
+            .handshake::<_, Bytes>(UpstreamIo::new(dialled.stream, heard.clone()))
             .await
             .map_err(|error| self.closed(&error, Retry::Safe))?;
+        let streams = Rc::<Cell<usize>>::default();
+        let (mut alive, in_use) = (KeepAlive::new(connection.ping_pong(), heard, limits), streams.clone());
+        tokio::task::spawn_local(std::future::poll_fn(move |cx| {
+            if alive.poll(cx, in_use.get() > 0).is_ready() {
+                return Poll::Ready(());
+            }
+            // How it ended, its streams tell.
+            Pin::new(&mut connection).poll(cx).map(|_| ())
+        }));
+        Ok(Shared { sender, streams, retire_at, generation })
+    }
+
+    fn failed(&self, failure: Failure, retry: Retry) -> Error {
+        match failure {
+            Failure::Request(broke) => fault::request_broke(&broke),
+            Failure::Upstream(error) => self.closed(&error, retry),
+            Failure::Malformed(wrong) => {
+                let detail = format!("{}: {wrong}", self.target.address);
+                Error::upstream(Stage::Forward, Reason::UpstreamProtocol, retry, detail)
+            }
+        }
+    }
+}
+
+/// A copy of a request that has no body, for a peer that refuses the stream: the library takes the head away.
+fn copy(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
+    if !request.body().is_empty() {
+        return None;
+    }
+    let mut copy = Request::new(request.body().clone_empty());
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.version_mut() = request.version();
+    *copy.headers_mut() = request.headers().clone();
+    Some(copy)
+}
+
+impl Shared {
+    pub(super) fn is_usable(&mut self, wall: SystemTime, generation: u64) -> bool {
+        self.is_open() && usable(self.retire_at, self.generation, wall, generation)
+    }
+
+    /// Neither ended, nor told by the peer to open no more streams.
+    fn is_open(&mut self) -> bool {
+        // It waits for nothing, because each stream is opened by a clone.
+        !matches!(self.sender.poll_ready(&mut Context::from_waker(Waker::noop())), Poll::Ready(Err(_)))
+    }
+
+    fn has_room(&self, ours: u32, percent: u32) -> bool {
+        let most = self.sender.current_max_send_streams().min(ours as usize);
+        self.streams.get() < (most * percent as usize / 100).max(1)
+    }
+
+    fn begin(&mut self, request: Request<RequestBody>) -> Result<Attempt, h2::Error> {
+        let (mut parts, body) = request.into_parts();
+        let ended = body.is_end_stream();
+        if let Some(length) = body.size_hint().exact()
+            && (length != 0 || may_have_body(&parts.method))
+            && !parts.headers.contains_key(header::CONTENT_LENGTH)
+        {
+            parts.headers.insert(header::CONTENT_LENGTH, length.into());
+        }
+        let interim = body.interim().cloned();
+        // A clone, because the library makes a sender wait that reached the peer's limit, and keeps the stream for that.
+        let (answer, stream) = self.sender.clone().send_request(Request::from_parts(parts, ()), ended)?;
+        self.streams.set(self.streams.get() + 1);
+        let request = (!ended).then(|| Box::new(Rest { sending: Sending::new(stream), body }));
+        Ok(Attempt { answer, request, interim, heard: 0, place: StreamPlace(self.streams.clone()) })
+    }
+}
+
+/// A request without a body says so where one might have been expected.
+fn may_have_body(method: &Method) -> bool {
+    matches!(*method, Method::POST | Method::PUT | Method::PATCH)
+}
+
+/// What ended a try to get the head of an answer.
+enum Failure {
+    Request(RequestBroke),
+    Upstream(h2::Error),
+    Malformed(&'static str),
+}
+
+/// One try to get the head of an answer.
+struct Attempt {
+    answer: ResponseFuture,
+    request: Option<Box<Rest>>,
+    interim: Option<Rc<Interim>>,
+    /// Interim answers so far.
+    heard: u32,
+    place: StreamPlace,
+}
+
+impl Attempt {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<RecvStream>, Failure>> {
+        if let Some(rest) = &mut self.request
+            && let Poll::Ready(sent) = rest.poll(cx)
+        {
+            self.request = None;
+            sent.map_err(Failure::Request)?;
+        }
+        while let Some(interim) = ready!(self.answer.poll_informational(cx)) {
+            let interim = interim.map_err(Failure::Upstream)?;
+            self.heard += 1;
+            if interim.status() == StatusCode::SWITCHING_PROTOCOLS {
+                return Poll::Ready(Err(Failure::Malformed("101 on HTTP/2")));
+            }
+            if self.heard > interim::MOST {
+                return Poll::Ready(Err(Failure::Malformed("endless interim answers")));
+            }
+            if let Some(client) = &self.interim {
+                client.push(interim, None);
+            }
+        }
+        Pin::new(&mut self.answer).poll(cx).map_err(Failure::Upstream)
+    }
+
+    fn answered(self, response: Response<RecvStream>, lane: &Lane) -> Response<UpstreamBody> {
+        let (parts, stream) = response.into_parts();
+        let incoming = Incoming::new(stream, &parts.headers);
+        let answer = Answer { incoming, request: self.request, place: self.place, patience: lane.limits.stream_idle };
+        Response::from_parts(parts, UpstreamBody::Http2(answer))
+    }
+}
+
+impl Rest {
+    /// Sends as much as the upstream takes and the client has brought. Ready when there is no more to be done; it is an
+    /// error only when the client broke off, because the upstream may have answered without wanting the rest.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RequestBroke>> {
+        match ready!(self.sending.poll(cx, &mut self.body)) {
+            Ok(()) | Err(Stop::Peer(_)) => Poll::Ready(Ok(())),
+            Err(Stop::Body(broke)) => {
+                self.sending.reset(broke.reset_code());
+                Poll::Ready(Err(broke))
+            }
+        }
+    }
+}
+
+impl Answer {
+    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+        self.send_on(cx);
+        self.incoming.poll_frame(cx)
+    }
+
+    pub fn send_on(&mut self, cx: &mut Context<'_>) {
+        // When the client broke off, the stream is reset, and the answer's end tells.
+        if let Some(rest) = &mut self.request
+            && rest.poll(cx).is_ready()
+        {
+            self.request = None;
+        }
+    }
+
+    pub fn is_end_stream(&self) -> bool {
+        self.incoming.is_end_stream()
+    }
+
+    pub fn size_hint(&self) -> SizeHint {
+        self.incoming.size_hint()
+    }
+
+    /// The answer was read to its end. An upstream may answer before the end of a request and still want the rest.
+    pub fn release(self) {
+        let Answer { request, place, patience, .. } = self;
+        let Some(mut rest) = request else { return };
+        if rest.poll(&mut Context::from_waker(Waker::noop())).is_ready() {
+            return;
+        }
         tokio::task::spawn_local(async move {
-            let _ = connection.await;
+            let _place = place;
+            // Cut off, both sides see that it is.
+            let _ = tokio::time::timeout(patience, std::future::poll_fn(|cx| rest.poll(cx))).await;
         });
-        Ok(Shared { sender, streams: Rc::default(), retire_at, generation })
     }
 }
 

@@ -7,18 +7,15 @@ mod http1;
 mod http2;
 
 use std::cell::{Cell, RefCell};
-use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
+use http_body::{Frame, SizeHint};
 
-pub use fault::Chain;
-use http1::{Answer, Idle};
+use http1::Idle;
 use http2::{Opening, Shared};
 
 use super::dial::{Dialer, Target};
@@ -65,8 +62,8 @@ pub struct Unsent {
 /// The body of an answer. It holds the connection that it comes on: [`UpstreamBody::release`] gives it back, dropping
 /// the body does not.
 pub enum UpstreamBody {
-    Http1(Box<Answer>),
-    Http2(Incoming, StreamPlace),
+    Http1(Box<http1::Answer>),
+    Http2(http2::Answer),
 }
 
 /// Why an answer's body ended early.
@@ -75,15 +72,16 @@ pub enum AnswerBroke {
     #[error(transparent)]
     Http1(#[from] Fault),
     #[error(transparent)]
-    Http2(#[from] hyper::Error),
+    Http2(#[from] h2::Error),
 }
 
-/// One stream on a shared connection; its drop frees the place.
-pub struct StreamPlace(Rc<Cell<usize>>);
-
-impl Drop for StreamPlace {
-    fn drop(&mut self) {
-        self.0.set(self.0.get().saturating_sub(1));
+impl AnswerBroke {
+    /// How the stream of an HTTP/2 client is reset.
+    pub fn reset_code(&self) -> h2::Reason {
+        match self {
+            AnswerBroke::Http1(_) => h2::Reason::INTERNAL_ERROR,
+            AnswerBroke::Http2(error) => super::http2::reset_code(error),
+        }
     }
 }
 
@@ -91,21 +89,29 @@ impl UpstreamBody {
     pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, AnswerBroke>>> {
         match self {
             UpstreamBody::Http1(answer) => answer.poll_frame(cx).map_err(AnswerBroke::Http1),
-            UpstreamBody::Http2(incoming, _) => Pin::new(incoming).poll_frame(cx).map_err(AnswerBroke::Http2),
+            UpstreamBody::Http2(answer) => answer.poll_frame(cx).map_err(AnswerBroke::Http2),
         }
     }
 
     pub fn is_end_stream(&self) -> bool {
         match self {
             UpstreamBody::Http1(answer) => answer.is_end_stream(),
-            UpstreamBody::Http2(incoming, _) => incoming.is_end_stream(),
+            UpstreamBody::Http2(answer) => answer.is_end_stream(),
         }
     }
 
     pub fn size_hint(&self) -> SizeHint {
         match self {
             UpstreamBody::Http1(answer) => answer.size_hint(),
-            UpstreamBody::Http2(incoming, _) => incoming.size_hint(),
+            UpstreamBody::Http2(answer) => answer.size_hint(),
+        }
+    }
+
+    /// Sends more of the request while the answer waits for its reader: it may read only when all is sent.
+    pub fn send_on(&mut self, cx: &mut Context<'_>) {
+        match self {
+            UpstreamBody::Http1(answer) => answer.send_on(cx),
+            UpstreamBody::Http2(answer) => answer.send_on(cx),
         }
     }
 
@@ -121,7 +127,7 @@ impl UpstreamBody {
     pub fn release(self) {
         match self {
             UpstreamBody::Http1(answer) => answer.release(),
-            UpstreamBody::Http2(..) => {}
+            UpstreamBody::Http2(answer) => answer.release(),
         }
     }
 
@@ -182,9 +188,7 @@ impl Lane {
                 && idle.connection.conn.is_silent()
         });
         // Dropping the sender of a shared connection lets its streams end first.
-        self.shared.borrow_mut().retain(|shared| {
-            !shared.sender.is_closed() && usable(shared.retire_at, shared.generation, wall, generation)
-        });
+        self.shared.borrow_mut().retain_mut(|shared| shared.is_usable(wall, generation));
     }
 }
 
@@ -197,17 +201,4 @@ fn is_replayable(request: &Request<RequestBody>) -> bool {
     request.method().is_idempotent()
         && request.body().is_empty()
         && !request.headers().contains_key(http::header::UPGRADE)
-}
-
-/// A copy of a request that may be sent twice.
-fn replayable(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
-    if !is_replayable(request) {
-        return None;
-    }
-    let mut copy = Request::new(RequestBody::empty());
-    *copy.method_mut() = request.method().clone();
-    *copy.uri_mut() = request.uri().clone();
-    *copy.version_mut() = request.version();
-    *copy.headers_mut() = request.headers().clone();
-    Some(copy)
 }

@@ -61,7 +61,7 @@ pub struct Measured {
     pub outcome: Outcome,
 }
 
-/// The answer broke off; hyper passes it on as a reset or an abrupt close.
+/// The answer broke off; it is passed on as a reset or an abrupt close.
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
     #[error("the upstream's answer ended before it was complete")]
@@ -70,6 +70,16 @@ pub enum BodyError {
     Downstream(#[source] io::Error),
     #[error("nothing moved on the stream for too long")]
     Idle,
+}
+
+impl BodyError {
+    /// How the stream of an HTTP/2 client is reset.
+    pub fn reset_code(&self) -> h2::Reason {
+        match self {
+            BodyError::Truncated(broke) => broke.reset_code(),
+            BodyError::Downstream(_) | BodyError::Idle => h2::Reason::INTERNAL_ERROR,
+        }
+    }
 }
 
 impl ResponseBody {
@@ -125,6 +135,15 @@ impl ResponseBody {
         match &self.0 {
             Kind::Upstream(upstream) => upstream.spelling.as_ref(),
             Kind::Local(_) | Kind::Recorded(..) | Kind::Switched(_) => None,
+        }
+    }
+
+    /// Sends more of the request while the client does not take the answer: it may do so only when all is sent.
+    pub fn send_on(&mut self, cx: &mut Context<'_>) {
+        if let Kind::Upstream(upstream) = &mut self.0
+            && let Some(incoming) = &mut upstream.incoming
+        {
+            incoming.send_on(cx);
         }
     }
 

@@ -1,9 +1,11 @@
 //! The byte stream below a downstream HTTP/2 connection: tells the connection table that bytes move, and counts what a
 //! peer makes the library do.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
@@ -16,6 +18,8 @@ use crate::net::Stream;
 pub struct DownstreamIo {
     stream: Stream,
     entry: Arc<Entry>,
+    /// Set whenever bytes come.
+    heard: Rc<Cell<bool>>,
     /// What the peer may send.
     flood: Flood,
     /// Once the peer sent too much: what the library reads instead, until it ends the connection.
@@ -23,9 +27,9 @@ pub struct DownstreamIo {
 }
 
 impl DownstreamIo {
-    pub fn new(stream: Stream, entry: Arc<Entry>, flood: Flood) -> DownstreamIo {
+    pub fn new(stream: Stream, entry: Arc<Entry>, heard: Rc<Cell<bool>>, flood: Flood) -> DownstreamIo {
         entry.enter(State::Idle);
-        DownstreamIo { stream, entry, flood, instead: None }
+        DownstreamIo { stream, entry, heard, flood, instead: None }
     }
 }
 
@@ -53,6 +57,7 @@ impl AsyncRead for DownstreamIo {
             return if enough == 0 { instead_of_a_flood(instead, buffer) } else { Poll::Ready(Ok(())) };
         }
         if buffer.filled().len() > before {
+            this.heard.set(true);
             this.entry.touch();
         }
         Poll::Ready(Ok(()))

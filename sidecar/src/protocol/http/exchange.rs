@@ -15,6 +15,7 @@ use http::{Method, Request, Response, StatusCode, Version, header};
 use super::body::{Ending, Measured, ResponseBody, Switched, Upstream, note_grpc_status};
 use super::headers::{self, Strip};
 use super::{answer, head, tunnel};
+use crate::connect::interim::Interim;
 use crate::connect::lane::{Answered, UpstreamBody};
 use crate::connect::request_body::{Received, RequestBody};
 use crate::connect::streams::{Busy, Stream};
@@ -32,6 +33,8 @@ pub struct Session {
     /// HTTP/2 below.
     pub http2: bool,
     pub strip: Strip,
+    /// Interim answers on their way to the client.
+    pub interim: Rc<Interim>,
     running: Rc<Cell<usize>>,
 }
 
@@ -43,6 +46,7 @@ impl Session {
             registered: registered.clone(),
             http2,
             strip,
+            interim: Rc::default(),
             running: Rc::default(),
         })
     }
@@ -115,7 +119,7 @@ impl Exchange {
     pub fn request(&self, outgoing: Outgoing) -> Request<RequestBody> {
         let grpc = self.protocol == WireProtocol::Grpc;
         // A client of HTTP/1.0 knows no interim answers (RFC 9110 section 15.2).
-        let interim = self.version == Version::HTTP_11;
+        let interim = (self.version != Version::HTTP_10).then(|| self.session.interim.clone());
         let progress = || self.stream.progress();
         let body = RequestBody::new(outgoing.body, &self.record, grpc, headers::clean_trailers, progress, interim);
         Request::from_parts(outgoing.parts, body)
@@ -197,8 +201,6 @@ impl Exchange {
             // Who sends what is refused may not agree with us on where it ends.
             response.headers_mut().insert(header::CONNECTION, http::HeaderValue::from_static("close"));
         }
-        // The rest of a request that was not read must not be taken for the next one: hyper closes after a body that
-        // was left unread.
         response.map(|body| body.recorded(Ending { record: self.record, busy: Some(self.busy) }))
     }
 

@@ -16,6 +16,7 @@ use tokio::io::AsyncReadExt;
 use super::answer;
 use super::body::{BodyError, ResponseBody};
 use super::exchange::Session;
+use super::interim;
 use super::serve::OnRefusal;
 use crate::connect::http1::head::{self, RequestHead};
 use crate::connect::http1::{Conn, Downstream, Incoming};
@@ -60,7 +61,7 @@ pub(super) async fn serve<F>(
             keep_alive,
         };
         let request = request.map(|()| Received::Http1(Incoming::new(&downstream, spelling)));
-        let answering = Answering { answer: respond(request), downstream: &downstream };
+        let answering = Answering { answer: respond(request), session, downstream: &downstream };
         let Some(response) = answering.await else { return };
         match answer_with(&downstream, response, asked).await {
             Ok(Next::Request) => {}
@@ -94,6 +95,7 @@ pin_project_lite::pin_project! {
     struct Answering<'a, F> {
         #[pin]
         answer: F,
+        session: &'a Session,
         downstream: &'a Downstream,
     }
 }
@@ -103,10 +105,12 @@ impl<F: Future> Future for Answering<'_, F> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<F::Output>> {
         let this = self.project();
-        if let Poll::Ready(response) = this.answer.poll(cx) {
+        let answer = this.answer.poll(cx);
+        interim::queue(this.session, this.downstream);
+        if let Poll::Ready(response) = answer {
             return Poll::Ready(Some(response));
         }
-        this.downstream.send_interim(cx);
+        this.downstream.flush(cx);
         this.downstream.poll_left(cx).map(|()| None)
     }
 }
@@ -129,9 +133,6 @@ async fn answer_with(
     close &= switched.is_none();
     {
         let mut conn = downstream.conn();
-        if let Some(interim) = downstream.entry.take_interim() {
-            conn.queue().extend_from_slice(&interim);
-        }
         let out = conn.queue();
         if close || (asked.old && asked.keep_alive) {
             parts.headers.remove(header::CONNECTION);

@@ -8,5 +8,7 @@ mod flood;
 pub mod head;
 pub mod headers;
 mod http1;
+mod http2;
+mod interim;
 pub mod serve;
 mod tunnel;

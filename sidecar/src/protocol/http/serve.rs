@@ -1,7 +1,6 @@
-//! Serves one downstream connection: HTTP/1 by `http1`, HTTP/2 with hyper and every limit that the library would not
-//! set by itself. The connection's task obeys the watchdog and the drain.
+//! Serves one downstream connection: HTTP/1 by `http1`, HTTP/2 by `http2`. The connection's task obeys the watchdog and
+//! the drain.
 
-use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -9,21 +8,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use futures_util::FutureExt;
 use http::{Method, Request, Response};
-use hyper::body::Incoming;
-use hyper::server::conn::http2;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use outrigger_runtime::drain::Hold;
 use tokio::io::AsyncWriteExt;
 
 use super::answer;
 use super::body::ResponseBody;
-use super::downstream_io::DownstreamIo;
 use super::exchange::Session;
-use super::flood::Flood;
-use crate::connect::Local;
 use crate::connect::request_body::Received;
 use crate::connection::{Command, State};
 use crate::net::Stream;
@@ -48,36 +39,16 @@ where
     Box::pin(Driven { connection, session, finishing: false, hold: None })
 }
 
-/// Serves HTTP/2 until the connection ends.
+/// Serves HTTP/2 until the connection ends. `streams` is how many may run at once.
 pub async fn http2<F>(
     session: &Rc<Session>,
     stream: Stream,
     streams: u32,
-    respond: impl Fn(Request<Received>) -> F + 'static,
+    respond: impl Fn(Request<Received>) -> F + Unpin,
 ) where
     F: Future<Output = Response<ResponseBody>> + 'static,
 {
-    let limits = &session.worker.limits;
-    let io = DownstreamIo::new(stream, session.entry.clone(), Flood::new(limits, streams));
-    // A mesh connection carries requests of all of the peer's clients.
-    let shared = streams > limits.h2_streams_application;
-    let window = if shared { limits.h2_shared_window(streams) } else { limits.h2_connection_window };
-    let respond = Rc::new(respond);
-    let service =
-        service_fn(move |request: Request<Incoming>| respond(request.map(Received::Http2)).map(Ok::<_, Infallible>));
-    let connection = http2::Builder::new(Local)
-        .timer(TokioTimer::new())
-        .auto_date_header(false)
-        .max_concurrent_streams(streams)
-        .initial_stream_window_size(limits.h2_stream_window)
-        .initial_connection_window_size(window)
-        .max_header_list_size(limits.h2_header_list)
-        .max_send_buf_size(limits.h2_send_buffer)
-        .max_pending_accept_reset_streams(limits.h2_pending_resets)
-        .max_local_error_reset_streams(limits.h2_local_resets)
-        .keep_alive_interval(limits.keepalive)
-        .keep_alive_timeout(limits.user_timeout)
-        .serve_connection(TokioIo::new(io), service);
+    let connection = super::http2::serve(session, stream, streams, respond);
     Driven { connection, session, finishing: false, hold: None }.await;
 }
 
@@ -98,7 +69,8 @@ pub async fn refuse_head(stream: &mut Stream, reason: Reason, proxy: &str) {
 }
 
 /// What both kinds of connection can do.
-trait Connection: Future {
+pub(super) trait Connection: Future {
+    /// Finish what runs, take nothing new.
     fn finish(self: Pin<&mut Self>);
 }
 
@@ -120,20 +92,6 @@ impl<F: Future> Future for Plain<F> {
 
 impl<F: Future> Connection for Plain<F> {
     fn finish(self: Pin<&mut Self>) {}
-}
-
-impl<I, B, S> Connection for http2::Connection<I, S, Local>
-where
-    S: hyper::service::HttpService<Incoming, ResBody = B>,
-    S::Future: 'static,
-    S::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-    I: hyper::rt::Read + hyper::rt::Write + Unpin,
-    B: http_body::Body + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    fn finish(self: Pin<&mut Self>) {
-        self.graceful_shutdown();
-    }
 }
 
 pin_project_lite::pin_project! {

@@ -1,0 +1,216 @@
+//! Serves one downstream connection that speaks HTTP/2, with every limit that the library would not set by itself. The
+//! connection's task reads and writes frames; each stream has a task of its own, which runs the walk, sends interim
+//! answers and then the answer, and ends when the client resets the stream.
+//!
+//! A task per stream costs one allocation and a turn of the run queue. `FuturesUnordered` on the connection's task would
+//! cost as much: it wakes its task once more whenever all its futures have been polled, and each wake polls the whole
+//! connection. A stream that nobody reads can be ended alone this way, too (`StreamTask`).
+
+use std::cell::Cell;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use h2::server::{Builder, Handshake, SendResponse};
+use http::{HeaderMap, Method, Request, Response, header};
+use http_body::Body;
+
+use super::body::ResponseBody;
+use super::downstream_io::DownstreamIo;
+use super::exchange::Session;
+use super::flood::Flood;
+use super::interim;
+use super::serve::Connection;
+use crate::connect::http2::{Incoming, KeepAlive, Sending, Stop};
+use crate::connect::interim::{Head, MOST_WAITING, size};
+use crate::connect::request_body::Received;
+use crate::connect::streams::StreamTask;
+use crate::net::Stream;
+
+/// Serves until the connection ends. `respond` is the direction's walk for one request.
+pub(super) fn serve<R, F>(session: &Rc<Session>, stream: Stream, streams: u32, respond: R) -> Serving<R>
+where
+    R: Fn(Request<Received>) -> F + Unpin,
+    F: Future<Output = Response<ResponseBody>> + 'static,
+{
+    let limits = &session.worker.limits;
+    let heard = Rc::<Cell<bool>>::default();
+    let io = DownstreamIo::new(stream, session.entry.clone(), heard.clone(), Flood::new(limits, streams));
+    // A mesh connection carries requests of all of the peer's clients.
+    let shared = streams > limits.h2_streams_application;
+    let window = if shared { limits.h2_shared_window(streams) } else { limits.h2_connection_window };
+    let handshake = Builder::new()
+        .max_concurrent_streams(streams)
+        .initial_window_size(limits.h2_stream_window)
+        .initial_connection_window_size(window)
+        .max_header_list_size(limits.h2_header_list)
+        .max_send_buffer_size(limits.h2_send_buffer)
+        .max_pending_accept_reset_streams(limits.h2_pending_resets)
+        .max_local_error_reset_streams(Some(limits.h2_local_resets))
+        .handshake(io);
+    Serving { state: State::Opening { handshake, heard, finish: false }, session: session.clone(), respond }
+}
+
+/// A connection that is being served.
+pub(super) struct Serving<R> {
+    state: State,
+    session: Rc<Session>,
+    respond: R,
+}
+
+enum State {
+    Opening { handshake: Handshake<DownstreamIo, Bytes>, heard: Rc<Cell<bool>>, finish: bool },
+    Open { connection: h2::server::Connection<DownstreamIo, Bytes>, alive: KeepAlive },
+}
+
+impl<R, F> Future for Serving<R>
+where
+    R: Fn(Request<Received>) -> F + Unpin,
+    F: Future<Output = Response<ResponseBody>> + 'static,
+{
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = self.get_mut();
+        if let State::Opening { handshake, heard, finish } = &mut this.state {
+            let Ok(mut connection) = ready!(Pin::new(handshake).poll(cx)) else { return Poll::Ready(()) };
+            let alive = KeepAlive::new(connection.ping_pong(), heard.clone(), &this.session.worker.limits);
+            if *finish {
+                connection.graceful_shutdown();
+            }
+            this.state = State::Open { connection, alive };
+        }
+        let State::Open { connection, alive } = &mut this.state else { return Poll::Ready(()) };
+        if alive.poll(cx, true).is_ready() {
+            return Poll::Ready(());
+        }
+        // How the connection ends is in the records of its requests.
+        while let Some(Ok((request, reply))) = ready!(connection.poll_accept(cx)) {
+            let only_head = *request.method() == Method::HEAD;
+            let (parts, stream) = request.into_parts();
+            let incoming = Incoming::new(stream, &parts.headers);
+            let answer = (this.respond)(Request::from_parts(parts, Received::Http2(incoming)));
+            let answering = Answering {
+                session: this.session.clone(),
+                reply,
+                only_head,
+                room: MOST_WAITING,
+                stage: Stage::Awaited { answer },
+            };
+            tokio::task::spawn_local(StreamTask::new(answering));
+        }
+        Poll::Ready(())
+    }
+}
+
+impl<R, F> Connection for Serving<R>
+where
+    R: Fn(Request<Received>) -> F + Unpin,
+    F: Future<Output = Response<ResponseBody>> + 'static,
+{
+    fn finish(self: Pin<&mut Self>) {
+        match &mut self.get_mut().state {
+            State::Opening { finish, .. } => *finish = true,
+            State::Open { connection, .. } => connection.graceful_shutdown(),
+        }
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// One stream. By hand, because an async block would hold the walk twice.
+    struct Answering<F> {
+        session: Rc<Session>,
+        reply: SendResponse<Bytes>,
+        only_head: bool,
+        // Bytes of interim answers that this stream may still have: the library does not tell when they are written.
+        room: usize,
+        #[pin]
+        stage: Stage<F>,
+    }
+}
+
+pin_project_lite::pin_project! {
+    #[project = StageProjected]
+    enum Stage<F> {
+        Awaited { #[pin] answer: F },
+        Sent { sending: Sending, body: ResponseBody },
+    }
+}
+
+impl<F: Future<Output = Response<ResponseBody>>> Future for Answering<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut this = self.project();
+        if let StageProjected::Awaited { answer } = this.stage.as_mut().project() {
+            // The client has left; what is dropped now resets the upstream's stream. Asked first: a request that breaks off
+            // gets no answer.
+            if this.reply.poll_reset(cx).is_ready() {
+                return Poll::Ready(());
+            }
+            let answer = answer.poll(cx);
+            send_interim(this.session, this.reply, this.room);
+            let Poll::Ready(response) = answer else { return Poll::Pending };
+            let Some((sending, body)) = send_head(this.reply, response, *this.only_head) else {
+                return Poll::Ready(());
+            };
+            this.stage.set(Stage::Sent { sending, body });
+        }
+        let StageProjected::Sent { sending, body } = this.stage.project() else { return Poll::Ready(()) };
+        match sending.poll(cx, body) {
+            Poll::Ready(Err(Stop::Body(error))) => sending.reset(error.reset_code()),
+            Poll::Ready(Ok(()) | Err(Stop::Peer(_))) => {}
+            Poll::Pending => {
+                if sending.is_blocked() {
+                    body.send_on(cx);
+                }
+                return Poll::Pending;
+            }
+        }
+        Poll::Ready(())
+    }
+}
+
+fn send_interim(session: &Session, reply: &mut SendResponse<Bytes>, room: &mut usize) {
+    for Head { status, headers, .. } in interim::take(session) {
+        let Some(left) = room.checked_sub(size(&headers)) else { continue };
+        *room = left;
+        let mut response = Response::new(());
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
+        // It fails for a stream that the client has reset.
+        let _ = reply.send_informational(response);
+    }
+}
+
+/// Sends the head of the answer; what is left to be sent of it, if there is a body.
+fn send_head(
+    reply: &mut SendResponse<Bytes>,
+    response: Response<ResponseBody>,
+    only_head: bool,
+) -> Option<(Sending, ResponseBody)> {
+    let (mut parts, body) = response.into_parts();
+    let ended = body.is_end_stream();
+    if !ended {
+        announce_length(&mut parts.headers, &body);
+    }
+    let ended = ended || (only_head && body.is_local());
+    match reply.send_response(Response::from_parts(parts, ()), ended) {
+        Ok(_) if ended => None,
+        Ok(stream) => Some((Sending::new(stream), body)),
+        Err(_) => {
+            // The client has left already, or would not understand the head.
+            reply.send_reset(h2::Reason::INTERNAL_ERROR);
+            None
+        }
+    }
+}
+
+fn announce_length(headers: &mut HeaderMap, body: &ResponseBody) {
+    if let Some(length) = body.size_hint().exact()
+        && !headers.contains_key(header::CONTENT_LENGTH)
+    {
+        headers.insert(header::CONTENT_LENGTH, length.into());
+    }
+}
