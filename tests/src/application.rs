@@ -5,7 +5,7 @@
 mod http1;
 mod http2;
 
-pub(crate) use http2::write;
+pub use http2::write;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};

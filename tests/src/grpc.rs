@@ -1,14 +1,16 @@
-//! HTTP/2 and gRPC clients on raw h2, so that tests see streams, trailers and resets as they are.
+//! HTTP/2 and gRPC clients on raw h2, and a server, so that tests see streams, trailers and resets as they are.
 
 use std::net::SocketAddr;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use h2::client::SendRequest;
+use h2::server::SendResponse;
 use h2::{RecvStream, SendStream};
 use http::{HeaderMap, Request, Response, StatusCode};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 
-use crate::application::write;
+use crate::application::{Backend, write};
 use crate::eventually::soon;
 
 /// One message in gRPC's length-prefixed framing.
@@ -132,6 +134,12 @@ impl Stream {
         soon("room to send", write(&mut self.send, data, end)).await
     }
 
+    /// The next interim answer; `None` when the final one is there.
+    pub async fn interim(&mut self) -> Result<Option<Response<()>>, h2::Error> {
+        let interim = std::future::poll_fn(|cx| self.response.poll_informational(cx));
+        soon("an interim answer or the final one", interim).await.transpose()
+    }
+
     /// Waits for the answer's head.
     pub async fn answer(self) -> Result<Answer, h2::Error> {
         self.answer_keeping().await.map(|(answer, _)| answer)
@@ -147,6 +155,36 @@ impl Stream {
     /// RST_STREAM with CANCEL.
     pub fn cancel(mut self) {
         self.send.send_reset(h2::Reason::CANCEL);
+    }
+}
+
+/// The server's end of one HTTP/2 connection: a test answers each stream itself.
+pub struct Http2Server {
+    streams: mpsc::UnboundedReceiver<(Request<RecvStream>, SendResponse<Bytes>)>,
+}
+
+impl Http2Server {
+    /// Takes the next connection to `backend`.
+    pub async fn accept(backend: &Backend, set: impl FnOnce(&mut h2::server::Builder)) -> Http2Server {
+        let mut builder = h2::server::Builder::new();
+        set(&mut builder);
+        let (stream, ahead) = backend.accept().await.into_parts();
+        assert!(ahead.is_empty());
+        let handshake = builder.handshake::<_, Bytes>(stream.expect("plain TCP"));
+        let mut connection = soon("the HTTP/2 preface", handshake).await.unwrap();
+        let (sender, streams) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            // Driven on when nobody waits for streams any more.
+            while let Some(Ok(stream)) = connection.accept().await {
+                let _ = sender.send(stream);
+            }
+        });
+        Http2Server { streams }
+    }
+
+    /// The next request.
+    pub async fn next(&mut self) -> (Request<RecvStream>, SendResponse<Bytes>) {
+        soon("a request", self.streams.recv()).await.expect("the connection is open")
     }
 }
 

@@ -139,7 +139,7 @@ async fn next(shared: &Shared, place: usize, body: &mut RecvStream) -> Result<Op
 }
 
 /// Sends as the peer's window allows.
-pub(crate) async fn write(send: &mut SendStream<Bytes>, mut data: Bytes, end: bool) -> Result<(), h2::Error> {
+pub async fn write(send: &mut SendStream<Bytes>, mut data: Bytes, end: bool) -> Result<(), h2::Error> {
     if data.is_empty() {
         return send.send_data(data, end);
     }

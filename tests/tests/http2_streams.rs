@@ -1,0 +1,287 @@
+//! Promise: an HTTP/2 stream through a pair of sidecars is one stream: both directions move by themselves, an end is an
+//! end, a reset is a reset with its code, what nobody looked at is sent again, and the peer's limits and silence are heeded.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use h2::Reason;
+use h2::server::SendResponse;
+use http::{Request, Response, StatusCode};
+use outrigger_sidecar::config::Limits;
+use outrigger_tests::application::{Backend, write};
+use outrigger_tests::eventually::soon;
+use outrigger_tests::grpc::{Http2, Http2Server, Whole};
+use outrigger_tests::{Connection, Mesh, MeshOptions, Sidecar};
+
+struct Pair {
+    app: Backend,
+    near: Sidecar,
+    _far: Sidecar,
+    _mesh: Mesh,
+}
+
+async fn pair() -> Pair {
+    pair_with(|_| {}).await
+}
+
+async fn pair_with(limits: impl Fn(&mut Limits)) -> Pair {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let app = Backend::start().await;
+    mesh.service("catalog.shop", 80, app.port(), Some("http2"));
+    let far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app.address()).limits(&limits).start().await;
+    let near = mesh.sidecar("cart-1").outbound("catalog:80").limits(&limits).start().await;
+    Pair { app, near, _far: far, _mesh: mesh }
+}
+
+fn get(path: &str) -> Request<()> {
+    Request::get(format!("http://catalog{path}")).body(()).unwrap()
+}
+
+fn post(path: &str) -> Request<()> {
+    Request::post(format!("http://catalog{path}")).body(()).unwrap()
+}
+
+fn say(reply: &mut SendResponse<Bytes>, body: &'static str) {
+    let mut sending = reply.send_response(Response::new(()), false).unwrap();
+    sending.send_data(Bytes::from_static(body.as_bytes()), true).unwrap();
+}
+
+fn text(answer: &Whole) -> String {
+    String::from_utf8_lossy(&answer.body).into_owned()
+}
+
+const MUCH: usize = 4 << 20;
+
+#[tokio::test]
+async fn an_upload_goes_on_while_nobody_reads_the_answer() {
+    let pair = pair().await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let mut stream = client.begin(post("/"), false).await.unwrap();
+    let mut app = Http2Server::accept(&pair.app, |_| {}).await;
+    let (mut request, mut reply) = app.next().await;
+    let mut sending = reply.send_response(Response::new(()), false).unwrap();
+    let answering = tokio::spawn(async move {
+        let much = Bytes::from(vec![b'd'; MUCH]);
+        write(&mut sending, much, true).await
+    });
+    let reading = tokio::spawn(async move {
+        let mut count = 0;
+        while let Some(data) = request.body_mut().data().await {
+            let data = data.unwrap();
+            count += data.len();
+            request.body_mut().flow_control().release_capacity(data.len()).unwrap();
+        }
+        count
+    });
+    // All of it, before a byte of the answer is asked for.
+    stream.write(Bytes::from(vec![b'u'; MUCH]), true).await.unwrap();
+    let answer = stream.answer().await.unwrap().whole().await.unwrap();
+    assert_eq!((answer.body.len(), reading.await.unwrap()), (MUCH, MUCH));
+    answering.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_request_may_go_on_behind_its_answer() {
+    let pair = pair().await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let stream = client.begin(post("/early"), false).await.unwrap();
+    let mut app = Http2Server::accept(&pair.app, |_| {}).await;
+    let (mut request, mut reply) = app.next().await;
+    say(&mut reply, "answered");
+    let (answer, mut sending) = stream.answer_keeping().await.unwrap();
+    assert_eq!(answer.whole().await.unwrap().body, b"answered");
+    for _ in 0..3 {
+        write(&mut sending, Bytes::from_static(b"more"), false).await.unwrap();
+        assert_eq!(request.body_mut().data().await.unwrap().unwrap(), "more");
+    }
+    write(&mut sending, Bytes::from_static(b"end"), true).await.unwrap();
+    assert_eq!(request.body_mut().data().await.unwrap().unwrap(), "end");
+    assert!(request.body_mut().data().await.is_none(), "its end is an end");
+}
+
+#[tokio::test]
+async fn who_wants_no_more_of_a_request_says_so() {
+    let pair = pair().await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let stream = client.begin(post("/early"), false).await.unwrap();
+    let mut app = Http2Server::accept(&pair.app, |_| {}).await;
+    let (request, mut reply) = app.next().await;
+    say(&mut reply, "enough");
+    // The library tells with NO_ERROR.
+    drop((request, reply));
+    let (answer, mut sending) = stream.answer_keeping().await.unwrap();
+    assert_eq!(answer.whole().await.unwrap().body, b"enough", "the answer is whole");
+    let code = tokio::time::timeout(Duration::from_secs(10), std::future::poll_fn(|cx| sending.poll_reset(cx))).await;
+    assert_eq!(code.expect("it is told").unwrap(), Reason::NO_ERROR);
+}
+
+#[tokio::test]
+async fn a_reset_carries_its_code_and_never_looks_like_an_end() {
+    let pair = pair().await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let first = client.begin(get("/"), true).await.unwrap();
+    let mut app = Http2Server::accept(&pair.app, |_| {}).await;
+    let codes = [
+        (Reason::ENHANCE_YOUR_CALM, Reason::ENHANCE_YOUR_CALM),
+        (Reason::CANCEL, Reason::CANCEL),
+        (Reason::NO_ERROR, Reason::INTERNAL_ERROR),
+    ];
+    let mut stream = Some(first);
+    for (said, expected) in codes {
+        let stream = match stream.take() {
+            Some(stream) => stream,
+            None => client.begin(get("/"), true).await.unwrap(),
+        };
+        let (_request, mut reply) = app.next().await;
+        let mut sending = reply.send_response(Response::new(()), false).unwrap();
+        sending.send_data(Bytes::from_static(b"half"), false).unwrap();
+        let mut answer = stream.answer().await.unwrap();
+        assert_eq!(answer.data().await.unwrap().unwrap(), "half");
+        sending.send_reset(said);
+        let broken = answer.data().await.expect_err("a truncation is an error");
+        assert_eq!(broken.reason(), Some(expected), "{said:?}: {broken}");
+    }
+    // And from the client.
+    let mut stream = client.begin(post("/"), false).await.unwrap();
+    stream.write(Bytes::from_static(b"half"), false).await.unwrap();
+    let (mut request, _reply) = app.next().await;
+    assert_eq!(request.body_mut().data().await.unwrap().unwrap(), "half");
+    stream.cancel();
+    let broken = request.body_mut().data().await.expect("no end").expect_err("a truncation is an error");
+    assert_eq!(broken.reason(), Some(Reason::CANCEL));
+}
+
+#[tokio::test]
+async fn what_the_application_refused_is_sent_again() {
+    let pair = pair().await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let mut streams = vec![client.begin(get("/0"), true).await.unwrap()];
+    let mut app = Http2Server::accept(&pair.app, |_| {}).await;
+    streams.push(client.begin(post("/1"), true).await.unwrap());
+    let mut refused = [app.next().await, app.next().await];
+    for (_request, reply) in &mut refused {
+        reply.send_reset(Reason::REFUSED_STREAM);
+    }
+    for _ in 0..2 {
+        let (_request, mut reply) = app.next().await;
+        say(&mut reply, "second");
+    }
+    for stream in streams {
+        assert_eq!(stream.answer().await.unwrap().whole().await.unwrap().body, b"second");
+    }
+}
+
+const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+/// GOAWAY with NO_ERROR that covers no stream.
+const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// Reads frames until a HEADERS comes.
+async fn until_headers(app: &mut Connection) {
+    app.take(24).await;
+    loop {
+        let head = app.take(9).await;
+        app.take(usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2])).await;
+        if head[3] == 1 {
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_farewell_does_not_cover_is_sent_again() {
+    let pair = pair().await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let stream = client.begin(get("/"), true).await.unwrap();
+    let mut leaving = pair.app.accept().await;
+    until_headers(&mut leaving).await;
+    leaving.send([&SETTINGS[..], &GOAWAY[..]].concat()).await;
+    let mut app = Http2Server::accept(&pair.app, |_| {}).await;
+    let (_request, mut reply) = app.next().await;
+    say(&mut reply, "elsewhere");
+    assert_eq!(stream.answer().await.unwrap().whole().await.unwrap().body, b"elsewhere");
+}
+
+#[tokio::test]
+async fn what_may_have_been_looked_at_is_not_sent_again() {
+    let pair = pair().await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let stream = client.begin(get("/"), true).await.unwrap();
+    let mut leaving = pair.app.accept().await;
+    until_headers(&mut leaving).await;
+    let mut covering = GOAWAY;
+    covering[12] = 1;
+    leaving.send([&SETTINGS[..], &covering[..]].concat()).await;
+    leaving.finish().await;
+    drop(leaving);
+    let answer = stream.answer().await.unwrap().whole().await.unwrap();
+    assert_eq!(answer.status, StatusCode::BAD_GATEWAY, "{}", text(&answer));
+    assert!(pair.app.accepted().await.is_none());
+}
+
+#[tokio::test]
+async fn no_more_streams_than_the_application_allows() {
+    let pair = pair().await;
+    let client = Http2::open(pair.near.outbound()).await;
+    // So that the application's word is known.
+    let first = client.begin(get("/first"), true).await.unwrap();
+    let mut one = Http2Server::accept(&pair.app, |server| {
+        server.max_concurrent_streams(10);
+    })
+    .await;
+    let (_request, mut reply) = one.next().await;
+    say(&mut reply, "first");
+    drop(reply);
+    assert_eq!(first.answer().await.unwrap().whole().await.unwrap().body, b"first");
+    let mut streams = Vec::new();
+    for number in 0..16 {
+        streams.push(client.begin(get(&format!("/{number}")), true).await.unwrap());
+    }
+    let mut two = Http2Server::accept(&pair.app, |_| {}).await;
+    let mut replies = Vec::new();
+    for _ in 0..8 {
+        replies.push(one.next().await.1);
+        replies.push(two.next().await.1);
+    }
+    for reply in &mut replies {
+        say(reply, "answered");
+    }
+    for stream in streams {
+        assert_eq!(stream.answer().await.unwrap().whole().await.unwrap().body, b"answered");
+    }
+}
+
+/// As short as the sockets' own options allow.
+fn impatient(limits: &mut Limits) {
+    limits.keepalive = Duration::from_secs(1);
+    limits.user_timeout = Duration::from_secs(1);
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_answer_a_ping_is_given_up() {
+    let pair = pair_with(impatient).await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let stream = client.begin(get("/"), true).await.unwrap();
+    let mut app = pair.app.accept().await;
+    until_headers(&mut app).await;
+    app.send(SETTINGS).await;
+    let begun = Instant::now();
+    let answer = stream.answer().await.unwrap().whole().await.unwrap();
+    assert_eq!(answer.status, StatusCode::BAD_GATEWAY, "{}", text(&answer));
+    assert!(begun.elapsed() > Duration::from_millis(900), "it got its time");
+
+    let mut mute = Connection::open(pair.near.outbound()).await;
+    mute.send([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &SETTINGS[..]].concat()).await;
+    while let Ok(Some(_)) = soon("its end", mute.read_some()).await {}
+}
+
+#[tokio::test]
+async fn a_peer_that_answers_pings_may_take_its_time() {
+    let pair = pair_with(impatient).await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let stream = client.begin(get("/"), true).await.unwrap();
+    let mut app = Http2Server::accept(&pair.app, |_| {}).await;
+    let (_request, mut reply) = app.next().await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    say(&mut reply, "at last");
+    assert_eq!(stream.answer().await.unwrap().whole().await.unwrap().body, b"at last");
+}
