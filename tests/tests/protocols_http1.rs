@@ -5,6 +5,11 @@ use std::time::Duration;
 
 use outrigger_tests::wire::{End, Response};
 use outrigger_tests::{Application, Connection, Mesh, MeshOptions, Sidecar, eventually};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+
+/// More than all buffers on the way hold.
+const MUCH: usize = 32 << 20;
 
 struct Pair {
     app: Application,
@@ -46,6 +51,37 @@ async fn http_1_0_is_answered_and_closed() {
         let answer = kept.ask("GET /bytes/3 HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\n\r\n").await;
         assert_eq!((answer.status, answer.body.len()), (200, 3));
     }
+}
+
+#[tokio::test]
+async fn an_upload_goes_on_while_nobody_reads_the_answer() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let app = listener.local_addr().unwrap();
+    mesh.service("catalog.shop", 80, app.port(), Some("http"));
+    let _far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app).start().await;
+    let near = mesh.sidecar("cart-1").outbound("catalog:80").start().await;
+    let mut client = Connection::open(near.outbound()).await;
+    client.send(request("POST", "/", &format!("Content-Length: {MUCH}\r\n"))).await;
+    let (mut reading, mut writing) = listener.accept().await.unwrap().0.into_split();
+    let answering = tokio::spawn(async move {
+        writing.write_all(format!("HTTP/1.1 200 OK\r\nContent-Length: {MUCH}\r\n\r\n").as_bytes()).await.unwrap();
+        writing.write_all(&vec![b'd'; MUCH]).await.unwrap();
+        writing
+    });
+    let taking = tokio::spawn(async move {
+        let mut bytes = vec![0; 64 * 1024];
+        let mut count = 0;
+        while count < MUCH {
+            count += reading.read(&mut bytes).await.unwrap();
+        }
+        reading
+    });
+    // All of it, before a byte of the answer is asked for.
+    client.send(vec![b'u'; MUCH]).await;
+    let answer = client.response(false).await;
+    assert_eq!((answer.status, answer.body.len()), (200, MUCH));
+    let (_reading, _writing) = (taking.await.unwrap(), answering.await.unwrap());
 }
 
 #[tokio::test]

@@ -97,6 +97,11 @@ impl Stream {
         Stream { below: Below::Tls, ..self }
     }
 
+    /// Whether it is TCP without TLS, as it is towards the application of this sidecar.
+    pub fn is_plain(&self) -> bool {
+        matches!(self.io, Io::Tcp(_))
+    }
+
     /// What was read ahead and not consumed yet.
     pub fn ahead(&self) -> &[u8] {
         &self.ahead

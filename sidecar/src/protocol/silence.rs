@@ -154,10 +154,16 @@ async fn ahead<U: AsMut<Stream>>(
     open: &impl AsyncFn() -> Result<U, Error>,
     place: Option<Place<'_>>,
 ) -> Result<Option<First<U>>, Error> {
+    let mut opening = std::pin::pin!(open());
     let opened = tokio::select! {
         biased;
-        read = stream.read_ahead() => return client_spoke(read, None).map(Some),
-        opened = open() => opened,
+        read = stream.read_ahead() => match read {
+            // Where the server is known to speak first the upstream is most probably wanted: given up half way, the
+            // application would see a connection on which nothing is ever said.
+            Ok(1..) if place.is_none() => return client_spoke(read, Some(opening.await?)).map(Some),
+            _ => return client_spoke(read, None).map(Some),
+        },
+        opened = &mut opening => opened,
     };
     let mut upstream = opened.inspect_err(|error| {
         if place.is_some() {

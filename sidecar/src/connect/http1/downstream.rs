@@ -109,6 +109,11 @@ impl Downstream {
         Poll::Pending
     }
 
+    /// Whether what is queued may leave at the end of the [turn](super::turn).
+    pub fn may_wait(&self) -> bool {
+        self.conn().stream().is_plain()
+    }
+
     /// Writes what is queued ahead of the answer.
     pub fn flush(&self, cx: &mut Context<'_>) {
         let mut conn = self.conn();

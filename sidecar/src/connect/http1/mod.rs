@@ -6,6 +6,7 @@ pub mod body;
 pub mod conn;
 pub mod downstream;
 pub mod head;
+pub mod turn;
 
 pub use body::{Decoder, Length};
 pub use conn::Conn;

@@ -16,7 +16,7 @@ use http_body::{Body, Frame, SizeHint};
 use super::{Answered, Lane, Unsent, UpstreamBody, fault, is_replayable};
 use crate::connect::http1::body::Decoded;
 use crate::connect::http1::head::{self, ResponseHead};
-use crate::connect::http1::{Conn, Decoder, Fault, Spelling};
+use crate::connect::http1::{Conn, Decoder, Fault, Spelling, turn};
 use crate::connect::interim;
 use crate::connect::request_body::{RequestBody, RequestBroke};
 use crate::net::Stream;
@@ -69,6 +69,9 @@ impl Lane {
             };
             let sent_before = connection.conn.sent();
             let mut attempt = Attempt::new(&mut connection.conn, &mut request, self, is_reused);
+            if attempt.sending.done && attempt.conn.stream().is_plain() {
+                turn::end().await;
+            }
             let outcome = poll_fn(|cx| attempt.poll(cx)).await;
             let Attempt { sending, received, .. } = attempt;
             match outcome {

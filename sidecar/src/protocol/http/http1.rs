@@ -19,7 +19,7 @@ use super::exchange::Session;
 use super::interim;
 use super::serve::OnRefusal;
 use crate::connect::http1::head::{self, RequestHead};
-use crate::connect::http1::{Conn, Downstream, Incoming};
+use crate::connect::http1::{Conn, Downstream, Incoming, turn};
 use crate::connect::request_body::Received;
 use crate::connection::{Command, State};
 use crate::net::Stream;
@@ -144,6 +144,9 @@ async fn answer_with(
     std::future::poll_fn(|cx| writing.poll(cx, &mut body)).await?;
     // The record ends with the last byte that was taken over; the connection stays busy until all have gone out.
     let busy = body.into_busy();
+    if !close && downstream.may_wait() {
+        turn::end().await;
+    }
     std::future::poll_fn(|cx| downstream.conn().poll_flush(cx)).await.map_err(BodyError::Downstream)?;
     drop(busy);
     if let Some(then) = switched {
@@ -210,7 +213,11 @@ impl Writing<'_> {
     fn poll(&mut self, cx: &mut Context<'_>, body: &mut ResponseBody) -> Poll<Result<(), BodyError>> {
         while !self.ended {
             if !self.downstream.conn().has_room() {
-                ready!(self.flush(cx)).map_err(BodyError::Downstream)?;
+                let flushed = self.flush(cx);
+                if flushed.is_pending() {
+                    body.send_on(cx);
+                }
+                ready!(flushed).map_err(BodyError::Downstream)?;
             }
             match Pin::new(&mut *body).poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
