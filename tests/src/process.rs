@@ -120,6 +120,11 @@ impl Process {
         self.stderr.lock().unwrap().join("\n")
     }
 
+    /// Waits until it has said so on stderr: a log is written by a thread of its own.
+    pub async fn says(&self, text: &str) {
+        eventually(&format!("it says {text:?}"), async || self.stderr().contains(text).then_some(())).await;
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }

@@ -157,10 +157,7 @@ async fn by_name(families: Families) {
     let refused = [("direction", "outbound"), ("reason", "not_registered")];
     cart.counts("outrigger_http_requests_total", &refused, 2.0).await;
     cart.counts("outrigger_tcp_connections_closed_total", &refused, 2.0).await;
-    eventually("the access log says why", async || {
-        cart.process.stderr().contains("virtual address whose service is gone").then_some(())
-    })
-    .await;
+    cart.process.says("virtual address whose service is gone").await;
 }
 
 #[tokio::test]
@@ -188,7 +185,7 @@ async fn questions_that_come_back_end_and_are_complained_of() {
     assert_eq!(code, 0, "{said}");
     cart.is_ready().await;
     assert_eq!(run(web, "getent hosts www.example.org").await.0, 2);
-    assert!(cart.process.stderr().contains("the same --mark"), "{}", cart.process.stderr());
+    cart.process.says("the same --mark").await;
     eventually("catalog", async || {
         (ahosts(web, "hosts", "catalog").await == ["10.96.0.10".parse::<IpAddr>().unwrap()]).then_some(())
     })

@@ -35,10 +35,7 @@ async fn no_loop(families: Families, cluster_ip: &str, outside: &str) {
     // Nobody registered it.
     ends(mesh.at("web"), outside).await;
     web.counts(CLOSED, &[("reason", "own_port")], 1.0).await;
-    eventually("the log says what to do", async || {
-        web.process.stderr().contains("the redirect rules do not exempt it").then_some(())
-    })
-    .await;
+    web.process.says("the redirect rules do not exempt it").await;
     // A service, on a fresh connection: the pool is of before.
     catalog.process.signal("KILL");
     let answer = get(mesh.at("web"), &service, "/").await;
@@ -76,7 +73,7 @@ async fn a_sidecar_that_starts_under_such_rules_says_so() {
     })
     .await;
     assert!(hint.contains("--mark") && hint.contains("--uid"), "{hint}");
-    assert!(web.process.stderr().contains("send this sidecar's own connections back to it"));
+    web.process.says("send this sidecar's own connections back to it").await;
     web.redirect();
     web.is_ready().await;
 }
