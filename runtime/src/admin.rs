@@ -3,21 +3,33 @@
 //! only loopback names through, because a web page can make a browser call 127.0.0.1 (DNS rebinding, and forms that
 //! post across origins), with the page's own name in Host or Origin.
 
+use std::convert::Infallible;
+use std::io;
 use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::header::{HOST, ORIGIN};
+use axum::http::header::{CONNECTION, HOST, ORIGIN};
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+use tower::ServiceExt;
+
+use crate::places::{Bounds, Place, Places};
 
 /// Who may be named as the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,12 +39,23 @@ pub enum Hosts {
     Loopback,
 }
 
+/// A client that connects asks at once: probes, scrapers and people all do.
+const FIRST_BYTE: Duration = Duration::from_secs(2);
 /// From connection or last answer to the end of the next head: also how long an idle connection is kept.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// From a head to its answer, the request's body included.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// A client that takes no byte of its answer for this long does not read.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// From a head to the last byte of its answer, however the client reads.
+const WHOLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often a connection's times are looked at.
+const TICK: Duration = Duration::from_secs(1);
 /// A whole connection may take no longer to end once it is told to.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
-/// Connections at once; scrapers and people need few.
-const CONNECTIONS: usize = 256;
+/// Connections at once. Scrapers and people need few; with all places taken the one that is idle for longest goes, so
+/// that nobody can keep the probes of Kubernetes out, from whatever address these come.
+const PLACES: Bounds = Bounds { total: 256, per_source: 64 };
 const HEAD_BYTES: usize = 64 * 1024;
 /// After an accept that failed for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -44,17 +67,19 @@ pub async fn serve(listener: TcpListener, router: Router, hosts: Hosts, stop: im
         Hosts::Loopback => router.layer(from_fn(loopback_only)),
     };
     let (stopping, stopped) = watch::channel(false);
-    let room = Semaphore::new(CONNECTIONS);
-    let room = std::sync::Arc::new(room);
+    // Every connection holds a sender: the channel closes when all have ended.
+    let (running, mut ended) = mpsc::channel::<Infallible>(1);
+    let places = Places::new(PLACES);
     let accept = async {
         loop {
-            let Ok(permit) = std::sync::Arc::clone(&room).acquire_owned().await else { return };
             match listener.accept().await {
-                Ok((stream, _)) => {
-                    let connection = connection(stream, router.clone(), stopped.clone());
+                Ok((stream, client)) => {
+                    let place = places.take(client.ip());
+                    let connection = connection(stream, router.clone(), stopped.clone(), place);
+                    let running = running.clone();
                     tokio::spawn(async move {
                         connection.await;
-                        drop(permit);
+                        drop(running);
                     });
                 }
                 Err(error) => {
@@ -68,26 +93,160 @@ pub async fn serve(listener: TcpListener, router: Router, hosts: Hosts, stop: im
         () = accept => {}
         () = stop => {}
     }
-    drop(listener);
+    drop((listener, running));
     let _ = stopping.send(true);
-    let _ = tokio::time::timeout(STOP_TIMEOUT, room.acquire_many(CONNECTIONS as u32)).await;
+    let _ = timeout(STOP_TIMEOUT, ended.recv()).await;
 }
 
-async fn connection(stream: TcpStream, router: Router, mut stopped: watch::Receiver<bool>) {
-    let service = TowerToHyperService::new(router);
+async fn connection(stream: TcpStream, router: Router, mut stopped: watch::Receiver<bool>, place: Place) {
+    let eviction = place.eviction();
+    let progress = Arc::new(Progress::new(place, Instant::now()));
+    let asked = progress.clone();
+    let service = service_fn(move |request| {
+        asked.asked(Instant::now());
+        answer(router.clone(), request)
+    });
     let serving = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD_BYTES)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(Watched { stream, progress: progress.clone() }), service);
     let mut serving = std::pin::pin!(serving);
     // How a client leaves is its own affair: errors are not logged.
     tokio::select! {
         _ = serving.as_mut() => return,
+        () = eviction => return,
+        () = progress.overdue() => return,
         _ = stopped.wait_for(|stopped| *stopped) => {}
     }
     serving.as_mut().graceful_shutdown();
-    let _ = tokio::time::timeout(STOP_TIMEOUT, serving).await;
+    let _ = timeout(STOP_TIMEOUT, serving).await;
+}
+
+async fn answer(router: Router, request: hyper::Request<Incoming>) -> Result<Response, Infallible> {
+    match timeout(ANSWER_TIMEOUT, router.oneshot(request)).await {
+        Ok(answer) => answer,
+        // The body of the request did not arrive.
+        Err(_) => Ok((StatusCode::REQUEST_TIMEOUT, [(CONNECTION, "close")]).into_response()),
+    }
+}
+
+/// What a connection has done so far, and since when it has done nothing.
+struct Progress {
+    place: Place,
+    heard: AtomicBool,
+    times: Mutex<Times>,
+}
+
+struct Times {
+    accepted: Instant,
+    /// When the head of the last request was complete.
+    asked: Option<Instant>,
+    /// Since when the client takes nothing.
+    blocked: Option<Instant>,
+}
+
+impl Progress {
+    fn new(place: Place, now: Instant) -> Progress {
+        let times = Times { accepted: now, asked: None, blocked: None };
+        Progress { place, heard: AtomicBool::new(false), times: Mutex::new(times) }
+    }
+
+    /// A byte of a head is no progress, a head is: a client that sends a byte now and then counts as idle.
+    fn asked(&self, now: Instant) {
+        self.place.progress();
+        self.times().asked = Some(now);
+    }
+
+    fn written(&self) {
+        self.place.progress();
+        self.times().blocked = None;
+    }
+
+    fn blocked(&self, now: Instant) {
+        self.times().blocked.get_or_insert(now);
+    }
+
+    /// When the connection is to be ended, as things stand.
+    fn deadline(&self) -> Option<Instant> {
+        let times = self.times();
+        let first_byte = (!self.heard.load(Ordering::Relaxed)).then(|| times.accepted + FIRST_BYTE);
+        let write = times.blocked.map(|since| since + WRITE_TIMEOUT);
+        let whole = times.blocked.and(times.asked).map(|since| since + WHOLE_TIMEOUT);
+        [first_byte, write, whole].into_iter().flatten().min()
+    }
+
+    /// Completes when the client has been too slow.
+    async fn overdue(&self) {
+        loop {
+            let (now, deadline) = (Instant::now(), self.deadline());
+            match deadline {
+                Some(deadline) if deadline <= now => return,
+                Some(deadline) => sleep_until(deadline.min(now + TICK)).await,
+                None => sleep_until(now + TICK).await,
+            }
+        }
+    }
+
+    fn times(&self) -> MutexGuard<'_, Times> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A client's socket that tells [`Progress`] what moves.
+struct Watched {
+    stream: TcpStream,
+    progress: Arc<Progress>,
+}
+
+impl Watched {
+    fn wrote(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match &written {
+            Poll::Pending => self.progress.blocked(Instant::now()),
+            Poll::Ready(Ok(_)) => self.progress.written(),
+            Poll::Ready(Err(_)) => {}
+        }
+        written
+    }
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(context, buf);
+        if buf.filled().len() > before {
+            self.progress.heard.store(true, Ordering::Relaxed);
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.wrote(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(context, bytes);
+        self.wrote(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
 }
 
 async fn loopback_only(request: Request, next: Next) -> Response {
@@ -142,6 +301,7 @@ fn is_loopback(authority: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use axum::body::Bytes;
     use axum::routing::{get, post};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::sync::oneshot;
@@ -255,6 +415,107 @@ mod tests {
         let mut answer = Vec::new();
         let ended = tokio::time::timeout(HEAD_TIMEOUT * 2, stream.read_to_end(&mut answer)).await;
         ended.expect("the connection outlived the timeout").unwrap();
+        server.abort();
+    }
+
+    /// What a client does that shall not keep others out.
+    #[derive(Clone, Copy, Debug)]
+    enum Nuisance {
+        Silent,
+        /// Sends a byte of a head, and another one each time it is asked to.
+        Dripping,
+        NeverReading,
+    }
+
+    async fn annoy(address: std::net::SocketAddr, how: Nuisance) -> TcpStream {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let first: &[u8] = match how {
+            Nuisance::Silent => b"",
+            Nuisance::Dripping => b"G",
+            Nuisance::NeverReading => b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        };
+        let _ = stream.write_all(first).await;
+        stream
+    }
+
+    #[tokio::test]
+    async fn no_number_of_idle_connections_keeps_a_probe_out() {
+        for how in [Nuisance::Silent, Nuisance::Dripping, Nuisance::NeverReading] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let large = Bytes::from("x".repeat(8 << 20));
+            let router = Router::new()
+                .route("/live", get(|| async { "live" }))
+                .route("/large", get(move || async move { large.clone() }));
+            let server = tokio::spawn(serve(listener, router, Hosts::Any, std::future::pending()));
+            let mut nuisances = Vec::new();
+            for _ in 0..2 {
+                for _ in 0..PLACES.total + 1 {
+                    nuisances.push(annoy(address, how).await);
+                }
+                if matches!(how, Nuisance::Dripping) {
+                    for nuisance in &mut nuisances {
+                        // Those that lost their place are gone.
+                        let _ = nuisance.write_all(b"E").await;
+                    }
+                }
+                // Before the places could be free because time is up.
+                let asked = ask(address, "GET /live HTTP/1.1\r\nHost: localhost");
+                let longest = HEAD_TIMEOUT - Duration::from_secs(1);
+                let answer = timeout(longest, asked).await.unwrap_or_else(|_| panic!("{how:?} kept the probe out"));
+                assert!(answer.ends_with("live"), "{how:?}: {answer}");
+            }
+            server.abort();
+        }
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_or_reads_nothing_is_ended() {
+        for (how, longest) in [(Nuisance::Silent, FIRST_BYTE), (Nuisance::NeverReading, WRITE_TIMEOUT)] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let (dropped, mut ends) = mpsc::channel::<Infallible>(1);
+            let large = Bytes::from("x".repeat(32 << 20));
+            let router = Router::new().route("/large", get(move || async move { large.clone() }));
+            let (stream, _) = {
+                let nuisance = annoy(address, how);
+                let (nuisance, accepted) = tokio::join!(nuisance, listener.accept());
+                (
+                    nuisance,
+                    accepted.map(|(accepted, _)| {
+                        let place = Places::new(PLACES).take(address.ip());
+                        let (_stop, stopped) = watch::channel(false);
+                        tokio::spawn(async move {
+                            let _dropped = dropped;
+                            connection(accepted, router, stopped, place).await;
+                            drop(_stop);
+                        });
+                    }),
+                )
+            };
+            let begun = Instant::now();
+            tokio::time::pause();
+            assert!(ends.recv().await.is_none());
+            let lasted = begun.elapsed();
+            tokio::time::resume();
+            assert!(lasted >= longest && lasted <= longest + 2 * TICK, "{how:?}: {lasted:?}");
+            drop(stream);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_body_that_does_not_arrive_is_answered_408() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let router = Router::new().route("/level", post(|body: String| async move { body }));
+        let server = tokio::spawn(serve(listener, router, Hosts::Any, std::future::pending()));
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(b"POST /level HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\ninfo").await.unwrap();
+        tokio::time::pause();
+        let mut answer = String::new();
+        let read = timeout(ANSWER_TIMEOUT * 2, stream.read_to_string(&mut answer)).await;
+        read.expect("the connection outlived the timeout").unwrap();
+        assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
         server.abort();
     }
 }

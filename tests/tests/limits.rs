@@ -416,3 +416,35 @@ async fn without_file_descriptors_it_waits_and_recovers() {
     assert!(spent < 0.5, "{spent} of a processor while it cannot accept");
     assert!(failures > 0.0, "it came to that");
 }
+
+/// Admin, metrics, health and the control plane's 15014: whoever asks is answered, whoever else is connected.
+#[tokio::test]
+async fn idle_connections_keep_nobody_out_of_health_and_metrics() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let sidecar = mesh.sidecar("cart-1").start().await;
+    let listeners = [
+        (sidecar.address("health"), "/live"),
+        (sidecar.address("metrics"), "/metrics"),
+        (sidecar.address("admin"), "/config"),
+        (mesh.admin(), "/live"),
+    ];
+    for (address, path) in listeners {
+        // More than any listener has places for. Nothing, and a head that goes on a byte at a time.
+        let mut idle = Vec::new();
+        for number in 0..300 {
+            let mut connection = Connection::open(address).await;
+            if number % 2 == 0 {
+                let _ = connection.try_send("G").await;
+            }
+            idle.push(connection);
+        }
+        for connection in &mut idle {
+            let _ = connection.try_send("E").await;
+        }
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        // An idle connection that is only timed out, and not evicted, stays for 10 s.
+        let asked = tokio::time::timeout(Duration::from_secs(9), wire::ask(address, request)).await;
+        let answer = asked.unwrap_or_else(|_| panic!("{path} at {address} was not answered"));
+        assert_eq!(answer.status, 200, "{path}: {}", answer.text());
+    }
+}
