@@ -205,7 +205,7 @@ async fn a_body_stays_a_body() {
     field.assert_clean();
 }
 
-const BAD_CHUNKS: [&str; 33] = [
+const BAD_CHUNKS: [&str; 50] = [
     "5\nhello\r\n0\r\n\r\n",
     "5\r\nhello\n0\r\n\r\n",
     "5\r\nhello\r\n0\n\r\n",
@@ -239,6 +239,24 @@ const BAD_CHUNKS: [&str; 33] = [
     "5\rhello\r\n0\r\n\r\n",
     "5\r\nhello\r\r\n0\r\n\r\n",
     "5\r\nhello\r\n0\r\n\rX",
+    // Blanks that are none, and extensions that no grammar knows (RFC 9112 section 7.1.1).
+    "5\r;a\r\nhello\r\n0\r\n\r\n",
+    "5\x0c;a\r\nhello\r\n0\r\n\r\n",
+    "5\x0b;a\r\nhello\r\n0\r\n\r\n",
+    "5\u{a0};a\r\nhello\r\n0\r\n\r\n",
+    "5\x0c\r\nhello\r\n0\r\n\r\n",
+    "5\x0b\r\nhello\r\n0\r\n\r\n",
+    "5 \r\nhello\r\n0\r\n\r\n",
+    "5;\r\nhello\r\n0\r\n\r\n",
+    "5;a=\r\nhello\r\n0\r\n\r\n",
+    "5;a=\"b\r\nhello\r\n0\r\n\r\n",
+    "5;a=\"b\\\"\r\nhello\r\n0\r\n\r\n",
+    "5;a=\"\x0b\"\r\nhello\r\n0\r\n\r\n",
+    "5;a\x0c=b\r\nhello\r\n0\r\n\r\n",
+    "5;a b\r\nhello\r\n0\r\n\r\n",
+    "5\r\nhello\r\n0\r;a\r\n\r\n",
+    "5\r\nhello\r\n0\x0c;a\r\n\r\n",
+    "5\r\nhello\r\n0;\r\n\r\n",
 ];
 
 #[tokio::test]
@@ -253,9 +271,11 @@ async fn chunks() {
             assert!(!outcome.targets().contains(&"/smuggled"), "{name}: {:?}", outcome.seen);
         }
         // Odd and allowed: extensions end here.
-        for body in
-            ["5;a=b\r\nhello\r\n0\r\n\r\n", "5 ;a\r\nhello\r\n000;x=\"y\"\r\n\r\n", "0005\r\nhello\r\n0\r\n\r\n"]
-        {
+        for body in [
+            "5;a=b\r\nhello\r\n0\r\n\r\n",
+            "5 ;a\t= \"\\\";\"\r\nhello\r\n000;x=\"y\"\r\n\r\n",
+            "0005\r\nhello\r\n0\r\n\r\n",
+        ] {
             let outcome = field.attack(place, post("Transfer-Encoding: chunked", body)).await;
             assert_eq!(
                 (outcome.targets(), &*outcome.seen[0].body),

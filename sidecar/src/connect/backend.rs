@@ -13,6 +13,7 @@ use outrigger_api::virtual_address::is_virtual;
 use rustls_pki_types::ServerName;
 use tokio::sync::watch;
 
+use super::bound::Bound;
 use super::dial::{MutualTls, Target};
 use super::lane::{Framing, Lane};
 use super::worker::Worker;
@@ -209,6 +210,15 @@ impl View {
     pub fn pick(&self, worker: &Worker, kind: Kind, now: Nanos, tried: &[usize]) -> Option<(usize, Rc<Slot>)> {
         let index = self.balancer.borrow_mut().pick(&self.endpoints, kind, now, &mut worker.rng.borrow_mut(), tried)?;
         Some((index, self.slots.get(index)?.clone()))
+    }
+
+    /// The endpoint at which a login of this downstream connection has begun: it knows nobody elsewhere.
+    pub fn bound(&self, bound: &Bound, tried: &[usize]) -> Option<(usize, Rc<Slot>)> {
+        if bound.is_empty() {
+            return None;
+        }
+        let begun = |(index, slot): &(usize, &Rc<Slot>)| !tried.contains(index) && bound.has(&slot.target);
+        self.slots.iter().enumerate().find(begun).map(|(index, slot)| (index, slot.clone()))
     }
 
     /// The edge of what ends before an endpoint is picked.

@@ -34,6 +34,12 @@ impl Target {
     pub fn plain(address: SocketAddr) -> Target {
         Target { address, tls: None, own: None, lone: false }
     }
+
+    /// Whether a connection to either leads to the same application, by the same proof.
+    pub fn is_same(&self, other: &Target) -> bool {
+        let (one, two) = (self.tls.as_ref().map(|tls| &tls.expected), other.tls.as_ref().map(|tls| &tls.expected));
+        self.address == other.address && self.own == other.own && one == two
+    }
 }
 
 /// Takes a connection of the workload to itself into the inbound walk: the application, the framing, the stream.

@@ -1,6 +1,7 @@
 //! From a destination to a connection: what one worker knows of each destination, its pools, and dialling.
 
 pub mod backend;
+pub mod bound;
 pub mod dial;
 pub mod http1;
 pub mod http2;

@@ -7,9 +7,11 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
+use super::bound::Bound;
 use super::http1::{self, Fault, Spelling};
 use super::http2;
 use super::interim::Interim;
+use super::lane::Lane;
 use super::streams::Progress;
 use crate::telemetry::{GrpcFrames, HttpRecord};
 
@@ -30,6 +32,10 @@ pub struct RequestBody {
     spelling: Option<Spelling>,
     /// Where interim answers go, if the client takes any.
     interim: Option<Rc<Interim>>,
+    /// The upstream connections of the downstream connection that this request came on.
+    bound: Rc<Bound>,
+    /// The request belongs to a login that authenticates its connection.
+    binds: bool,
 }
 
 struct Streaming {
@@ -38,6 +44,15 @@ struct Streaming {
     grpc: Option<GrpcFrames>,
     trailers: TrailerFilter,
     progress: Progress,
+}
+
+/// What a request has of its downstream connection.
+pub struct Client {
+    /// Where interim (1xx) answers go, if the client takes any.
+    pub interim: Option<Rc<Interim>>,
+    pub bound: Rc<Bound>,
+    /// The request belongs to a login that authenticates its connection.
+    pub binds: bool,
 }
 
 /// Why a request's body ended early; the request's own fault.
@@ -76,14 +91,14 @@ impl Received {
 }
 
 impl RequestBody {
-    /// `interim`: where interim (1xx) answers go, if the client takes any.
+    /// `of` is what the request shares with others of its downstream connection.
     pub fn new(
         received: Received,
         record: &Rc<HttpRecord>,
         grpc: bool,
         trailers: TrailerFilter,
         progress: impl FnOnce() -> Progress,
-        interim: Option<Rc<Interim>>,
+        of: Client,
     ) -> RequestBody {
         let spelling = match &received {
             Received::Http1(incoming) => Some(incoming.spelling.clone()),
@@ -93,12 +108,19 @@ impl RequestBody {
             let grpc = grpc.then(GrpcFrames::default);
             Streaming { received, record: record.clone(), grpc, trailers, progress: progress() }
         });
-        RequestBody { streaming, spelling, interim }
+        let Client { interim, bound, binds } = of;
+        RequestBody { streaming, spelling, interim, bound, binds }
     }
 
     /// The body of the same request once more. Only to be asked of one that is empty.
     pub fn clone_empty(&self) -> RequestBody {
-        RequestBody { streaming: None, spelling: self.spelling.clone(), interim: self.interim.clone() }
+        RequestBody {
+            streaming: None,
+            spelling: self.spelling.clone(),
+            interim: self.interim.clone(),
+            bound: self.bound.clone(),
+            binds: self.binds,
+        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -107,6 +129,16 @@ impl RequestBody {
 
     pub fn spelling(&self) -> Option<&Spelling> {
         self.spelling.as_ref()
+    }
+
+    /// The upstream connections that belong to this request's downstream connection.
+    pub fn bound(&self) -> &Rc<Bound> {
+        &self.bound
+    }
+
+    /// The lane to use instead of `shared`, which other clients use as well.
+    pub fn own_lane(&self, shared: &Lane) -> Option<Rc<Lane>> {
+        if self.binds { Some(self.bound.bind(shared)) } else { self.bound.find(shared) }
     }
 
     /// Where interim answers go.

@@ -102,7 +102,9 @@ async fn forward(
     let mut began = Instant::now();
     let mut tried = Tried::new(worker, began);
     loop {
-        let Some((index, slot)) = view.pick(worker, Kind::Http, worker.nanos(began), tried.indices()) else {
+        let bound = view.bound(&exchange.session.bound, tried.indices());
+        let pick = || view.pick(worker, Kind::Http, worker.nanos(began), tried.indices());
+        let Some((index, slot)) = bound.or_else(pick) else {
             if tried.indices().is_empty() {
                 exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
             }

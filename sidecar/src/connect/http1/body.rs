@@ -266,11 +266,46 @@ fn parse_trailers(section: &Bytes, most: usize) -> Result<HeaderMap, &'static st
     Ok(trailers)
 }
 
-/// Nothing, or `;` (blanks before it are bad and old) and visible text.
-fn is_extension(bytes: &[u8]) -> bool {
-    let text = bytes.trim_ascii_start();
-    (text.is_empty() && bytes.is_empty())
-        || (text.first() == Some(&b';') && text.iter().all(|byte| matches!(byte, b'\t' | b' '..=b'~' | 0x80..)))
+/// `*( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] )` (RFC 9112 section 7.1.1); a blank is SP or HTAB.
+fn is_extension(mut rest: &[u8]) -> bool {
+    while !rest.is_empty() {
+        let Some(name) = skip_blanks(rest).strip_prefix(b";").map(skip_blanks) else { return false };
+        let Some(behind) = skip_token(name) else { return false };
+        rest = behind;
+        if let Some(value) = skip_blanks(behind).strip_prefix(b"=").map(skip_blanks) {
+            let Some(behind) = skip_token(value).or_else(|| skip_quoted(value)) else { return false };
+            rest = behind;
+        }
+    }
+    true
+}
+
+fn skip_blanks(bytes: &[u8]) -> &[u8] {
+    let count = bytes.iter().take_while(|byte| matches!(byte, b' ' | b'\t')).count();
+    &bytes[count..]
+}
+
+fn skip_token(bytes: &[u8]) -> Option<&[u8]> {
+    let count = bytes.iter().take_while(|byte| is_token(**byte)).count();
+    (count > 0).then(|| &bytes[count..])
+}
+
+/// RFC 9110 section 5.6.4.
+fn skip_quoted(bytes: &[u8]) -> Option<&[u8]> {
+    let mut rest = bytes.strip_prefix(b"\"")?;
+    loop {
+        rest = match rest {
+            [b'"', behind @ ..] => return Some(behind),
+            [b'\\', b'\t' | b' '..=b'~' | 0x80.., behind @ ..] => behind,
+            [b'\t' | b' '..=b'[' | b']'..=b'~' | 0x80.., behind @ ..] => behind,
+            _ => return None,
+        };
+    }
+}
+
+/// A character of a token (RFC 9110 section 5.6.2).
+fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
 fn split(received: &mut BytesMut, left: u64) -> (Bytes, u64) {

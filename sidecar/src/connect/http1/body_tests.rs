@@ -101,3 +101,78 @@ fn other_lengths() {
     assert!(matches!(until_end.decode(&mut received), Ok(Decoded::Incomplete)));
     assert!(until_end.end_of_stream() && until_end.has_ended());
 }
+
+#[test]
+fn chunk_extensions_are_read_by_the_grammar() {
+    let good: &[&[u8]] = &[
+        b"",
+        b";a",
+        b";a;b",
+        b" ;a",
+        b"\t ; \ta",
+        b";a=b",
+        b";a = b",
+        b";a\t=\tb ;c",
+        b";a=\"\"",
+        b";a=\"b c;d=e\"",
+        b";a=\"\\\"\\\\\"",
+        b";a=\"\xff\"",
+        b";!#$%&'*+-.^_`|~1=1",
+    ];
+    for extension in good {
+        assert!(is_extension(extension), "{}", extension.escape_ascii());
+    }
+    let bad: &[&[u8]] = &[
+        b" ",
+        b"\t",
+        b";",
+        b"; ",
+        b";;",
+        b";a;",
+        b";a ",
+        b";=b",
+        b";a=",
+        b";a=;b",
+        b";a=b=c",
+        b";a b",
+        b"x",
+        b"=a",
+        b"\r;a",
+        b"\r",
+        b"\x0b;a",
+        b"\x0c;a",
+        b"\x0c",
+        b"\x85;a",
+        b"\xa0;a",
+        b"\xc2\xa0;a",
+        b"\0;a",
+        b"\n;a",
+        b";\x0ca",
+        b";\xa0a",
+        b";\ra",
+        b";a\r",
+        b";a\x0b=b",
+        b";a=\x0cb",
+        b";a=b\r;c",
+        b";a=\"",
+        b";a=\"b",
+        b";a=\"b\\\"",
+        b";a=\"b\"c",
+        b";a=\"\x0b\"",
+        b";a=\"\r\"",
+        b";a=\"\\\r\"",
+        b";a=\"\x7f\"",
+        b";a=\"\0\"",
+        b";a='b c'",
+        b";(a)",
+        b";\xe4",
+    ];
+    for extension in bad {
+        assert!(!is_extension(extension), "{}", extension.escape_ascii());
+        let line = [b"5", *extension, b"\r\nhello\r\n0\r\n\r\n"].concat();
+        for step in [1, line.len()] {
+            let got = chunked(&line, step);
+            assert!(got.is_err() && got != Err("incomplete"), "{}: {got:?}", extension.escape_ascii());
+        }
+    }
+}

@@ -128,11 +128,13 @@ impl Downstream {
 pub struct Incoming {
     downstream: Rc<Downstream>,
     pub spelling: Spelling,
+    /// The request belongs to a login that authenticates its connection.
+    pub binds: bool,
 }
 
 impl Incoming {
-    pub fn new(downstream: &Rc<Downstream>, spelling: Spelling) -> Incoming {
-        Incoming { downstream: downstream.clone(), spelling }
+    pub fn new(downstream: &Rc<Downstream>, spelling: Spelling, binds: bool) -> Incoming {
+        Incoming { downstream: downstream.clone(), spelling, binds }
     }
 
     pub fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Fault>>> {

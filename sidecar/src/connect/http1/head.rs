@@ -9,6 +9,7 @@ use http::{Method, Request, Response, StatusCode, Uri, Version};
 
 use super::body::{self, Length};
 use crate::config::limits::Limits;
+use crate::connect::bound;
 use crate::outcome::Reason;
 
 /// How the fields of a head were spelled: names go on with the letters that they came with.
@@ -26,6 +27,8 @@ pub struct RequestHead {
     pub length: Length,
     /// The client wants to send more on this connection.
     pub keep_alive: bool,
+    /// It belongs to a login that authenticates its connection.
+    pub binds: bool,
 }
 
 /// An answer's head with what it says of its connection.
@@ -34,6 +37,8 @@ pub struct ResponseHead {
     pub spelling: Spelling,
     pub length: Length,
     pub keep_alive: bool,
+    /// It belongs to a login that authenticates its connection.
+    pub binds: bool,
 }
 
 /// More fields than any limit lets through.
@@ -66,6 +71,10 @@ pub fn parse_request(
     if target.len() > limits.target_bytes {
         return Err((Reason::RequestTargetTooLong, "the target"));
     }
+    if memchr::memchr(b'#', target.as_bytes()).is_some() {
+        // The library would drop it in silence (RFC 9112 section 3.2 has no fragment).
+        return Err((Reason::BadRequest, "a fragment in the target"));
+    }
     let mut request = Request::new(());
     *request.method_mut() = Method::from_bytes(parsed.method.unwrap_or_default().as_bytes())
         .map_err(|_| (Reason::BadRequest, "the method"))?;
@@ -88,7 +97,8 @@ pub fn parse_request(
         headers.insert(header::CONTENT_LENGTH, first);
     }
     let keep_alive = if fields.connection { keeps_alive(headers, old) } else { !old };
-    Ok(Some(RequestHead { request, spelling: Spelling { head, lines }, length, keep_alive }))
+    let binds = fields.binds;
+    Ok(Some(RequestHead { request, spelling: Spelling { head, lines }, length, keep_alive, binds }))
 }
 
 /// Takes the head of an answer to a `method` request out of what was received; `None` when its end has not come.
@@ -127,7 +137,8 @@ pub fn parse_response(
     }
     let length = body::response_length(method, status, response.headers());
     let keep_alive = if fields.connection { keeps_alive(response.headers(), old) } else { !old };
-    Ok(Some(ResponseHead { response, spelling: Spelling { head, lines }, length, keep_alive }))
+    let binds = fields.binds;
+    Ok(Some(ResponseHead { response, spelling: Spelling { head, lines }, length, keep_alive, binds }))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -206,6 +217,8 @@ struct Parsed {
     framing: usize,
     /// Some line is of Connection.
     connection: bool,
+    /// Some line is of a login that authenticates its connection.
+    binds: bool,
 }
 
 /// Fields that are mostly added to a request on its way: who calls, in two forms.
@@ -213,18 +226,22 @@ const ADDED: usize = 2;
 
 fn fields_of(head: &Bytes, lines: &[httparse::Header<'_>], added: usize) -> Option<Parsed> {
     let mut headers = HeaderMap::with_capacity(lines.len() + added);
-    let (mut framing, mut connection) = (0, false);
+    let (mut framing, mut connection, mut binds) = (0, false, false);
     for line in lines {
         let name = HeaderName::from_bytes(line.name.as_bytes()).ok()?;
         let value = HeaderValue::from_maybe_shared(head.slice_ref(line.value)).ok()?;
         match name {
             header::CONTENT_LENGTH | header::TRANSFER_ENCODING => framing += 1,
             header::CONNECTION => connection = true,
+            header::AUTHORIZATION
+            | header::PROXY_AUTHORIZATION
+            | header::WWW_AUTHENTICATE
+            | header::PROXY_AUTHENTICATE => binds |= bound::names_scheme(line.value),
             _ => {}
         }
         headers.try_append(name, value).ok()?;
     }
-    Some(Parsed { headers, framing, connection })
+    Some(Parsed { headers, framing, connection, binds })
 }
 
 /// RFC 9112 section 9.3.

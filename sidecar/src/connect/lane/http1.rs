@@ -101,13 +101,14 @@ impl Lane {
         began: Instant,
     ) -> Answered {
         let at = Instant::now();
-        let ResponseHead { response, spelling, length, keep_alive } = head;
+        let ResponseHead { response, spelling, length, keep_alive, binds } = head;
         self.heed_keep_alive(&response);
+        let lane = if binds { request.body().bound().bind(self) } else { self.clone() };
         let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         let request = (!sending.done).then(|| request.into_body());
         let answer = Box::new(Answer {
             connection,
-            lane: self.clone(),
+            lane,
             sending,
             request,
             decoder: Decoder::new(length, &self.limits),
@@ -150,7 +151,7 @@ impl Lane {
 
     /// `Keep-Alive: timeout=N` says when the peer will close: stay below it.
     fn heed_keep_alive(&self, response: &Response<()>) {
-        if self.target.tls.is_some() {
+        if self.target.tls.is_some() || self.unshared {
             return;
         }
         let mut fields = response.headers().iter();
@@ -378,6 +379,10 @@ impl Answer {
         if keep_alive && sending.done && connection.conn.is_flushed() && !connection.conn.has_received() {
             lane.put_back(connection, heard.unwrap_or_else(Instant::now));
         }
+    }
+
+    pub fn ends_login(&self) -> bool {
+        self.lane.unshared && !self.keep_alive
     }
 
     /// After 101: the stream, which is no longer HTTP's.

@@ -39,6 +39,8 @@ pub struct Lane {
     limits: Rc<Limits>,
     /// How long an HTTP/1.1 connection may wait; follows what the peer was heard to keep.
     idle_limit: Cell<Duration>,
+    /// It serves one downstream connection ([`bound`](super::bound)).
+    unshared: bool,
     idle: RefCell<Vec<Idle>>,
     shared: RefCell<Vec<Shared>>,
     /// Set while somebody opens an HTTP/2 connection: the others wait for it.
@@ -131,6 +133,14 @@ impl UpstreamBody {
         }
     }
 
+    /// A login ends with this answer, because its connection does: the client must not think that it lasts.
+    pub fn ends_login(&self) -> bool {
+        match self {
+            UpstreamBody::Http1(answer) => answer.ends_login(),
+            UpstreamBody::Http2(..) => false,
+        }
+    }
+
     /// After 101: the stream below, which is no longer HTTP's.
     pub fn into_stream(self) -> Option<Stream> {
         match self {
@@ -155,6 +165,22 @@ impl Lane {
             dialer,
             limits,
             idle_limit: Cell::new(idle_limit),
+            unshared: false,
+            idle: RefCell::default(),
+            shared: RefCell::default(),
+            opening: RefCell::default(),
+        })
+    }
+
+    /// An empty lane to the same target for one downstream connection. Its connections wait as long as their client does.
+    pub fn unshared(&self) -> Rc<Lane> {
+        Rc::new(Lane {
+            target: self.target.clone(),
+            framing: self.framing,
+            dialer: self.dialer.clone(),
+            limits: self.limits.clone(),
+            idle_limit: Cell::new(self.limits.client_idle),
+            unshared: true,
             idle: RefCell::default(),
             shared: RefCell::default(),
             opening: RefCell::default(),
@@ -167,9 +193,11 @@ impl Lane {
 
     /// Sends one request and waits for the head of its answer.
     pub async fn send(self: &Rc<Lane>, request: Request<RequestBody>) -> Result<Answered, Unsent> {
-        match self.framing {
-            Framing::Http1 => self.send_http1(request).await,
-            Framing::Http2 => self.send_http2(request).await,
+        let own = request.body().own_lane(self);
+        let lane = own.as_ref().unwrap_or(self);
+        match lane.framing {
+            Framing::Http1 => lane.send_http1(request).await,
+            Framing::Http2 => lane.send_http2(request).await,
         }
     }
 

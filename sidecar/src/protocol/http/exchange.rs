@@ -15,9 +15,10 @@ use http::{Method, Request, Response, StatusCode, Version, header};
 use super::body::{Ending, Measured, ResponseBody, Switched, Upstream, note_grpc_status};
 use super::headers::{self, Strip};
 use super::{answer, head, tunnel};
+use crate::connect::bound::{self, Bound};
 use crate::connect::interim::Interim;
 use crate::connect::lane::{Answered, UpstreamBody};
-use crate::connect::request_body::{Received, RequestBody};
+use crate::connect::request_body::{Client, Received, RequestBody};
 use crate::connect::streams::{Busy, Stream};
 use crate::connect::worker::Worker;
 use crate::connection::{Entry, Registered};
@@ -35,6 +36,8 @@ pub struct Session {
     pub strip: Strip,
     /// Interim answers on their way to the client.
     pub interim: Rc<Interim>,
+    /// The upstream connections that belong to this downstream connection.
+    pub bound: Rc<Bound>,
     running: Rc<Cell<usize>>,
 }
 
@@ -47,6 +50,7 @@ impl Session {
             http2,
             strip,
             interim: Rc::default(),
+            bound: Rc::default(),
             running: Rc::default(),
         })
     }
@@ -121,7 +125,12 @@ impl Exchange {
         // A client of HTTP/1.0 knows no interim answers (RFC 9110 section 15.2).
         let interim = (self.version != Version::HTTP_10).then(|| self.session.interim.clone());
         let progress = || self.stream.progress();
-        let body = RequestBody::new(outgoing.body, &self.record, grpc, headers::clean_trailers, progress, interim);
+        let binds = match &outgoing.body {
+            Received::Http1(incoming) => incoming.binds,
+            Received::Http2(_) => binds(&outgoing.parts.headers),
+        };
+        let client = Client { interim, bound: self.session.bound.clone(), binds };
+        let body = RequestBody::new(outgoing.body, &self.record, grpc, headers::clean_trailers, progress, client);
         Request::from_parts(outgoing.parts, body)
     }
 
@@ -171,6 +180,9 @@ impl Exchange {
             GrpcFrames::default()
         });
         self.close_when_draining(response.headers_mut());
+        if !self.session.http2 && response.body().ends_login() {
+            response.headers_mut().insert(header::CONNECTION, http::HeaderValue::from_static("close"));
+        }
         self.stream.moved();
         let (mut parts, incoming) = response.into_parts();
         parts.version = Version::HTTP_11;
@@ -229,6 +241,14 @@ impl Exchange {
             Box::new(move |downstream| Box::pin(tunnel::switched(session, record, downstream, upstream)));
         Response::from_parts(parts, ResponseBody::switched(then))
     }
+}
+
+/// Whether a request belongs to a login that authenticates its connection.
+fn binds(headers: &http::HeaderMap) -> bool {
+    headers.iter().any(|(name, value)| match *name {
+        header::AUTHORIZATION | header::PROXY_AUTHORIZATION => bound::names_scheme(value.as_bytes()),
+        _ => false,
+    })
 }
 
 fn upstream_protocol(detail: &'static str) -> Error {

@@ -54,13 +54,13 @@ pub(super) async fn serve<F>(
                 return linger(downstream).await;
             }
         };
-        let RequestHead { request, spelling, keep_alive, .. } = head;
+        let RequestHead { request, spelling, keep_alive, binds, .. } = head;
         let asked = Asked {
             old: request.version() == Version::HTTP_10,
             head_only: *request.method() == Method::HEAD,
             keep_alive,
         };
-        let request = request.map(|()| Received::Http1(Incoming::new(&downstream, spelling)));
+        let request = request.map(|()| Received::Http1(Incoming::new(&downstream, spelling, binds)));
         let answering = Answering { answer: respond(request), session, downstream: &downstream };
         let Some(response) = answering.await else { return };
         match answer_with(&downstream, response, asked).await {
