@@ -140,6 +140,11 @@ impl Entry {
         self.since.store(self.clock.now.load(Relaxed), Relaxed);
     }
 
+    /// Clock of the table, milliseconds: as coarse as the watchdog's ticks.
+    pub fn clock(&self) -> u64 {
+        self.clock.now.load(Relaxed)
+    }
+
     /// HTTP on this connection is to end, gracefully, after this time.
     pub fn retire_after(&self, left: Duration) {
         let left = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);

@@ -182,6 +182,11 @@ impl Http2Server {
         Http2Server { streams }
     }
 
+    /// The next request; `None` when the connection has ended.
+    pub async fn try_next(&mut self) -> Option<(Request<RecvStream>, SendResponse<Bytes>)> {
+        self.streams.recv().await
+    }
+
     /// The next request.
     pub async fn next(&mut self) -> (Request<RecvStream>, SendResponse<Bytes>) {
         soon("a request", self.streams.recv()).await.expect("the connection is open")

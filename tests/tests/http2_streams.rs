@@ -1,6 +1,8 @@
 //! Promise: an HTTP/2 stream through a pair of sidecars is one stream: both directions move by themselves, an end is an
 //! end, a reset is a reset with its code, what nobody looked at is sent again, and the peer's limits and silence are heeded.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -250,6 +252,139 @@ async fn no_more_streams_than_the_application_allows() {
     }
 }
 
+/// A server that says how many streams it takes on a connection, and really takes another number of them. `/watch` begins
+/// its answer and goes on until the client leaves; anything else is answered with the length of its body.
+fn few_streams(app: Backend, says: u32, takes: usize) {
+    tokio::spawn(async move {
+        loop {
+            let mut server = Http2Server::accept(&app, |server| {
+                server.max_concurrent_streams(says);
+            })
+            .await;
+            tokio::spawn(async move {
+                let open = Arc::new(AtomicUsize::new(0));
+                while let Some((request, mut reply)) = server.try_next().await {
+                    if open.fetch_add(1, Relaxed) >= takes {
+                        reply.send_reset(Reason::REFUSED_STREAM);
+                        open.fetch_sub(1, Relaxed);
+                        continue;
+                    }
+                    let open = open.clone();
+                    tokio::spawn(async move {
+                        // It ends as it likes: the client may leave.
+                        let _ = answer(request, reply).await;
+                        open.fetch_sub(1, Relaxed);
+                    });
+                }
+            });
+        }
+    });
+}
+
+async fn answer(request: Request<h2::RecvStream>, mut reply: SendResponse<Bytes>) -> Result<(), h2::Error> {
+    let watch = request.uri().path() == "/watch";
+    let mut body = request.into_body();
+    let mut length = 0;
+    while let Some(data) = body.data().await {
+        let data = data?;
+        length += data.len();
+        body.flow_control().release_capacity(data.len())?;
+    }
+    let mut sending = reply.send_response(Response::new(()), false)?;
+    sending.send_data(Bytes::from(length.to_string()), !watch)?;
+    if watch {
+        std::future::poll_fn(|cx| sending.poll_reset(cx)).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_server_of_few_streams_serves_many_at_once() {
+    // It refuses what is beyond its word; it takes fewer than it said.
+    for (says, takes) in [(5, 5), (1, 1), (100, 5)] {
+        let mesh = Mesh::start(MeshOptions::default()).await;
+        let app = Backend::start().await;
+        mesh.service("catalog.shop", 80, app.port(), Some("grpc"));
+        let _far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app.address()).start().await;
+        let near = mesh.sidecar("cart-1").outbound("catalog:80").start().await;
+        few_streams(app, says, takes);
+        let client = Http2::open(near.outbound()).await;
+        for length in [0, 5, 40_000] {
+            let body = vec![b'x'; length];
+            let calls = (0..30).map(|_| client.ask(post("/call"), &body));
+            for answer in futures_util::future::join_all(calls).await {
+                let answer = answer.unwrap();
+                let seen = (answer.status, text(&answer));
+                assert_eq!(seen, (StatusCode::OK, length.to_string()), "says {says}, takes {takes}, {length} bytes");
+            }
+        }
+        let mut watches = Vec::new();
+        for _ in 0..20 {
+            watches.push(client.begin(get("/watch"), true).await.unwrap());
+        }
+        let mut open = Vec::new();
+        for watch in watches {
+            let mut answer = watch.answer().await.unwrap();
+            assert_eq!(answer.data().await.unwrap().unwrap(), "0", "says {says}, takes {takes}");
+            open.push(answer);
+        }
+        assert_eq!(text(&client.ask(post("/call"), b"12").await.unwrap()), "2", "behind them");
+    }
+}
+
+#[tokio::test]
+async fn a_call_behind_many_long_streams_of_one_client_is_answered() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let app = Backend::start().await;
+    mesh.service("catalog.shop", 80, app.port(), Some("grpc"));
+    let _far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app.address()).start().await;
+    let near = mesh.sidecar("cart-1").outbound("catalog:80").start().await;
+    few_streams(app, 10_000, 10_000);
+    let client = Http2::open(near.outbound()).await;
+    let mut open = Vec::new();
+    for _ in 0..400 {
+        let mut answer = client.begin(get("/watch"), true).await.unwrap().answer().await.unwrap();
+        assert_eq!(answer.data().await.unwrap().unwrap(), "0");
+        open.push(answer);
+    }
+    assert_eq!(text(&client.ask(post("/call"), b"12").await.unwrap()), "2");
+    // Long streams may all be left at once.
+    drop(open);
+    assert_eq!(text(&client.ask(post("/call"), b"123").await.unwrap()), "3");
+}
+
+#[tokio::test]
+async fn clients_that_leave_do_not_end_what_others_have_on_the_shared_connection() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let app = Backend::start().await;
+    mesh.service("catalog.shop", 80, app.port(), Some("grpc"));
+    let far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app.address()).workers(1).start().await;
+    let near = mesh.sidecar("cart-1").outbound("catalog:80").workers(1).start().await;
+    few_streams(app, 10_000, 10_000);
+    let victim = Http2::open(near.outbound()).await;
+    let mut watch = victim.begin(get("/watch"), true).await.unwrap().answer().await.unwrap();
+    assert_eq!(watch.data().await.unwrap().unwrap(), "0");
+    // Each stays below what one client may do. Together they are more than a sidecar takes from one peer.
+    for _ in 0..16 {
+        let leaving = Http2::open(near.outbound()).await;
+        let mut streams = Vec::new();
+        for number in 0..200 {
+            // Answered, half answered, and not at all.
+            let path = if number % 2 == 0 { "/call" } else { "/watch" };
+            streams.push(leaving.begin(post(path), number % 3 == 0).await.unwrap());
+        }
+        for stream in streams {
+            stream.cancel();
+        }
+        drop(leaving);
+        assert_eq!(text(&victim.ask(post("/call"), b"12").await.unwrap()), "2");
+    }
+    let mut data = Box::pin(watch.body.data());
+    let still = std::future::poll_fn(|cx| std::task::Poll::Ready(data.as_mut().poll(cx).is_pending())).await;
+    assert!(still, "the long stream goes on");
+    assert_eq!(far.metrics().await.sum("outrigger_http_requests_total", &[("reason", "overloaded")]), 0.0);
+}
+
 /// As short as the sockets' own options allow.
 fn impatient(limits: &mut Limits) {
     limits.keepalive = Duration::from_secs(1);
@@ -257,22 +392,34 @@ fn impatient(limits: &mut Limits) {
 }
 
 #[tokio::test]
-async fn a_peer_that_does_not_answer_a_ping_is_given_up() {
+async fn the_application_is_sent_no_ping_and_a_mute_client_is_given_up() {
     let pair = pair_with(impatient).await;
     let client = Http2::open(pair.near.outbound()).await;
     let stream = client.begin(get("/"), true).await.unwrap();
     let mut app = pair.app.accept().await;
     until_headers(&mut app).await;
     app.send(SETTINGS).await;
-    let begun = Instant::now();
-    let answer = stream.answer().await.unwrap().whole().await.unwrap();
-    assert_eq!(answer.status, StatusCode::BAD_GATEWAY, "{}", text(&answer));
-    assert!(begun.elapsed() > Duration::from_millis(900), "it got its time");
 
     let mut mute = Connection::open(pair.near.outbound()).await;
     mute.send([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &SETTINGS[..]].concat()).await;
+    let begun = Instant::now();
     while let Ok(Some(_)) = soon("its end", mute.read_some()).await {}
+    assert!(begun.elapsed() > Duration::from_millis(900), "it got its time");
+
+    // Meanwhile the application, which answers no PING either, had as long. Servers count PINGs.
+    app.send(OK_HEADERS).await;
+    let answer = stream.answer().await.unwrap().whole().await.unwrap();
+    assert_eq!(answer.status, StatusCode::OK, "{}", text(&answer));
+    let mut frames = app.ahead().to_vec();
+    while let Some(rest) = frames.get(9..) {
+        let length = usize::from(frames[0]) << 16 | usize::from(frames[1]) << 8 | usize::from(frames[2]);
+        assert_ne!(frames[3], 6, "a PING");
+        frames = rest[length.min(rest.len())..].to_vec();
+    }
 }
+
+/// HEADERS of stream 1 with `:status: 200` and END_STREAM.
+const OK_HEADERS: [u8; 10] = [0, 0, 1, 1, 5, 0, 0, 0, 1, 0x88];
 
 #[tokio::test]
 async fn a_peer_that_answers_pings_may_take_its_time() {

@@ -29,7 +29,9 @@ pub struct Limits {
     // --- HTTP/2 -----------------------------------------------------------------------------------------------
     /// Decoded header list, advertised as SETTINGS_MAX_HEADER_LIST_SIZE; h2 alone would take 16 MiB.
     pub h2_header_list: u32,
-    /// Concurrent streams that an application's connection may open; h2 alone has no limit.
+    /// Concurrent streams that an application's connection may open: more than a client library with one connection per
+    /// channel ever has in practice, because such a library waits without a word for a stream to end. What the streams
+    /// hold is bounded by the connection's window and by the process's memory budget. h2 alone has no limit.
     pub h2_streams_application: u32,
     /// Concurrent streams on a connection between two sidecars, which serves all clients of one worker.
     pub h2_streams_mesh: u32,
@@ -46,6 +48,19 @@ pub struct Limits {
     pub h2_pending_resets: usize,
     /// Streams that the peer made us reset; beyond is GOAWAY (MadeYouReset, CVE-2025-8671).
     pub h2_local_resets: usize,
+    /// The same on a connection between two sidecars, which nobody's stream may end for the others.
+    pub h2_local_resets_mesh: usize,
+    /// How long a stream that we have reset is remembered, so that frames of it which were under way are not counted as
+    /// the peer's mistakes; as many as may be open.
+    pub h2_reset_memory: Duration,
+    /// Streams less than a second old that an application may reset at once; an eighth of it comes back each second, and
+    /// half a reset with each request. Beyond is GOAWAY (rapid reset).
+    pub h2_early_resets: u32,
+    /// How long other requests wait for a new upstream connection's SETTINGS before another one is opened.
+    pub h2_settings_wait: Duration,
+    /// What of a request's body is kept until its answer begins, so that a request whose stream the upstream refuses is
+    /// sent again.
+    pub h2_replay: usize,
     /// Control frames (PING, SETTINGS, window updates ...) that a connection may send at once beyond what its requests
     /// and bytes account for, and again each second; beyond is GOAWAY. One answer at most waits to be written: h2 reads
     /// no further before it is.
@@ -162,7 +177,7 @@ impl Default for Limits {
             stream_idle: Duration::from_secs(5 * 60),
 
             h2_header_list: 64 * KIB as u32,
-            h2_streams_application: 100,
+            h2_streams_application: 1_000,
             h2_streams_mesh: 1_000,
             h2_streams_used_percent: 80,
             h2_stream_window: 64 * KIB as u32,
@@ -170,6 +185,11 @@ impl Default for Limits {
             h2_send_buffer: 64 * KIB,
             h2_pending_resets: 20,
             h2_local_resets: 100,
+            h2_local_resets_mesh: 1_000,
+            h2_reset_memory: Duration::from_secs(10),
+            h2_early_resets: 500,
+            h2_settings_wait: Duration::from_secs(1),
+            h2_replay: 64 * KIB,
             h2_control_frames: 1_000,
 
             handshake_timeout: Duration::from_secs(10),

@@ -28,6 +28,8 @@ pub enum Received {
 pub struct RequestBody {
     /// None: no body; such a request can be sent again.
     streaming: Option<Streaming>,
+    /// What was taken of the body, while it can be given again.
+    replay: Option<Replay>,
     /// How the head of an HTTP/1 request was spelled.
     spelling: Option<Spelling>,
     /// Where interim answers go, if the client takes any.
@@ -36,6 +38,19 @@ pub struct RequestBody {
     bound: Rc<Bound>,
     /// The request belongs to a login that authenticates its connection.
     binds: bool,
+}
+
+/// The beginning of a body, for a peer that refuses its stream. The first frame is apart because most requests have one.
+#[derive(Default)]
+struct Replay {
+    first: Option<Bytes>,
+    more: Vec<Bytes>,
+    bytes: usize,
+    most: usize,
+    /// Of these frames, those that were given since it began anew.
+    given: usize,
+    /// Frames that are to be given again.
+    again: usize,
 }
 
 struct Streaming {
@@ -109,18 +124,44 @@ impl RequestBody {
             Streaming { received, record: record.clone(), grpc, trailers, progress: progress() }
         });
         let Client { interim, bound, binds } = of;
-        RequestBody { streaming, spelling, interim, bound, binds }
+        RequestBody { streaming, replay: None, spelling, interim, bound, binds }
     }
 
     /// The body of the same request once more. Only to be asked of one that is empty.
     pub fn clone_empty(&self) -> RequestBody {
         RequestBody {
             streaming: None,
+            replay: None,
             spelling: self.spelling.clone(),
             interim: self.interim.clone(),
             bound: self.bound.clone(),
             binds: self.binds,
         }
+    }
+
+    /// From now on what is taken is kept, up to so many bytes, so that [`RequestBody::rewind`] can give it again.
+    pub fn keep(&mut self, most: usize) {
+        if self.streaming.is_some() && self.replay.is_none() {
+            self.replay = Some(Replay { most, ..Replay::default() });
+        }
+    }
+
+    /// It is not going to begin anew.
+    pub fn forget(&mut self) {
+        let given = |replay: &mut Replay| replay.again == replay.given;
+        if self.replay.take_if(given).is_none()
+            && let Some(replay) = &mut self.replay
+        {
+            replay.most = 0;
+        }
+    }
+
+    /// Begins anew; false when more was taken than is kept.
+    pub fn rewind(&mut self) -> bool {
+        let Some(replay) = &mut self.replay else { return self.streaming.is_none() };
+        replay.again = usize::from(replay.first.is_some()) + replay.more.len();
+        replay.given = 0;
+        true
     }
 
     pub fn is_empty(&self) -> bool {
@@ -147,12 +188,52 @@ impl RequestBody {
     }
 }
 
+impl Replay {
+    /// The next frame that is to be given again.
+    fn give(&mut self) -> Option<Bytes> {
+        if self.given == self.again {
+            return None;
+        }
+        let frame = match self.given {
+            0 => self.first.clone(),
+            number => self.more.get(number - 1).cloned(),
+        };
+        self.given += 1;
+        frame
+    }
+
+    /// Bytes that are to be given again.
+    fn left(&self) -> u64 {
+        let frames = self.first.iter().chain(&self.more).take(self.again).skip(self.given);
+        frames.map(|frame| frame.len() as u64).sum()
+    }
+
+    /// False when there is no room for it.
+    fn keep(&mut self, data: &Bytes) -> bool {
+        self.bytes += data.len();
+        if self.bytes > self.most {
+            return false;
+        }
+        match &self.first {
+            None => self.first = Some(data.clone()),
+            Some(_) => self.more.push(data.clone()),
+        }
+        self.given += 1;
+        self.again += 1;
+        true
+    }
+}
+
 impl Body for RequestBody {
     type Data = Bytes;
     type Error = RequestBroke;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RequestBroke>>> {
-        let Some(body) = &mut self.streaming else { return Poll::Ready(None) };
+        let this = &mut *self;
+        let Some(body) = &mut this.streaming else { return Poll::Ready(None) };
+        if let Some(frame) = this.replay.as_mut().and_then(Replay::give) {
+            return Poll::Ready(Some(Ok(Frame::data(frame))));
+        }
         let Some(frame) = ready!(body.received.poll_frame(cx)) else { return Poll::Ready(None) };
         let mut frame = match frame {
             Ok(frame) => frame,
@@ -162,6 +243,14 @@ impl Body for RequestBody {
             }
         };
         body.progress.moved();
+        let kept = match (&mut this.replay, frame.data_ref()) {
+            (Some(replay), Some(data)) => replay.keep(data),
+            (Some(_), None) => false,
+            (None, _) => true,
+        };
+        if !kept {
+            this.replay = None;
+        }
         if let Some(data) = frame.data_ref() {
             body.record.add_request_bytes(data.len() as u64);
             if let Some(grpc) = &mut body.grpc {
@@ -174,14 +263,19 @@ impl Body for RequestBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.streaming.as_ref().is_none_or(|body| body.received.is_end_stream())
+        let given = self.replay.as_ref().is_none_or(|replay| replay.given == replay.again);
+        given && self.streaming.as_ref().is_none_or(|body| body.received.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.streaming {
-            None => SizeHint::with_exact(0),
+        let left = match &self.streaming {
+            None => return SizeHint::with_exact(0),
             Some(Streaming { received: Received::Http1(incoming), .. }) => incoming.size_hint(),
             Some(Streaming { received: Received::Http2(incoming), .. }) => incoming.size_hint(),
+        };
+        match (&self.replay, left.exact()) {
+            (Some(replay), Some(exact)) if replay.given < replay.again => SizeHint::with_exact(exact + replay.left()),
+            _ => left,
         }
     }
 }

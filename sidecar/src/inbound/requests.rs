@@ -35,11 +35,9 @@ impl Walk {
         self.registered.describe(|about| about.protocol = "http2");
         let session = Session::new(&self.worker, &self.registered, true, Strip::Identity);
         let service = self.service(Framing::Http2, permit);
-        let limits = &self.worker.limits;
-        let mesh = self.caller.peer.is_some();
-        let streams = if mesh { limits.h2_streams_mesh } else { limits.h2_streams_application };
+        let client = if self.caller.peer.is_some() { serve::Client::Sidecar } else { serve::Client::One };
         let inner = session.clone();
-        serve::http2(&session, stream, streams, move |request| respond(inner.clone(), service.clone(), request)).await;
+        serve::http2(&session, stream, client, move |request| respond(inner.clone(), service.clone(), request)).await;
         Ok(())
     }
 

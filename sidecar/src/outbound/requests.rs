@@ -47,10 +47,9 @@ pub(super) async fn http2(
 ) {
     registered.describe(|about| about.protocol = "http2");
     let session = Session::new(worker, registered, true, Strip::HopByHop);
-    let streams = worker.limits.h2_streams_application;
     let (backend, inner) = (backend.clone(), session.clone());
     let respond = move |request| respond(inner.clone(), backend.clone(), request, permit);
-    serve::http2(&session, stream, streams, respond).await;
+    serve::http2(&session, stream, serve::Client::One, respond).await;
 }
 
 /// One request, from its head to the answer's head.

@@ -26,8 +26,7 @@ pub const PLACES: [Place; 2] = [Place::Application, Place::Mesh];
 impl Place {
     pub fn streams(self) -> usize {
         match self {
-            Place::Application => 100,
-            Place::Mesh => 1_000,
+            Place::Application | Place::Mesh => 1_000,
         }
     }
 }

@@ -2,11 +2,13 @@
 //! connection alive. Who serves is `protocol/http/http2.rs`, who dials `lane/http2.rs`. A received frame's window is given
 //! back when the next frame is asked for, that is when it has gone on; nothing is sent before the peer has room for it.
 
+mod allowance;
 mod incoming;
 mod keep_alive;
 mod sending;
 mod upstream_io;
 
+pub use allowance::Allowance;
 pub use incoming::Incoming;
 pub use keep_alive::KeepAlive;
 pub use sending::{Sending, Stop};

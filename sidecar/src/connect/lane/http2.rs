@@ -11,12 +11,13 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use h2::RecvStream;
 use h2::client::{ResponseFuture, SendRequest};
+use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use tokio::sync::Notify;
 
 use super::{Answered, Lane, Unsent, UpstreamBody, fault, usable};
-use crate::connect::http2::{Incoming, KeepAlive, Sending, Stop, UpstreamIo};
+use crate::connect::http2::{Allowance, Incoming, KeepAlive, Sending, Stop, UpstreamIo};
 use crate::connect::interim::{self, Interim};
 use crate::connect::request_body::{RequestBody, RequestBroke};
 use crate::outcome::{Error, Reason, Retry, Stage};
@@ -25,10 +26,31 @@ use crate::tls::MeshAlpn;
 /// A connection that requests share. Its streams live on when it leaves the pool.
 pub(super) struct Shared {
     sender: SendRequest<Bytes>,
-    streams: Rc<Cell<usize>>,
+    streams: Rc<Streams>,
     retire_at: Option<SystemTime>,
     generation: u64,
+    /// When it was first seen without a stream.
+    idle_since: Option<Instant>,
 }
+
+/// The streams of one connection: how many there are and may be.
+struct Streams {
+    open: Cell<usize>,
+    /// At most so many, because the peer refused one more.
+    most: Cell<usize>,
+    /// The peer has said how many it allows.
+    told: Cell<bool>,
+    /// Woken when it has, or when the connection has ended.
+    news: Notify,
+    /// The resets that the peer lets us have. A sidecar counts them over all the clients behind us, and ends the connection
+    /// for all when there are too many: so a connection has room only while all that runs on it may be reset.
+    resets: RefCell<Allowance>,
+}
+
+/// What the library believes of the peer's limit before the peer has said anything.
+const UNTOLD: usize = usize::MAX - 1;
+/// How often the upstream may refuse one request before that is the answer.
+const REFUSALS: u32 = 4;
 
 /// Somebody opens a connection; the others wait for its end.
 #[derive(Default)]
@@ -51,22 +73,31 @@ pub struct Answer {
 struct Rest {
     sending: Sending,
     body: RequestBody,
+    /// All of it is: what is left is what may have to be sent again.
+    sent: bool,
 }
 
 /// One stream on a shared connection; its drop frees the place.
-struct StreamPlace(Rc<Cell<usize>>);
+struct StreamPlace {
+    streams: Rc<Streams>,
+    /// Both sides have ended it, or the peer has reset it: dropping it resets nothing.
+    ended: bool,
+}
 
 impl Drop for StreamPlace {
     fn drop(&mut self) {
-        self.0.set(self.0.get().saturating_sub(1));
+        self.streams.open.set(self.streams.open.get().saturating_sub(1));
+        if !self.ended {
+            self.streams.resets.borrow_mut().owe(1);
+        }
     }
 }
 
 impl Lane {
     pub(super) async fn send_http2(self: &Rc<Lane>, mut request: Request<RequestBody>) -> Result<Answered, Unsent> {
-        let mut again = true;
+        let mut refusals = 0;
         loop {
-            let copy = copy(&request);
+            let (head, empty) = copy(&mut request, self.limits.h2_replay);
             let begun = loop {
                 if let Some(mut shared) = self.find_shared() {
                     break shared.begin(request);
@@ -91,10 +122,17 @@ impl Lane {
                 Err(failure) => failure,
             };
             let refused = matches!(&failure, Failure::Upstream(error) if fault::is_refused_stream(error));
-            match copy.filter(|_| refused) {
-                Some(unsent) if again => {
+            let streams = attempt.place.streams.clone();
+            attempt.place.ended = matches!(failure, Failure::Upstream(_));
+            let body = if refused { attempt.into_body(empty) } else { None };
+            match body.map(|body| Request::from_parts(head, body)) {
+                Some(unsent) if refusals < REFUSALS => {
                     request = unsent;
-                    again = false;
+                    refusals += 1;
+                    // Once it may have been a race; then there are fewer places than the peer said.
+                    if refusals > 1 {
+                        streams.most.set(streams.open.get().max(1));
+                    }
                 }
                 request => {
                     let retry = if request.is_some() { Retry::Safe } else { Retry::Never };
@@ -107,11 +145,12 @@ impl Lane {
     /// A connection that takes one more stream.
     fn find_shared(&self) -> Option<RefMut<'_, Shared>> {
         let generation = self.dialer.generation();
-        let (ours, percent) = (self.most_streams(), self.limits.h2_streams_used_percent);
+        let (ours, percent) = (self.most_streams() as usize, self.limits.h2_streams_used_percent);
+        let untold = self.untold_streams();
         let mut shared = self.shared.borrow_mut();
         // What ended by the wall clock the watchdog takes out.
         shared.retain_mut(|one| one.is_open() && (one.retire_at.is_none() || one.generation == generation));
-        RefMut::filter_map(shared, |shared| shared.iter_mut().find(|one| one.has_room(ours, percent))).ok()
+        RefMut::filter_map(shared, |shared| shared.iter_mut().find(|one| one.has_room(ours, percent, untold))).ok()
     }
 
     /// Opens a connection, or waits for whoever is opening one.
@@ -127,6 +166,15 @@ impl Lane {
             }
             return Ok(());
         }
+        let untold = self.shared.borrow().iter().find(|one| !one.streams.told.get()).map(|one| one.streams.clone());
+        if let Some(streams) = untold {
+            // Bounded: a peer that never says it has no more than what it was sent.
+            if tokio::time::timeout(self.limits.h2_settings_wait, streams.news.notified()).await.is_err() {
+                streams.most.set(self.untold_streams());
+                streams.told.set(true);
+            }
+            return Ok(());
+        }
         let guard = OpeningGuard::new(self);
         let opened = Box::pin(self.open_http2()).await;
         guard.end(&opened);
@@ -134,10 +182,20 @@ impl Lane {
         Ok(())
     }
 
-    /// The streams that we have on one connection at most, and as many as we take for granted before the peer has said
-    /// how many it lets us have.
+    /// The streams that we have on one connection at most.
     fn most_streams(&self) -> u32 {
-        if self.target.tls.is_some() { self.limits.h2_streams_mesh } else { self.limits.h2_streams_application }
+        if self.is_mesh() { self.limits.h2_streams_mesh } else { self.limits.h2_streams_application }
+    }
+
+    /// The streams that we have on a connection whose peer has not yet said how many it allows: a sidecar's limit is known,
+    /// any other server's may be one.
+    fn untold_streams(&self) -> usize {
+        if self.is_mesh() { self.limits.h2_streams_mesh as usize } else { 1 }
+    }
+
+    /// Whether a sidecar is at the other end.
+    fn is_mesh(&self) -> bool {
+        self.target.tls.is_some() || self.target.own.is_some()
     }
 
     async fn open_http2(&self) -> Result<Shared, Error> {
@@ -153,20 +211,37 @@ impl Lane {
             .max_header_list_size(limits.h2_header_list)
             .max_send_buffer_size(limits.h2_send_buffer)
             .max_concurrent_streams(0)
-            .initial_max_send_streams(self.most_streams() as usize)
+            .initial_max_send_streams(UNTOLD)
+            // A stream is reset because its client left; frames of it that were under way must not end the connection.
+            .max_local_error_reset_streams(None)
+            .max_concurrent_reset_streams(self.most_streams() as usize)
+            .reset_stream_duration(limits.h2_reset_memory)
             .handshake::<_, Bytes>(UpstreamIo::new(dialled.stream, heard.clone()))
             .await
             .map_err(|error| self.closed(&error, Retry::Safe))?;
-        let streams = Rc::<Cell<usize>>::default();
-        let (mut alive, in_use) = (KeepAlive::new(connection.ping_pong(), heard, limits), streams.clone());
+        let resets = i64::from(self.most_streams());
+        let streams = Rc::new(Streams {
+            open: Cell::new(0),
+            most: Cell::new(usize::MAX),
+            told: Cell::new(false),
+            news: Notify::new(),
+            resets: RefCell::new(Allowance::new(resets, (resets / 8).max(1))),
+        });
+        // Nobody but a sidecar is asked whether it is still there: a server may take it for an attack, as grpc-go does, and
+        // the kernel asks as well.
+        let mut alive = self.is_mesh().then(|| KeepAlive::new(connection.ping_pong(), heard, limits));
+        let driven = streams.clone();
         tokio::task::spawn_local(std::future::poll_fn(move |cx| {
-            if alive.poll(cx, in_use.get() > 0).is_ready() {
-                return Poll::Ready(());
-            }
+            let gone = alive.as_mut().is_some_and(|alive| alive.poll(cx, driven.open.get() > 0).is_ready());
             // How it ended, its streams tell.
-            Pin::new(&mut connection).poll(cx).map(|_| ())
+            let ended = gone || Pin::new(&mut connection).poll(cx).is_ready();
+            if !driven.told.get() && (ended || connection.max_concurrent_send_streams() != UNTOLD) {
+                driven.told.set(true);
+                driven.news.notify_waiters();
+            }
+            if ended { Poll::Ready(()) } else { Poll::Pending }
         }));
-        Ok(Shared { sender, streams, retire_at, generation })
+        Ok(Shared { sender, streams, retire_at, generation, idle_since: None })
     }
 
     fn failed(&self, failure: Failure, retry: Retry) -> Error {
@@ -181,17 +256,18 @@ impl Lane {
     }
 }
 
-/// A copy of a request that has no body, for a peer that refuses the stream: the library takes the head away.
-fn copy(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
-    if !request.body().is_empty() {
-        return None;
-    }
-    let mut copy = Request::new(request.body().clone_empty());
+/// A copy of a request's head, for a peer that refuses the stream: the library takes the head away. What is taken of the
+/// body is kept, as far as it can be; of an empty one there is a copy.
+fn copy(request: &mut Request<RequestBody>, replay: usize) -> (Parts, Option<RequestBody>) {
+    let mut copy = Request::new(());
     *copy.method_mut() = request.method().clone();
     *copy.uri_mut() = request.uri().clone();
     *copy.version_mut() = request.version();
     *copy.headers_mut() = request.headers().clone();
-    Some(copy)
+    let (head, ()) = copy.into_parts();
+    let empty = request.body().is_empty().then(|| request.body().clone_empty());
+    request.body_mut().keep(replay);
+    (head, empty)
 }
 
 impl Shared {
@@ -205,9 +281,21 @@ impl Shared {
         !matches!(self.sender.poll_ready(&mut Context::from_waker(Waker::noop())), Poll::Ready(Err(_)))
     }
 
-    fn has_room(&self, ours: u32, percent: u32) -> bool {
-        let most = self.sender.current_max_send_streams().min(ours as usize);
-        self.streams.get() < (most * percent as usize / 100).max(1)
+    fn has_room(&self, ours: usize, percent: u32, untold: usize) -> bool {
+        let streams = &self.streams;
+        let told = if streams.told.get() { self.sender.current_max_send_streams() } else { untold };
+        let open = streams.open.get();
+        let room = open < (told.min(ours) * percent as usize / 100).max(1).min(streams.most.get());
+        room && streams.resets.borrow_mut().has(i64::try_from(open + 1).unwrap_or(i64::MAX))
+    }
+
+    /// Whether a connection beside others is kept: without a stream for `limit` it is not. The watchdog asks.
+    pub(super) fn is_wanted(&mut self, now: Instant, limit: Duration) -> bool {
+        if self.streams.open.get() > 0 {
+            self.idle_since = None;
+            return true;
+        }
+        now.duration_since(*self.idle_since.get_or_insert(now)) < limit
     }
 
     fn begin(&mut self, request: Request<RequestBody>) -> Result<Attempt, h2::Error> {
@@ -222,9 +310,10 @@ impl Shared {
         let interim = body.interim().cloned();
         // A clone, because the library makes a sender wait that reached the peer's limit, and keeps the stream for that.
         let (answer, stream) = self.sender.clone().send_request(Request::from_parts(parts, ()), ended)?;
-        self.streams.set(self.streams.get() + 1);
-        let request = (!ended).then(|| Box::new(Rest { sending: Sending::new(stream), body }));
-        Ok(Attempt { answer, request, interim, heard: 0, place: StreamPlace(self.streams.clone()) })
+        let streams = self.streams.clone();
+        streams.open.set(streams.open.get() + 1);
+        let request = (!ended).then(|| Box::new(Rest { sending: Sending::new(stream), body, sent: false }));
+        Ok(Attempt { answer, request, interim, heard: 0, place: StreamPlace { streams, ended: false } })
     }
 }
 
@@ -253,9 +342,10 @@ struct Attempt {
 impl Attempt {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<RecvStream>, Failure>> {
         if let Some(rest) = &mut self.request
+            && !rest.sent
             && let Poll::Ready(sent) = rest.poll(cx)
         {
-            self.request = None;
+            rest.sent = true;
             sent.map_err(Failure::Request)?;
         }
         while let Some(interim) = ready!(self.answer.poll_informational(cx)) {
@@ -274,10 +364,21 @@ impl Attempt {
         Pin::new(&mut self.answer).poll(cx).map_err(Failure::Upstream)
     }
 
+    /// The request's body from its beginning, if that can still be had; `empty` is that of a request without one.
+    fn into_body(self, empty: Option<RequestBody>) -> Option<RequestBody> {
+        let Some(rest) = self.request else { return empty };
+        let mut body = rest.body;
+        body.rewind().then_some(body)
+    }
+
     fn answered(self, response: Response<RecvStream>, lane: &Lane) -> Response<UpstreamBody> {
         let (parts, stream) = response.into_parts();
         let incoming = Incoming::new(stream, &parts.headers);
-        let answer = Answer { incoming, request: self.request, place: self.place, patience: lane.limits.stream_idle };
+        let mut request = self.request.filter(|rest| !rest.sent);
+        if let Some(rest) = &mut request {
+            rest.body.forget();
+        }
+        let answer = Answer { incoming, request, place: self.place, patience: lane.limits.stream_idle };
         Response::from_parts(parts, UpstreamBody::Http2(answer))
     }
 }
@@ -299,7 +400,11 @@ impl Rest {
 impl Answer {
     pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
         self.send_on(cx);
-        self.incoming.poll_frame(cx)
+        let frame = self.incoming.poll_frame(cx);
+        if let Poll::Ready(Some(Err(_))) = frame {
+            self.place.ended = true;
+        }
+        frame
     }
 
     pub fn send_on(&mut self, cx: &mut Context<'_>) {
@@ -321,15 +426,20 @@ impl Answer {
 
     /// The answer was read to its end. An upstream may answer before the end of a request and still want the rest.
     pub fn release(self) {
-        let Answer { request, place, patience, .. } = self;
-        let Some(mut rest) = request else { return };
-        if rest.poll(&mut Context::from_waker(Waker::noop())).is_ready() {
+        let Answer { request, mut place, patience, .. } = self;
+        let Some(mut rest) = request else {
+            place.ended = true;
+            return;
+        };
+        if let Poll::Ready(sent) = rest.poll(&mut Context::from_waker(Waker::noop())) {
+            place.ended = sent.is_ok();
             return;
         }
         tokio::task::spawn_local(async move {
-            let _place = place;
+            let mut place = place;
             // Cut off, both sides see that it is.
-            let _ = tokio::time::timeout(patience, std::future::poll_fn(|cx| rest.poll(cx))).await;
+            let sent = tokio::time::timeout(patience, std::future::poll_fn(|cx| rest.poll(cx))).await;
+            place.ended = matches!(sent, Ok(Ok(())));
         });
     }
 }

@@ -216,7 +216,13 @@ impl Lane {
                 && idle.connection.conn.is_silent(&mut Context::from_waker(Waker::noop()))
         });
         // Dropping the sender of a shared connection lets its streams end first.
-        self.shared.borrow_mut().retain_mut(|shared| shared.is_usable(wall, generation));
+        let mut others = false;
+        self.shared.borrow_mut().retain_mut(|shared| {
+            let keep =
+                shared.is_usable(wall, generation) && (shared.is_wanted(now, self.limits.mesh_pool_idle) || !others);
+            others |= keep;
+            keep
+        });
     }
 }
 

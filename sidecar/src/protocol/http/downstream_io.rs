@@ -50,7 +50,7 @@ impl AsyncRead for DownstreamIo {
         }
         let before = buffer.filled().len();
         ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
-        if let Some(enough) = this.flood.heard(&buffer.filled()[before..]) {
+        if let Some(enough) = this.flood.heard(&buffer.filled()[before..], this.entry.clock()) {
             tracing::debug!(client = %this.entry.client, "too many resets or control frames: closing");
             buffer.set_filled(before + enough);
             let instead = this.instead.insert(flood::make_it_calm().into());

@@ -2,13 +2,13 @@
 //! not see: resets of requests that were already taken up (rapid reset at a pace), and control frames without end.
 //! Called by `downstream_io` with every piece that is read. It parses frame heads only, and never changes a byte.
 //!
-//! Two budgets, each of which time gives back: one for control frames, one for resets. What a busy and honest
+//! Three allowances, each of which time gives back: one for control frames, two for resets. What a busy and honest
 //! connection does earns more than it costs: a request pays for its own flow control and pings, bytes that are sent pay
-//! for the window updates that let them go, two requests pay for one reset.
-
-use std::time::Instant;
+//! for the window updates that let them go, two requests pay for one reset. A reset soon after its request is what a
+//! flood is made of, and has the small allowance; a client may end all its long streams at once.
 
 use crate::config::limits::Limits;
+use crate::connect::http2::Allowance;
 
 const PREFACE: usize = 24;
 const HEAD: usize = 9;
@@ -32,31 +32,64 @@ pub struct Flood {
     head_read: usize,
     /// Bytes of the preface or of the current frame that are still to come.
     left: usize,
-    control: Budget,
-    resets: Budget,
+    control: Allowance,
+    /// Resets of streams that are younger than a second.
+    early_resets: Allowance,
+    resets: Allowance,
+    ages: Ages,
     sent: u64,
-    /// A budget is spent; the stream of frames ends behind the current frame.
+    /// An allowance is spent; the stream of frames ends behind the current frame.
     over: bool,
 }
 
+/// Which streams are no longer young, by the coarse clock of the connection table.
+#[derive(Default)]
+struct Ages {
+    /// The newest stream.
+    newest: u32,
+    /// The newest stream when `marked_at` was taken.
+    at_mark: u32,
+    marked_at: u64,
+    /// Streams up to this one are at least a second old.
+    old: u32,
+}
+
+impl Ages {
+    const YOUNG: u64 = 1_000;
+
+    fn at(&mut self, now: u64) {
+        let passed = now.saturating_sub(self.marked_at);
+        if passed >= Ages::YOUNG {
+            // What came after the mark came within a second of it.
+            self.old = if passed >= 2 * Ages::YOUNG { self.newest } else { self.at_mark };
+            self.at_mark = self.newest;
+            self.marked_at = now;
+        }
+    }
+}
+
 impl Flood {
-    /// For a connection on which at most `streams` requests run at once.
-    pub fn new(limits: &Limits, streams: u32) -> Flood {
+    /// For a connection on which at most `streams` requests run at once, of which `early_resets` may be reset within a
+    /// second.
+    pub fn new(limits: &Limits, streams: u32, early_resets: u32) -> Flood {
         let control = i64::try_from(limits.h2_control_frames).unwrap_or(i64::MAX);
-        let resets = i64::from(streams).max(1) * RESET;
         Flood {
             head: [0; HEAD],
             head_read: 0,
             left: PREFACE,
-            control: Budget::new(control, control),
-            resets: Budget::new(resets, (resets / 8).max(1)),
+            control: Allowance::new(control, control),
+            early_resets: resets(early_resets),
+            resets: resets(streams),
+            ages: Ages::default(),
             sent: 0,
             over: false,
         }
     }
 
-    /// Reads on. When there is too much, says after how many of these bytes, which end with a whole frame, it is enough.
-    pub fn heard(&mut self, bytes: &[u8]) -> Option<usize> {
+    /// Reads on; `now` is the connection table's clock. When there is too much, says after how many of these bytes, which
+    /// end with a whole frame, it is enough.
+    pub fn heard(&mut self, bytes: &[u8], now: u64) -> Option<usize> {
+        self.ages.at(now);
         let mut at = 0;
         while at < bytes.len() {
             if self.left > 0 {
@@ -90,7 +123,8 @@ impl Flood {
     }
 
     fn frame(&mut self) {
-        let [a, b, c, kind, flags, ..] = self.head;
+        let [a, b, c, kind, flags, stream @ ..] = self.head;
+        let stream = u32::from_be_bytes(stream) & (u32::MAX >> 1);
         let length = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
         self.left = length;
         let enough = match kind {
@@ -99,9 +133,12 @@ impl Flood {
             CONTINUATION => true,
             HEADERS => {
                 self.control.earn(PER_REQUEST);
+                self.early_resets.earn(1);
                 self.resets.earn(1);
+                self.ages.newest = self.ages.newest.max(stream);
                 true
             }
+            RST_STREAM if stream > self.ages.old => self.early_resets.spend(RESET) && self.resets.spend(RESET),
             RST_STREAM => self.resets.spend(RESET),
             _ => self.control.spend(1),
         };
@@ -109,44 +146,10 @@ impl Flood {
     }
 }
 
-/// An amount that is spent, earned, and given back by time, never above where it began.
-struct Budget {
-    left: i64,
-    most: i64,
-    per_second: i64,
-    /// When it was last looked at. Clocks are read only when it is spent: honest connections pay nothing for this.
-    since: Option<Instant>,
-}
-
-impl Budget {
-    fn new(most: i64, per_second: i64) -> Budget {
-        Budget { left: most, most, per_second, since: None }
-    }
-
-    fn earn(&mut self, amount: i64) {
-        self.left = self.left.saturating_add(amount).min(self.most);
-    }
-
-    /// False when there is not so much left.
-    fn spend(&mut self, amount: i64) -> bool {
-        if self.left < amount {
-            let now = Instant::now();
-            // The first time begins the count; what came before is what the whole amount was for.
-            let since = *self.since.get_or_insert(now);
-            let given =
-                now.duration_since(since).as_millis().saturating_mul(u128::from(self.per_second.unsigned_abs()));
-            let given = i64::try_from(given / 1000).unwrap_or(i64::MAX);
-            if given > 0 {
-                self.since = Some(now);
-                self.earn(given);
-            }
-        }
-        if self.left < amount {
-            return false;
-        }
-        self.left -= amount;
-        true
-    }
+/// What a peer may reset that may have so many streams.
+fn resets(streams: u32) -> Allowance {
+    let resets = i64::from(streams).max(1) * RESET;
+    Allowance::new(resets, (resets / 8).max(1))
 }
 
 /// Frames that no server accepts, and that make the library end the connection with ENHANCE_YOUR_CALM, which it offers
@@ -175,14 +178,14 @@ mod tests {
     }
 
     fn begun() -> Flood {
-        let mut flood = Flood::new(&Limits::default(), 100);
-        assert_eq!(flood.heard(&[b'P'; PREFACE]), None);
+        let mut flood = Flood::new(&Limits::default(), 1_000, 100);
+        assert_eq!(flood.heard(&[b'P'; PREFACE], 0), None);
         flood
     }
 
     /// After how many repetitions it is enough.
     fn repeated(flood: &mut Flood, frames: &[u8], most: usize) -> Option<usize> {
-        (0..most).find(|_| flood.heard(frames).is_some())
+        (0..most).find(|_| flood.heard(frames, 0).is_some())
     }
 
     #[test]
@@ -203,7 +206,7 @@ mod tests {
         let sixteen = frame(WINDOW_UPDATE, 0, 4).repeat(16);
         for _ in 0..10_000 {
             download.sent(16 * 1024);
-            assert_eq!(download.heard(&sixteen), None, "bytes pay for their window updates");
+            assert_eq!(download.heard(&sixteen, 0), None, "bytes pay for their window updates");
         }
     }
 
@@ -214,7 +217,7 @@ mod tests {
             let mut flood = begun();
             let mut taken = 0;
             let cut = pings.chunks(piece).find_map(|piece| {
-                let cut = flood.heard(piece);
+                let cut = flood.heard(piece, 0);
                 taken += cut.unwrap_or(piece.len());
                 cut
             });
@@ -223,15 +226,24 @@ mod tests {
         }
     }
 
+    fn framed(kind: u8, flags: u8, stream: u32) -> Vec<u8> {
+        let mut frame = vec![0, 0, 0, kind, flags];
+        frame.extend(stream.to_be_bytes());
+        frame
+    }
+
     #[test]
-    fn time_gives_back() {
-        let mut budget = Budget::new(1, 1_000);
-        assert!(budget.spend(1));
-        assert!(!budget.spend(1));
-        let begun = Instant::now();
-        while begun.elapsed().as_millis() < 3 {
-            std::hint::spin_loop();
+    fn long_streams_may_all_end_at_once_and_young_ones_may_not() {
+        for (opened, reset, ended) in
+            [(0, 0, true), (0, 999, true), (5_000, 5_900, true), (5_000, 7_100, false), (5_999, 9_000, false)]
+        {
+            let mut flood = begun();
+            let streams = || (0..900_u32).map(|number| 2 * number + 1);
+            for stream in streams() {
+                assert_eq!(flood.heard(&framed(HEADERS, END_STREAM, stream), opened), None);
+            }
+            let over = streams().any(|stream| flood.heard(&framed(RST_STREAM, 0, stream), reset).is_some());
+            assert_eq!(over, ended, "opened at {opened}, reset at {reset}");
         }
-        assert!(budget.spend(1));
     }
 }

@@ -28,26 +28,51 @@ use crate::connect::request_body::Received;
 use crate::connect::streams::StreamTask;
 use crate::net::Stream;
 
+/// Whose requests come on a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Client {
+    /// One application's.
+    One,
+    /// Those of all applications behind a sidecar: what one of them does must not end the connection for the others, so the
+    /// sidecar holds them to their limits, and here is room for all of them.
+    Sidecar,
+}
+
 /// Serves until the connection ends. `respond` is the direction's walk for one request.
-pub(super) fn serve<R, F>(session: &Rc<Session>, stream: Stream, streams: u32, respond: R) -> Serving<R>
+pub(super) fn serve<R, F>(session: &Rc<Session>, stream: Stream, client: Client, respond: R) -> Serving<R>
 where
     R: Fn(Request<Received>) -> F + Unpin,
     F: Future<Output = Response<ResponseBody>> + 'static,
 {
     let limits = &session.worker.limits;
     let heard = Rc::<Cell<bool>>::default();
-    let io = DownstreamIo::new(stream, session.entry.clone(), heard.clone(), Flood::new(limits, streams));
-    // A mesh connection carries requests of all of the peer's clients.
-    let shared = streams > limits.h2_streams_application;
-    let window = if shared { limits.h2_shared_window(streams) } else { limits.h2_connection_window };
+    let (streams, early_resets, pending_resets, local_resets, window) = match client {
+        Client::One => {
+            let streams = limits.h2_streams_application;
+            (
+                streams,
+                limits.h2_early_resets,
+                limits.h2_pending_resets,
+                limits.h2_local_resets,
+                limits.h2_connection_window,
+            )
+        }
+        Client::Sidecar => {
+            let streams = limits.h2_streams_mesh;
+            (streams, streams, streams as usize, limits.h2_local_resets_mesh, limits.h2_shared_window(streams))
+        }
+    };
+    let io = DownstreamIo::new(stream, session.entry.clone(), heard.clone(), Flood::new(limits, streams, early_resets));
     let handshake = Builder::new()
         .max_concurrent_streams(streams)
         .initial_window_size(limits.h2_stream_window)
         .initial_connection_window_size(window)
         .max_header_list_size(limits.h2_header_list)
         .max_send_buffer_size(limits.h2_send_buffer)
-        .max_pending_accept_reset_streams(limits.h2_pending_resets)
-        .max_local_error_reset_streams(Some(limits.h2_local_resets))
+        .max_pending_accept_reset_streams(pending_resets)
+        .max_local_error_reset_streams(Some(local_resets))
+        .max_concurrent_reset_streams(streams as usize)
+        .reset_stream_duration(limits.h2_reset_memory)
         .handshake(io);
     Serving { state: State::Opening { handshake, heard, finish: false }, session: session.clone(), respond }
 }

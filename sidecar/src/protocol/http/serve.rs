@@ -15,6 +15,7 @@ use tokio::io::AsyncWriteExt;
 use super::answer;
 use super::body::ResponseBody;
 use super::exchange::Session;
+pub use super::http2::Client;
 use crate::connect::request_body::Received;
 use crate::connection::{Command, State};
 use crate::net::Stream;
@@ -39,16 +40,16 @@ where
     Box::pin(Driven { connection, session, finishing: false, hold: None })
 }
 
-/// Serves HTTP/2 until the connection ends. `streams` is how many may run at once.
+/// Serves HTTP/2 until the connection ends.
 pub async fn http2<F>(
     session: &Rc<Session>,
     stream: Stream,
-    streams: u32,
+    client: Client,
     respond: impl Fn(Request<Received>) -> F + Unpin,
 ) where
     F: Future<Output = Response<ResponseBody>> + 'static,
 {
-    let connection = super::http2::serve(session, stream, streams, respond);
+    let connection = super::http2::serve(session, stream, client, respond);
     Driven { connection, session, finishing: false, hold: None }.await;
 }
 
