@@ -101,7 +101,7 @@ fn row(name: &Name, sides: &[&Edge]) -> [String; 8] {
         if name.destination.is_empty() { "(unknown)".to_owned() } else { name.destination.clone() },
         name.protocol.clone(),
         format!("{rate:.1}"),
-        percent((rate > 0.0).then(|| 100.0 - failed / rate)),
+        percent((rate > 0.0).then(|| (100.0 - failed / rate).clamp(0.0, 100.0))),
         seconds(slowest(|edge| edge.p50)),
         seconds(slowest(|edge| edge.p99)),
         yes_no(sides.iter().all(|edge| edge.mtls)),
@@ -143,5 +143,17 @@ mod tests {
         let odd = Edge { requests_per_second: 99.068_832_496_155_05, ..edge(Direction::Outbound, 100.0, true) };
         assert!(text(&[odd])[1].contains("100.0 %"), "nothing failed");
         assert_eq!(text(&[]).len(), 1);
+        // More failures than requests, and a rate that is no number.
+        let odd = serde_json::json!({
+            "source_workload": "x".repeat(100_000), "source_namespace": "shop", "source_identity": "",
+            "destination_service": "", "destination_workload": "", "destination_namespace": "",
+            "destination_identity": "", "direction": "outbound", "protocol": "tcp", "mtls": false,
+            "requests_per_second": null, "success_percent": -700.0, "p50": null, "p99": null,
+            "sent_bytes_per_second": null, "received_bytes_per_second": 1.0,
+        });
+        let odd: Edge = serde_json::from_value(odd).unwrap();
+        let failing = Edge { requests_per_second: 1.0, ..odd.clone() };
+        assert!(text(&[odd, edge(Direction::Outbound, 99.5, true)])[1].contains("99.5 %"));
+        assert!(text(&[failing])[1].contains(" 0.0 %"));
     }
 }

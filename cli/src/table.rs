@@ -15,6 +15,8 @@ pub(crate) struct Table {
 
 /// Between two columns.
 const GAP: &str = "  ";
+/// Characters of one cell; longer than any name of ours, `name.namespace` included, needs to be read.
+const WIDEST: usize = 64;
 
 impl Table {
     pub(crate) fn new(columns: &[(&'static str, Align)]) -> Table {
@@ -23,7 +25,7 @@ impl Table {
 
     /// One text per column; what is missing is empty.
     pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        self.rows.push(cells.into_iter().map(printable).collect());
+        self.rows.push(cells.into_iter().map(|cell| cut(printable(cell), WIDEST)).collect());
     }
 
     /// The heading first, then a line per row, without line ends and without trailing blanks.
@@ -52,6 +54,14 @@ pub(crate) fn printable(text: String) -> String {
     if text.contains(char::is_control) { text.replace(char::is_control, "\u{fffd}") } else { text }
 }
 
+/// At most so many characters, the last one an ellipsis where something is missing.
+pub(crate) fn cut(text: String, widest: usize) -> String {
+    match text.char_indices().nth(widest) {
+        None => text,
+        Some(_) => text.chars().take(widest.saturating_sub(1)).chain(['\u{2026}']).collect(),
+    }
+}
+
 /// Seconds as a person reads them: `0.85 ms`, `12.3 ms`, `1.25 s`; `-` for what is not known.
 pub(crate) fn seconds(value: Option<f64>) -> String {
     match value {
@@ -62,11 +72,12 @@ pub(crate) fn seconds(value: Option<f64>) -> String {
     }
 }
 
-/// `100.0 %`; never 100 when something failed.
+/// `100.0 %`; never 100 when something failed, and never below 0.
 pub(crate) fn percent(value: Option<f64>) -> String {
     match value {
         None => "-".to_owned(),
-        Some(value) if value < 100.0 => format!("{:.1} %", (value * 10.0).floor() / 10.0),
+        Some(value) if value < 100.0 => format!("{:.1} %", (value.max(0.0) * 10.0).floor() / 10.0),
+        Some(value) if value.is_nan() => "-".to_owned(),
         Some(_) => "100.0 %".to_owned(),
     }
 }
@@ -106,13 +117,31 @@ mod tests {
     }
 
     #[test]
+    fn a_cell_of_any_length_is_printed() {
+        let mut table = Table::new(&[("FROM", Align::Left), ("TO", Align::Right), ("N", Align::Right)]);
+        table.row(["ä".repeat(100_000), "\u{1b}".repeat(1 << 20), "1".to_owned()]);
+        let lines = table.lines();
+        assert!(lines.iter().all(|line| line.chars().count() <= 2 * WIDEST + 6), "{}", lines[1].len());
+        assert!(lines[1].starts_with(&format!("{}\u{2026}  ", "ä".repeat(WIDEST - 1))), "{}", lines[1]);
+        assert_eq!(cut("abc".to_owned(), 3), "abc");
+        assert_eq!(cut("abcd".to_owned(), 3), "ab\u{2026}");
+    }
+
+    #[test]
     fn numbers_read_well() {
         for (value, text) in
             [(None, "-"), (Some(0.00085), "0.85 ms"), (Some(0.0123), "12.3 ms"), (Some(1.25), "1.25 s")]
         {
             assert_eq!(seconds(value), text);
         }
-        for (value, text) in [(None, "-"), (Some(100.0), "100.0 %"), (Some(99.99), "99.9 %"), (Some(0.0), "0.0 %")] {
+        for (value, text) in [
+            (None, "-"),
+            (Some(100.0), "100.0 %"),
+            (Some(99.99), "99.9 %"),
+            (Some(0.0), "0.0 %"),
+            (Some(-3.0), "0.0 %"),
+            (Some(f64::NAN), "-"),
+        ] {
             assert_eq!(percent(value), text);
         }
         for (value, text) in [(9, "9s"), (250, "4m 10s"), (86_399, "23h 59m"), (90_000, "1d 1h")] {

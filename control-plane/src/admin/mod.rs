@@ -79,9 +79,8 @@ fn status(sources: &Sources) -> view::Status {
     }
     let sidecar = |sidecar: SidecarStatus| {
         let SidecarStatus { id, version, connected, not_after, subscriptions, unacknowledged, refusals, .. } = sidecar;
-        let reported = reports.last(&id);
+        let connections = reports.connections(&id);
         let identity = SpiffeId::new(trust_domain, &id.namespace, &id.service_account);
-        let reported_end = reported.and_then(|(end, _)| u64::try_from(end).ok());
         let refusal = |(key, refusal): (_, crate::distribute::Refusal)| view::Refusal {
             key,
             version: refusal.version,
@@ -93,10 +92,10 @@ fn status(sources: &Sources) -> view::Status {
             namespace: id.namespace,
             version,
             connected_since: unix_seconds(connected),
-            certificate_not_after: reported_end.unwrap_or(0).max(unix_seconds(not_after)),
+            certificate_not_after: unix_seconds(not_after),
             subscriptions,
             unacknowledged,
-            connections: reported.map(|(_, connections)| connections),
+            connections,
             refusals: refusals.into_iter().map(refusal).collect(),
         }
     };

@@ -1,6 +1,6 @@
 //! What `/status` and `/stats` say, as types that `outrigger status` and `outrigger stat` read. Times are Unix seconds.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -39,7 +39,7 @@ pub struct Sidecar {
     /// The sidecar's build.
     pub version: String,
     pub connected_since: u64,
-    /// End of the certificate that it last spoke of.
+    /// End of the certificate with which it connected.
     pub certificate_not_after: u64,
     pub subscriptions: usize,
     /// Subscriptions of which it has acknowledged nothing yet.
@@ -101,13 +101,16 @@ pub struct Edge {
     pub protocol: String,
     pub mtls: bool,
     /// HTTP and gRPC: requests; TCP: connections that were opened.
+    #[serde(deserialize_with = "number")]
     pub requests_per_second: f64,
     /// 0 to 100; None when there were no requests.
     pub success_percent: Option<f64>,
     /// Seconds.
     pub p50: Option<f64>,
     pub p99: Option<f64>,
+    #[serde(deserialize_with = "number")]
     pub sent_bytes_per_second: f64,
+    #[serde(deserialize_with = "number")]
     pub received_bytes_per_second: f64,
 }
 
@@ -119,4 +122,9 @@ pub enum Direction {
     Inbound,
     /// The client's.
     Outbound,
+}
+
+/// JSON has no number for what is not finite: `null` stands there, and one such edge must not hide all others.
+fn number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(0.0))
 }

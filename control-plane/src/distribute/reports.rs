@@ -1,37 +1,125 @@
-//! The last minute of what sidecars reported, summed per edge for `outrigger stat`. Bounded whatever a sidecar sends.
+//! What sidecars reported lately, summed per edge for `outrigger stat`, and totals for as long as somebody may ask for
+//! them. A sidecar speaks for itself: its own side of an edge comes from its certificate. What one service account can make
+//! this keep is bounded in instances, in edges and in bytes, whatever it sends; strings are cut, numbers are made sane.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use outrigger_api::wire::{Edge, ReportRequest};
 
 use crate::registry::InstanceId;
 
-/// How long a report is kept.
-const KEPT: Duration = Duration::from_secs(60);
-/// What `stat` looks at.
+/// What `stat` looks at, and how long a report is kept.
 const WINDOW: Duration = Duration::from_secs(10);
-/// Per report; a sidecar with more sends them truncated.
+/// An instance that reports nothing for this long is forgotten.
+const INSTANCE_KEPT: Duration = Duration::from_secs(60);
+/// Edges on which nothing happens keep their totals for this long.
+const TOTALS_KEPT: Duration = Duration::from_secs(60 * 60);
+/// Sidecars report every three seconds.
+const LEAST_INTERVAL: Duration = Duration::from_secs(1);
+/// Seconds that one report may cover.
+const WINDOWS: std::ops::RangeInclusive<f64> = 1.0..=60.0;
+/// Of one report.
 const MAX_EDGES: usize = 1_000;
-/// Of one service account.
+/// Of one service account: different edges, and instances.
+const MAX_ACCOUNT_EDGES: usize = 2_000;
 const MAX_INSTANCES: usize = 1_000;
-const MAX_REPORTS: usize = 120;
+/// Of one service account, and of all.
+const MAX_ACCOUNT_BYTES: usize = 16 << 20;
+const MAX_BYTES: usize = 128 << 20;
+/// Names are DNS names.
+const MAX_NAME: usize = 253;
+const MAX_PRINCIPAL: usize = 1_024;
+/// Beyond any sidecar's rate, and far from where sums lose their sense.
+const MAX_PER_SECOND: f64 = 1e9;
+const MAX_BYTES_PER_SECOND: f64 = 1e13;
+/// The sidecar's own sum of edges beyond its limit of series has this in each label.
+const OVERFLOW: &str = "overflow";
 /// Upper bounds in seconds of the buckets of a report (DESIGN section 10); a last one is +Inf.
 pub const BOUNDS: [f64; 14] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
+/// How often what is old is looked for.
+const SWEEP: Duration = Duration::from_secs(1);
+
 #[derive(Default)]
 pub struct Reports {
-    by_instance: Mutex<HashMap<InstanceId, VecDeque<Received>>>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    /// By namespace and service account.
+    accounts: HashMap<(String, String), Account>,
+    swept: Option<Instant>,
+}
+
+/// Why a report is not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReportError {
+    #[error("window_seconds must be from 1 to 60")]
+    Window,
+    #[error("at most one report per second and instance")]
+    TooOften,
+    #[error("too many instances of this service account report")]
+    Instances,
+    #[error("the reports of this service account take too much memory")]
+    Full,
+}
+
+/// Who reports, as its certificate says.
+#[derive(Clone, Copy, Debug)]
+pub struct Reporter<'c> {
+    pub principal: &'c str,
+    pub workload: &'c str,
+}
+
+/// What the instances of one service account reported.
+#[derive(Default)]
+struct Account {
+    instances: HashMap<String, Instance>,
+    /// Every edge that is kept has its entry here.
+    totals: HashMap<Arc<EdgeKey>, Totals>,
+    bytes: usize,
+}
+
+struct Instance {
+    last: Instant,
+    connections: u64,
+    reports: VecDeque<Received>,
 }
 
 struct Received {
     at: Instant,
-    report: ReportRequest,
+    seconds: f64,
+    edges: Vec<(Arc<EdgeKey>, Counts)>,
+}
+
+/// What was counted on an edge in one window.
+#[derive(Clone, Copy, Default)]
+struct Counts {
+    requests: u64,
+    failures: u64,
+    sent: u64,
+    received: u64,
+    latency: [u64; BOUNDS.len() + 1],
+}
+
+/// What an edge's key, an edge of a report and an instance take, in bytes and about.
+const KEY: usize = size_of::<(Arc<EdgeKey>, Totals)>();
+const EDGE: usize = size_of::<(Arc<EdgeKey>, Counts)>();
+const INSTANCE: usize = MAX_NAME + size_of::<Instance>() + 4 * size_of::<Received>();
+
+/// Since the control plane started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Totals {
+    pub requests: u64,
+    pub failures: u64,
+    pub last: Instant,
 }
 
 /// Which edge, seen from which side.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct EdgeKey {
     pub source_namespace: String,
     pub source_workload: String,
@@ -86,82 +174,216 @@ impl EdgeStats {
 }
 
 impl Reports {
-    pub fn take(&self, id: InstanceId, mut report: ReportRequest, now: Instant) {
-        report.edges.truncate(MAX_EDGES);
-        let mut by_instance = self.by_instance.lock().unwrap_or_else(PoisonError::into_inner);
-        // Instances name themselves: nobody fills the memory with names.
-        let kin = |other: &&InstanceId| other.namespace == id.namespace && other.service_account == id.service_account;
-        if !by_instance.contains_key(&id) && by_instance.keys().filter(kin).count() >= MAX_INSTANCES {
-            return;
+    /// Takes a report of the instance `id`, which `reporter` connected for.
+    pub fn take(
+        &self,
+        id: InstanceId,
+        reporter: Reporter<'_>,
+        report: ReportRequest,
+        now: Instant,
+    ) -> Result<(), ReportError> {
+        if !WINDOWS.contains(&report.window_seconds) {
+            return Err(ReportError::Window);
         }
-        let reports = by_instance.entry(id).or_default();
-        reports.push_back(Received { at: now, report });
-        while reports.len() > MAX_REPORTS {
-            reports.pop_front();
+        let mut inner = self.inner();
+        inner.sweep(now);
+        let accounts = &mut inner.accounts;
+        let all: usize = accounts.values().map(|account| account.bytes).sum();
+        // When memory is short, an account may still have its even share.
+        let others = accounts.len().max(1);
+        let account = accounts.entry((id.namespace.clone(), id.service_account)).or_default();
+        if account.bytes >= MAX_ACCOUNT_BYTES || (all >= MAX_BYTES && account.bytes >= MAX_BYTES / others) {
+            return Err(ReportError::Full);
         }
-        by_instance.retain(|_, reports| {
-            while reports.front().is_some_and(|first| now.duration_since(first.at) > KEPT) {
-                reports.pop_front();
-            }
-            !reports.is_empty()
-        });
+        match account.instances.get(&id.name) {
+            Some(instance) if now.duration_since(instance.last) < LEAST_INTERVAL => return Err(ReportError::TooOften),
+            None if account.instances.len() >= MAX_INSTANCES => return Err(ReportError::Instances),
+            Some(_) | None => {}
+        }
+        account.take(&id.namespace, id.name, reporter, report, now);
+        Ok(())
     }
 
     /// The rates of each edge over the last ten seconds or so. An instance counts with the reports of that time; what
     /// it said before is history.
     pub fn edges(&self, now: Instant) -> BTreeMap<EdgeKey, EdgeStats> {
-        let by_instance = self.by_instance.lock().unwrap_or_else(PoisonError::into_inner);
+        let accounts = &self.inner().accounts;
         let mut edges: BTreeMap<EdgeKey, EdgeStats> = BTreeMap::new();
-        for reports in by_instance.values() {
-            let recent: Vec<&ReportRequest> = reports
-                .iter()
-                .filter(|received| now.duration_since(received.at) <= WINDOW)
-                .map(|received| &received.report)
-                .collect();
-            let seconds: f64 = recent.iter().map(|report| report.window_seconds).sum();
-            if seconds <= 0.0 {
-                continue;
-            }
-            for edge in recent.iter().flat_map(|report| &report.edges) {
-                edges.entry(EdgeKey::of(edge)).or_default().add(edge, seconds);
+        for instance in accounts.values().flat_map(|account| account.instances.values()) {
+            let recent = || instance.reports.iter().filter(|received| now.duration_since(received.at) <= WINDOW);
+            let seconds: f64 = recent().map(|received| received.seconds).sum();
+            for (key, counts) in recent().flat_map(|received| &received.edges) {
+                edges.entry(EdgeKey::clone(key)).or_default().add(counts, seconds);
             }
         }
         edges
     }
 
-    /// The end of the certificate and the open connections that an instance last reported.
-    pub fn last(&self, id: &InstanceId) -> Option<(i64, u64)> {
-        let by_instance = self.by_instance.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = &by_instance.get(id)?.back()?.report;
-        Some((last.certificate_not_after, last.connections))
+    /// What each edge has counted since the control plane started, where it is not older than an hour.
+    pub fn totals(&self, now: Instant) -> BTreeMap<EdgeKey, Totals> {
+        let accounts = &self.inner().accounts;
+        let all = accounts.values().flat_map(|account| &account.totals);
+        all.filter(|(_, totals)| now.duration_since(totals.last) <= TOTALS_KEPT)
+            .map(|(key, totals)| (EdgeKey::clone(key), *totals))
+            .collect()
+    }
+
+    /// The open connections that an instance last reported.
+    pub fn connections(&self, id: &InstanceId) -> Option<u64> {
+        let inner = self.inner();
+        let account = inner.accounts.get(&(id.namespace.clone(), id.service_account.clone()))?;
+        account.instances.get(&id.name).map(|instance| instance.connections)
+    }
+
+    /// How many instances have reported within a minute.
+    pub fn reporting(&self) -> usize {
+        self.inner().accounts.values().map(|account| account.instances.len()).sum()
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl EdgeKey {
-    fn of(edge: &Edge) -> EdgeKey {
-        EdgeKey {
-            source_namespace: edge.source_namespace.clone(),
-            source_workload: edge.source_workload.clone(),
-            destination_namespace: edge.destination_namespace.clone(),
-            destination_service: edge.destination_service.clone(),
-            destination_workload: edge.destination_workload.clone(),
-            protocol: edge.protocol.clone(),
-            inbound: edge.inbound,
-            mtls: edge.mtls,
-            source_principal: edge.source_principal.clone(),
-            destination_principal: edge.destination_principal.clone(),
+impl Inner {
+    fn sweep(&mut self, now: Instant) {
+        if self.swept.is_none_or(|swept| now.duration_since(swept) >= SWEEP) {
+            self.swept = Some(now);
+            self.accounts.retain(|_, account| account.forget(now));
         }
     }
 }
 
+impl Account {
+    fn take(&mut self, namespace: &str, name: String, reporter: Reporter<'_>, report: ReportRequest, now: Instant) {
+        let seconds = report.window_seconds;
+        let mut edges = Vec::new();
+        for edge in report.edges.into_iter().take(MAX_EDGES) {
+            let Some(key) = EdgeKey::of(&edge, namespace, reporter) else { continue };
+            let counts = Counts::of(&edge, seconds);
+            let key = match self.totals.get_key_value(&key) {
+                Some((known, _)) => known.clone(),
+                None if self.totals.len() < MAX_ACCOUNT_EDGES => {
+                    self.bytes += key.bytes() + KEY;
+                    Arc::new(key)
+                }
+                None => continue,
+            };
+            let totals = self.totals.entry(key.clone()).or_insert(Totals { requests: 0, failures: 0, last: now });
+            totals.requests = totals.requests.saturating_add(counts.requests);
+            totals.failures = totals.failures.saturating_add(counts.failures);
+            totals.last = now;
+            edges.push((key, counts));
+        }
+        edges.shrink_to_fit();
+        self.bytes += edges.len() * EDGE + INSTANCE;
+        let instance =
+            self.instances.entry(name).or_insert(Instance { last: now, connections: 0, reports: VecDeque::new() });
+        instance.last = now;
+        instance.connections = report.connections;
+        instance.reports.push_back(Received { at: now, seconds, edges });
+    }
+
+    /// Lets go of what is old. False when nothing is left.
+    fn forget(&mut self, now: Instant) -> bool {
+        for instance in self.instances.values_mut() {
+            while instance.reports.front().is_some_and(|first| now.duration_since(first.at) > WINDOW) {
+                instance.reports.pop_front();
+            }
+        }
+        self.instances.retain(|_, instance| now.duration_since(instance.last) <= INSTANCE_KEPT);
+        self.totals.retain(|_, totals| now.duration_since(totals.last) <= TOTALS_KEPT);
+        // Measured anew: between two sweeps it only grows.
+        let keys: usize = self.totals.keys().map(|key| key.bytes() + KEY).sum();
+        let edges: usize = self.instances.values().flat_map(|instance| &instance.reports).map(|r| r.edges.len()).sum();
+        self.bytes = keys + edges * EDGE + self.instances.len() * INSTANCE;
+        !self.instances.is_empty() || !self.totals.is_empty()
+    }
+}
+
+impl EdgeKey {
+    /// None when the reporter's own side of the edge is not its own.
+    fn of(edge: &Edge, namespace: &str, reporter: Reporter<'_>) -> Option<EdgeKey> {
+        let own = if edge.inbound { &edge.destination_principal } else { &edge.source_principal };
+        if own != reporter.principal && own != OVERFLOW {
+            return None;
+        }
+        let name = |text: &str| cut(text, MAX_NAME);
+        let mut key = EdgeKey {
+            source_namespace: name(&edge.source_namespace),
+            source_workload: name(&edge.source_workload),
+            destination_namespace: name(&edge.destination_namespace),
+            destination_service: name(&edge.destination_service),
+            destination_workload: name(&edge.destination_workload),
+            protocol: cut(&edge.protocol, 16),
+            inbound: edge.inbound,
+            mtls: edge.mtls,
+            source_principal: cut(&edge.source_principal, MAX_PRINCIPAL),
+            destination_principal: cut(&edge.destination_principal, MAX_PRINCIPAL),
+        };
+        let (own_namespace, own_workload, own_principal) = if edge.inbound {
+            // A Service selects workloads of its own namespace only.
+            let served = key.destination_service.rsplit_once('.').is_some_and(|(_, service)| service == namespace);
+            if !served {
+                key.destination_service.clear();
+            }
+            (&mut key.destination_namespace, &mut key.destination_workload, &mut key.destination_principal)
+        } else {
+            (&mut key.source_namespace, &mut key.source_workload, &mut key.source_principal)
+        };
+        namespace.clone_into(own_namespace);
+        *own_workload = name(reporter.workload);
+        *own_principal = cut(reporter.principal, MAX_PRINCIPAL);
+        Some(key)
+    }
+
+    fn bytes(&self) -> usize {
+        let texts = [
+            &self.source_namespace,
+            &self.source_workload,
+            &self.destination_namespace,
+            &self.destination_service,
+            &self.destination_workload,
+            &self.protocol,
+            &self.source_principal,
+            &self.destination_principal,
+        ];
+        size_of::<EdgeKey>() + texts.iter().map(|text| text.capacity()).sum::<usize>()
+    }
+}
+
+/// At most so many bytes, and no more memory than that.
+fn cut(text: &str, longest: usize) -> String {
+    text[..text.floor_char_boundary(longest)].to_owned()
+}
+
+impl Counts {
+    fn of(edge: &Edge, seconds: f64) -> Counts {
+        let count = |value: u64| value.min((MAX_PER_SECOND * seconds) as u64);
+        let bytes = |value: u64| value.min((MAX_BYTES_PER_SECOND * seconds) as u64);
+        let requests = count(edge.requests);
+        let mut counts = Counts {
+            requests,
+            failures: edge.failures.min(requests),
+            sent: bytes(edge.sent_bytes),
+            received: bytes(edge.received_bytes),
+            latency: Default::default(),
+        };
+        for (kept, said) in counts.latency.iter_mut().zip(&edge.latency_buckets) {
+            *kept = count(*said);
+        }
+        counts
+    }
+}
+
 impl EdgeStats {
-    fn add(&mut self, edge: &Edge, seconds: f64) {
-        self.requests_per_second += edge.requests as f64 / seconds;
-        self.failures_per_second += edge.failures as f64 / seconds;
-        self.sent_bytes_per_second += edge.sent_bytes as f64 / seconds;
-        self.received_bytes_per_second += edge.received_bytes as f64 / seconds;
-        for (sum, count) in self.latency.iter_mut().zip(&edge.latency_buckets) {
-            *sum += *count as f64 / seconds;
+    fn add(&mut self, counts: &Counts, seconds: f64) {
+        self.requests_per_second += counts.requests as f64 / seconds;
+        self.failures_per_second += counts.failures as f64 / seconds;
+        self.sent_bytes_per_second += counts.sent as f64 / seconds;
+        self.received_bytes_per_second += counts.received as f64 / seconds;
+        for (sum, count) in self.latency.iter_mut().zip(counts.latency) {
+            *sum += count as f64 / seconds;
         }
     }
 }
@@ -170,13 +392,23 @@ impl EdgeStats {
 mod tests {
     use super::*;
 
+    const CART: &str = "spiffe://outrigger.local/ns/shop/sa/cart";
+    const REPORTER: Reporter<'static> = Reporter { principal: CART, workload: "cart" };
+
     fn id(name: &str) -> InstanceId {
         InstanceId { namespace: "shop".into(), service_account: "cart".into(), name: name.into() }
     }
 
+    fn own_edge() -> Edge {
+        Edge { source_principal: CART.to_owned(), ..Edge::default() }
+    }
+
     fn report(requests: u64, failures: u64, buckets: &[u64]) -> ReportRequest {
-        let edge = Edge { requests, failures, latency_buckets: buckets.to_vec(), ..Edge::default() };
-        ReportRequest { window_seconds: 5.0, edges: vec![edge], ..ReportRequest::default() }
+        report_of(vec![Edge { requests, failures, latency_buckets: buckets.to_vec(), ..own_edge() }])
+    }
+
+    fn report_of(edges: Vec<Edge>) -> ReportRequest {
+        ReportRequest { window_seconds: 5.0, edges, ..ReportRequest::default() }
     }
 
     #[test]
@@ -184,15 +416,141 @@ mod tests {
         let reports = Reports::default();
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        reports.take(id("a"), report(1_000, 1_000, &[]), at(0));
-        reports.take(id("a"), report(50, 0, &[0, 50]), at(20));
-        reports.take(id("a"), report(100, 10, &[0, 100]), at(25));
-        reports.take(id("b"), report(25, 0, &[0, 0, 25]), at(25));
+        let take = |name, report, seconds| reports.take(id(name), REPORTER, report, at(seconds)).unwrap();
+        take("a", report(1_000, 1_000, &[]), 0);
+        take("a", report(50, 0, &[0, 50]), 20);
+        take("a", report(100, 10, &[0, 100]), 25);
+        take("b", report(25, 0, &[0, 0, 25]), 25);
         let edges = reports.edges(at(26));
         let stats = edges.values().next().unwrap();
         assert_eq!(stats.requests_per_second, 20.0);
         assert_eq!(stats.success_percent(), Some(95.0));
         assert!(reports.edges(at(100)).is_empty());
+        let totals = reports.totals(at(100));
+        assert_eq!(totals.values().map(|totals| (totals.requests, totals.failures)).next(), Some((1_175, 1_010)));
+        assert!(reports.totals(at(25 + 60 * 60 + 1)).is_empty());
+    }
+
+    #[test]
+    fn a_sidecar_speaks_for_its_own_side_only() {
+        let reports = Reports::default();
+        let now = Instant::now();
+        let edge = |inbound, source: &str, destination: &str, service: &str| Edge {
+            inbound,
+            source_principal: source.into(),
+            destination_principal: destination.into(),
+            destination_service: service.into(),
+            // None of this is the reporter's.
+            source_workload: "pay".into(),
+            source_namespace: "bank".into(),
+            destination_workload: "ledger".into(),
+            destination_namespace: "bank".into(),
+            requests: 1,
+            ..Edge::default()
+        };
+        let pay = "spiffe://outrigger.local/ns/bank/sa/pay";
+        let told = [
+            edge(false, "", "", "ledger.bank"),
+            edge(false, pay, CART, "ledger.bank"),
+            edge(true, CART, pay, "ledger.bank"),
+            edge(true, CART, "", "ledger.bank"),
+            edge(false, CART, pay, "ledger.bank"),
+            edge(true, pay, CART, "cart.shop"),
+            edge(true, pay, CART, "ledger.bank"),
+            edge(false, OVERFLOW, OVERFLOW, OVERFLOW),
+        ];
+        reports.take(id("a"), REPORTER, report_of(told.to_vec()), now).unwrap();
+        let edges = reports.edges(now);
+        let shown: Vec<String> = edges
+            .keys()
+            .map(|key| {
+                let (from, to) =
+                    (format!("{}.{}", key.source_workload, key.source_namespace), &key.destination_service);
+                format!("{from} > {to} = {}.{}", key.destination_workload, key.destination_namespace)
+            })
+            .collect();
+        let mut expected = [
+            "pay.bank >  = cart.shop",
+            "pay.bank > cart.shop = cart.shop",
+            "cart.shop > ledger.bank = ledger.bank",
+            "cart.shop > overflow = ledger.bank",
+        ];
+        expected.sort_unstable();
+        let mut shown: Vec<&str> = shown.iter().map(String::as_str).collect();
+        shown.sort_unstable();
+        assert_eq!(shown, expected);
+        assert!(
+            edges
+                .keys()
+                .all(|key| if key.inbound { &key.destination_principal } else { &key.source_principal } == CART)
+        );
+    }
+
+    #[test]
+    fn windows_and_numbers_are_sane() {
+        let reports = Reports::default();
+        let start = Instant::now();
+        for window in [0.0, -1.0, 5e-324, 0.999, 60.1, 1e300, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let report = ReportRequest { window_seconds: window, ..report(1, 0, &[]) };
+            assert_eq!(reports.take(id("a"), REPORTER, report, start), Err(ReportError::Window), "{window}");
+        }
+        let huge = Edge {
+            requests: u64::MAX,
+            failures: u64::MAX,
+            sent_bytes: u64::MAX,
+            received_bytes: u64::MAX,
+            latency_buckets: vec![u64::MAX; 100],
+            ..own_edge()
+        };
+        let lying = Edge { requests: 10, failures: 20, mtls: true, ..own_edge() };
+        reports.take(id("a"), REPORTER, report_of(vec![huge, lying]), start).unwrap();
+        for stats in reports.edges(start).values() {
+            let EdgeStats { requests_per_second, failures_per_second, sent_bytes_per_second, .. } = *stats;
+            assert!(requests_per_second <= MAX_PER_SECOND && sent_bytes_per_second <= MAX_BYTES_PER_SECOND);
+            assert!(failures_per_second <= requests_per_second);
+            assert_eq!(stats.success_percent(), Some(0.0));
+            assert!(stats.quantile(0.99).is_none_or(f64::is_finite));
+        }
+    }
+
+    #[test]
+    fn what_an_account_can_make_it_keep_is_bounded() {
+        let reports = Reports::default();
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        assert_eq!(reports.take(id("a"), REPORTER, report(1, 0, &[]), at(0)), Ok(()));
+        assert_eq!(reports.take(id("a"), REPORTER, report(1, 0, &[]), at(999)), Err(ReportError::TooOften));
+        assert_eq!(reports.take(id("a"), REPORTER, report(1, 0, &[]), at(1_000)), Ok(()));
+
+        // Many edges with long names, from many instances.
+        let long = "x".repeat(4_000);
+        let mut refused = 0;
+        for instance in 0..100 {
+            let edges = (0..MAX_EDGES).map(|number| Edge {
+                destination_service: format!("{number}-{long}"),
+                destination_workload: long.clone(),
+                destination_principal: long.clone(),
+                requests: 1,
+                ..own_edge()
+            });
+            let taken = reports.take(id(&format!("i{instance}")), REPORTER, report_of(edges.collect()), at(2_000));
+            refused += usize::from(taken.is_err());
+        }
+        assert!(refused > 0);
+        let bytes = || reports.inner().accounts.values().map(|account| account.bytes).sum::<usize>();
+        let one_report = MAX_EDGES * 2_500;
+        assert!(bytes() <= MAX_ACCOUNT_BYTES + one_report, "{}", bytes());
+        for key in reports.totals(at(2_000)).keys() {
+            assert!(key.bytes() < 4 * 1_024, "{}", key.bytes());
+        }
+        // Another account is not refused for it, and what is old goes.
+        let other = InstanceId { service_account: "web".into(), ..id("web-1") };
+        let own = Reporter { principal: "spiffe://outrigger.local/ns/shop/sa/web", workload: "web" };
+        let web = || report_of(vec![Edge { source_principal: own.principal.into(), requests: 1, ..Edge::default() }]);
+        assert_eq!(reports.take(other.clone(), own, web(), at(2_000)), Ok(()));
+        let later = 2_000 + 61 * 60 * 1_000;
+        assert_eq!(reports.take(other, own, web(), at(later)), Ok(()));
+        assert!(bytes() < 10_000, "{}", bytes());
     }
 
     #[test]

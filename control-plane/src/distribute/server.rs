@@ -36,6 +36,8 @@ const HANDSHAKES: usize = 2_000;
 const STRANGER_TIMEOUT: Duration = Duration::from_secs(30);
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_REQUEST: usize = 1024 * 1024;
+/// A report of some hundred edges has a tenth of it.
+const MAX_REPORT: usize = 256 * 1024;
 const MAX_RESPONSE: usize = 16 * 1024 * 1024;
 const MAX_STREAMS: u32 = 100;
 const MAX_HEADER_LIST: u32 = 64 * 1024;
@@ -124,7 +126,7 @@ impl Server {
                     .max_encoding_message_size(MAX_RESPONSE),
             )
             .add_service(RegistryServer::new(Shared(shared())).max_decoding_message_size(MAX_REQUEST))
-            .add_service(TelemetryServer::new(Shared(shared())).max_decoding_message_size(MAX_REQUEST))
+            .add_service(TelemetryServer::new(Shared(shared())).max_decoding_message_size(MAX_REPORT))
             .serve_with_incoming_shutdown(ReceiverStream::new(connections), stopped)
             .await
     }

@@ -238,7 +238,7 @@ impl Telemetry {
         wire::ReportRequest {
             instance: self.own.instance.clone(),
             window_seconds: now.saturating_duration_since(last).as_secs_f64(),
-            edges: self.metrics.edges.all().iter().filter_map(|edge| report::window(edge)).collect(),
+            edges: report::fitting(self.metrics.edges.all().iter().filter_map(|edge| report::window(edge)).collect()),
             certificate_not_after: self.metrics.certificate_not_after.load(Ordering::Relaxed),
             connections: 0,
         }

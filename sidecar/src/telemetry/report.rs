@@ -5,9 +5,24 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use outrigger_api::wire;
+use prost::Message as _;
 
 use super::edge::{Edge, Observations};
 use super::labels::{Direction, OVERFLOW};
+
+/// The control plane takes 256 KiB; the rest of the message needs little.
+const MAX_BYTES: usize = 200 * 1024;
+
+/// The busiest edges, as many as the control plane takes.
+pub(super) fn fitting(mut edges: Vec<wire::Edge>) -> Vec<wire::Edge> {
+    edges.sort_by_key(|edge| std::cmp::Reverse(edge.requests));
+    let mut bytes = 0;
+    edges.retain(|edge| {
+        bytes += edge.encoded_len() + 8;
+        bytes <= MAX_BYTES
+    });
+    edges
+}
 
 /// What was counted on an edge since the sidecar started.
 #[derive(Clone, Default, Debug)]
