@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::name::is_label;
+use crate::peer_text::cut;
 
 /// The namespace of the mesh's own parts. No token and no CSR obtains an identity in it.
 pub const ROOT_NAMESPACE: &str = "outrigger-system";
@@ -32,7 +33,7 @@ impl TrustDomain {
     pub fn new(text: &str) -> Result<TrustDomain, IdentityError> {
         let fits = (1..=255).contains(&text.len())
             && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'-' | b'_'));
-        if fits { Ok(TrustDomain(text.into())) } else { Err(IdentityError::TrustDomain(text.to_owned())) }
+        if fits { Ok(TrustDomain(text.into())) } else { Err(IdentityError::TrustDomain(cut(text))) }
     }
 
     pub fn as_str(&self) -> &str {
@@ -85,7 +86,7 @@ impl SpiffeId {
         if text.len() > 2048 {
             return Err(IdentityError::TooLong(text.len()));
         }
-        let wrong = || IdentityError::Form(text.to_owned());
+        let wrong = || IdentityError::Form(cut(text));
         let rest = text.strip_prefix(SCHEME).ok_or_else(wrong)?;
         let (trust_domain, path) = rest.split_once('/').ok_or_else(wrong)?;
         TrustDomain::new(trust_domain)?;

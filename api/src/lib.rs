@@ -3,6 +3,7 @@
 
 pub mod identity;
 pub mod name;
+pub mod peer_text;
 pub mod policy;
 pub mod resource;
 pub mod snapshot;

@@ -4,6 +4,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::peer_text::cut;
+
 /// Why a text is not a name. The message says which rule it breaks.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
@@ -31,7 +33,7 @@ pub fn is_label(text: &str) -> bool {
 
 /// Checks a DNS label and says what is wrong with it.
 pub fn label(text: &str) -> Result<&str, NameError> {
-    if is_label(text) { Ok(text) } else { Err(NameError::Label(text.to_owned())) }
+    if is_label(text) { Ok(text) } else { Err(NameError::Label(cut(text))) }
 }
 
 /// A service: `name` in `namespace`. Its text form is `name.namespace`, the value of the metric label
@@ -55,10 +57,10 @@ impl ServiceName {
         let qualified = bare.len() != lower.len();
         let parsed = match bare.split_once('.') {
             Some((name, namespace)) => ServiceName::new(name, namespace),
-            None if qualified => return Err(NameError::Service(text.to_owned())),
+            None if qualified => return Err(NameError::Service(cut(text))),
             None => ServiceName::new(bare, own_namespace),
         };
-        parsed.map_err(|_| NameError::Service(text.to_owned()))
+        parsed.map_err(|_| NameError::Service(cut(text)))
     }
 }
 
@@ -84,7 +86,7 @@ pub struct ServicePort {
 impl ServicePort {
     /// Parses `service[.namespace]:port`.
     pub fn parse(text: &str, own_namespace: &str) -> Result<ServicePort, NameError> {
-        let wrong = || NameError::Destination(text.to_owned());
+        let wrong = || NameError::Destination(cut(text));
         let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
         let port = port.parse().ok().filter(|port| *port != 0).ok_or_else(wrong)?;
         Ok(ServicePort { service: ServiceName::parse(host, own_namespace)?, port })
@@ -162,7 +164,7 @@ impl std::str::FromStr for Protocol {
         Protocol::ALL
             .into_iter()
             .find(|protocol| protocol.as_str() == text)
-            .ok_or_else(|| NameError::Protocol(text.to_owned()))
+            .ok_or_else(|| NameError::Protocol(cut(text)))
     }
 }
 

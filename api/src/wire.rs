@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::identity::SpiffeId;
 use crate::name;
+use crate::peer_text::cut;
 use crate::snapshot;
 
 mod generated {
@@ -37,7 +38,7 @@ fn port(field: &'static str, value: u32) -> Result<u16, WireError> {
 }
 
 fn ip(field: &'static str, value: &str) -> Result<IpAddr, WireError> {
-    value.parse().map_err(|_| invalid(field, format!("{value:?} is not an IP address")))
+    value.parse().map_err(|_| invalid(field, format!("{:?} is not an IP address", cut(value))))
 }
 
 // --- keys ---------------------------------------------------------------------------------------------------

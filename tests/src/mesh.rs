@@ -3,8 +3,8 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use outrigger_api::resource::Labels;
@@ -12,7 +12,7 @@ use outrigger_control_plane::app::ControlPlane;
 use outrigger_control_plane::ca::token;
 use outrigger_control_plane::config::{Args, State};
 use outrigger_runtime::logging;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use crate::eventually::{eventually, soon};
 use crate::sidecar::SidecarBuilder;
@@ -70,6 +70,7 @@ pub struct Mesh {
 struct Running {
     admin: SocketAddr,
     stop: oneshot::Sender<Stop>,
+    reload: Arc<Notify>,
     thread: std::thread::JoinHandle<()>,
 }
 
@@ -119,10 +120,12 @@ impl Mesh {
         };
         let (started, addresses) = oneshot::channel();
         let (stop, stopped) = oneshot::channel();
-        let body = move || serve(&args, started, stopped);
+        let reload = Arc::<Notify>::default();
+        let reloads = reload.clone();
+        let body = move || serve(&args, started, stopped, &reloads);
         let thread = std::thread::Builder::new().name("control-plane".to_owned()).spawn(body).unwrap();
         let (grpc, admin) = soon("the control plane starts", addresses).await.expect("the control plane started");
-        *self.running.lock().unwrap() = Some(Running { admin, stop, thread });
+        *self.running.lock().unwrap() = Some(Running { admin, stop, reload, thread });
         grpc
     }
 
@@ -141,6 +144,11 @@ impl Mesh {
         assert!(running.stop.send(how).is_ok(), "the control plane ended by itself");
         let thread = running.thread;
         soon("the control plane ends", tokio::task::spawn_blocking(move || thread.join())).await.unwrap().unwrap();
+    }
+
+    /// Has the control plane read its files again, the roots among them, as SIGHUP would.
+    pub fn reload_control_plane(&self) {
+        self.running.lock().unwrap().as_ref().expect("the control plane runs").reload.notify_one();
     }
 
     pub fn control_plane(&self) -> SocketAddr {
@@ -259,12 +267,23 @@ fn log() {
     }
 }
 
-fn serve(args: &Args, started: oneshot::Sender<(SocketAddr, SocketAddr)>, stopped: oneshot::Receiver<Stop>) {
+fn serve(
+    args: &Args,
+    started: oneshot::Sender<(SocketAddr, SocketAddr)>,
+    mut stopped: oneshot::Receiver<Stop>,
+    reload: &Notify,
+) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let control_plane = ControlPlane::start(args).await.unwrap_or_else(|error| panic!("control plane: {error}"));
         let _ = started.send((control_plane.grpc_address(), control_plane.admin_address()));
-        if let Ok(Stop::InOrder) = stopped.await {
+        let how = loop {
+            tokio::select! {
+                how = &mut stopped => break how,
+                () = reload.notified() => control_plane.reload(),
+            }
+        };
+        if let Ok(Stop::InOrder) = how {
             control_plane.shutdown().await;
         }
     });

@@ -24,7 +24,7 @@ use crate::admin;
 use crate::ca::token::{self, TokenKey};
 use crate::ca::{Authority, AuthorityError, Redemptions, ServingCertificate};
 use crate::config::{Args, Directory, JournalError, State, StateError, StateLock};
-use crate::distribute::{Catalog, Control, Metrics, Publisher, Reports, Server};
+use crate::distribute::{Catalog, Control, Lines, Metrics, Publisher, Reports, Server};
 use crate::registry::{Registry, SavedLease};
 use virtual_addresses::{Keeper, configure};
 
@@ -240,6 +240,7 @@ fn open(args: &Args, state: &State, directory: &Directory, stop: watch::Receiver
         publisher: Arc::new(publisher),
         reports: Reports::default(),
         metrics,
+        lines: Lines::default(),
         streams: AtomicU64::new(1),
         stop,
     };

@@ -1,7 +1,9 @@
 //! The trust bundle: the roots that sidecars believe, with a generation that grows whenever the set changes and is
-//! kept in STATE, so that it grows across restarts too.
+//! kept in STATE, so that it grows across restarts too. A new one is at least the clock's seconds: a state that comes from
+//! a backup has a generation below what was in force since, and sidecars refuse its set instead of going back to it.
 
 use std::collections::BTreeSet;
+use std::time::SystemTime;
 
 use aws_lc_rs::digest;
 use base64::Engine;
@@ -12,6 +14,7 @@ use rustls_pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
 use super::AuthorityError;
+use super::certificate::unix_seconds;
 use crate::config::State;
 
 const RECORD: &str = "ca/bundle.json";
@@ -39,13 +42,15 @@ impl Bundle {
         state: &State,
         trust_domain: &TrustDomain,
         roots: Vec<CertificateDer<'static>>,
+        now: SystemTime,
     ) -> Result<Bundle, AuthorityError> {
         let fingerprints: BTreeSet<String> = roots.iter().map(|root| fingerprint(root)).collect();
         let known: Option<Record> = state.read(RECORD)?.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let generation = match known {
             Some(record) if record.roots == fingerprints => record.generation,
             other => {
-                let generation = other.map_or(1, |record| record.generation + 1);
+                let next = other.map_or(1, |record| record.generation.saturating_add(1));
+                let generation = next.max(unix_seconds(now));
                 let record = Record { generation, roots: fingerprints };
                 let bytes = serde_json::to_vec(&record)
                     .map_err(|error| AuthorityError::Unfit { path: state.path(RECORD), message: error.to_string() })?;

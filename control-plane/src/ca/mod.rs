@@ -93,7 +93,7 @@ impl Authority {
     /// Reads STATE/ca and makes what is missing. Afterwards STATE/trust-bundle.pem holds the roots.
     pub fn open(state: &State, trust_domain: &TrustDomain, now: SystemTime) -> Result<Authority, AuthorityError> {
         let files = files::open(state, trust_domain.as_str(), now)?;
-        let bundle = Bundle::record(state, trust_domain, files.roots)?;
+        let bundle = Bundle::record(state, trust_domain, files.roots, now)?;
         let authority = Authority {
             state: state.clone(),
             trust_domain: trust_domain.clone(),
@@ -166,7 +166,7 @@ impl Authority {
         if roots == self.bundle.load().roots {
             return Ok(false);
         }
-        let bundle = Bundle::record(&self.state, &self.trust_domain, roots)?;
+        let bundle = Bundle::record(&self.state, &self.trust_domain, roots, now)?;
         tracing::info!(roots = bundle.roots.len(), generation = bundle.generation, "the trust bundle changed");
         self.bundle.store(Arc::new(bundle));
         Ok(true)

@@ -2,8 +2,9 @@
 //! sidecar's own pace decides how much is sent, and only the newest version of each key ever is.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
+use outrigger_api::peer_text::PeerText;
 use outrigger_api::resource::Labels;
 use outrigger_api::snapshot::Key;
 use outrigger_api::wire::discovery_server::Discovery;
@@ -28,20 +29,23 @@ impl Discovery for Shared {
     type WatchStream = ReceiverStream<Result<WatchResponse, Status>>;
 
     async fn watch(&self, request: Request<Streaming<WatchRequest>>) -> Result<Response<Self::WatchStream>, Status> {
-        let certificate = client_certificate(&request)?.1;
+        let (peer, certificate) = client_certificate(&request)?;
         let (updates, stream) = mpsc::channel(IN_FLIGHT);
-        tokio::spawn(watch(self.0.clone(), certificate, request.into_inner(), updates));
+        tokio::spawn(watch(self.0.clone(), peer, certificate, request.into_inner(), updates));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 }
 
-/// The verified certificate without which this service says nothing, and who it is from.
+/// The verified certificate without which this service says nothing, and who it is from. It is judged anew: the
+/// connection may be older than the end of the certificate, or than the bundle.
 pub(super) fn client_certificate<T>(request: &Request<T>) -> Result<(Peer, PeerCertificate), Status> {
     let peer = request.extensions().get::<Peer>().cloned();
     let certificate = peer.as_ref().and_then(|peer| peer.certificate.clone());
-    peer.zip(certificate).ok_or_else(|| {
+    let (peer, certificate) = peer.zip(certificate).ok_or_else(|| {
         Status::unauthenticated("certificate_required: connect with the certificate that Identity.Issue gave")
-    })
+    })?;
+    peer.check(SystemTime::now())?;
+    Ok((peer, certificate))
 }
 
 /// The instance that a caller stands for. The certificate proves namespace and account; its subject names the workload,
@@ -59,11 +63,12 @@ pub(super) fn instance_of(certificate: &PeerCertificate, claimed: &str) -> Resul
 
 async fn watch(
     control: Arc<Control>,
+    peer: Peer,
     certificate: PeerCertificate,
     mut requests: Streaming<WatchRequest>,
     updates: mpsc::Sender<Result<WatchResponse, Status>>,
 ) {
-    let end = control.until_end(certificate.not_after);
+    let end = control.until_end(&peer);
     let mut end = std::pin::pin!(end);
     let first = tokio::select! {
         first = requests.message() => first,
@@ -85,13 +90,18 @@ async fn watch(
         }
     };
     control.publisher.connect(&subscriber);
-    tracing::info!(instance = %subscriber.id, "sidecar connected");
+    let account = || Some(certificate.identity.to_string());
+    if let Some(line) = control.lines.admit(("connected", account()), Instant::now()) {
+        tracing::info!(instance = %subscriber.id, suppressed = line.suppressed, "sidecar connected");
+    }
     let ended = tokio::select! {
         status = talk(&control, &certificate.workload, &subscriber, &mut requests, &updates) => status,
         status = end => Some(status),
     };
     control.publisher.disconnect(&subscriber);
-    tracing::info!(instance = %subscriber.id, "sidecar disconnected");
+    if let Some(line) = control.lines.admit(("disconnected", account()), Instant::now()) {
+        tracing::info!(instance = %subscriber.id, suppressed = line.suppressed, "sidecar disconnected");
+    }
     if let Some(status) = ended {
         let _ = updates.try_send(Err(status));
     }
@@ -99,7 +109,7 @@ async fn watch(
 
 fn greet(control: &Control, certificate: &PeerCertificate, hello: Hello) -> Result<Arc<Subscriber>, Status> {
     let id = instance_of(certificate, &hello.workload)?;
-    let version = hello.version.chars().take(64).collect();
+    let version = PeerText(&hello.version).to_string();
     let number = control.next_stream();
     Ok(Arc::new(Subscriber::new(number, id, version, SystemTime::now(), certificate.not_after)))
 }
@@ -163,7 +173,10 @@ fn take(control: &Control, workload: &str, subscriber: &Arc<Subscriber>, request
             let (topic, text) = topic(&key.unwrap_or_default(), &subscriber.id)?;
             if subscriber.answered(&topic, text.clone(), version, &refusal) {
                 control.metrics.refusals.inc();
-                tracing::warn!(instance = %subscriber.id, key = text, version, "update refused: {refusal}");
+                if let Some(line) = control.line("update_refused") {
+                    let (refusal, suppressed) = (PeerText(&refusal), line.suppressed);
+                    tracing::warn!(instance = %subscriber.id, key = text, version, suppressed, "update refused: {refusal}");
+                }
             }
             Ok(())
         }
@@ -171,7 +184,7 @@ fn take(control: &Control, workload: &str, subscriber: &Arc<Subscriber>, request
 }
 
 fn topic(key: &ResourceKey, id: &InstanceId) -> Result<(Topic, String), Status> {
-    let key = Key::try_from(key).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let key = Key::try_from(key).map_err(|error| Status::invalid_argument(PeerText(&error.to_string()).to_string()))?;
     let text = key.to_string();
     let topic = if key == Key::Own { Topic::Own(id.clone()) } else { Topic::Destination(key) };
     Ok((topic, text))

@@ -58,7 +58,10 @@ impl Identity for Shared {
         issued.map(Response::new).map_err(|refusal| {
             let Refusal { code, word, message } = refusal;
             control.metrics.issue_refused.with_label_values(&[word]).inc();
-            tracing::warn!(peer = %peer.address, by_token, reason = word, "no certificate issued: {message}");
+            if let Some(line) = control.line(word) {
+                let suppressed = line.suppressed;
+                tracing::warn!(peer = %peer.address, by_token, reason = word, suppressed, "no certificate issued: {message}");
+            }
             Status::new(code, format!("{word}: {message}"))
         })
     }

@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use outrigger_api::peer_text::{PeerText, cut};
 use outrigger_api::resource::Labels;
 use outrigger_api::wire::registry_server::Registry;
 use outrigger_api::wire::{self, LeaseRequest, LeaseResponse, lease_request, protocol_from_wire};
@@ -44,7 +45,7 @@ async fn lease(
     let held = hold(&control, &peer, &certificate, number, &mut id, &mut requests, &answers);
     let ended = tokio::select! {
         ended = held => ended,
-        status = control.until_end(certificate.not_after) => Some(status),
+        status = control.until_end(&peer) => Some(status),
     };
     if let Some(id) = id {
         control.publisher.lost(&id, number);
@@ -82,7 +83,9 @@ async fn hold(
             Some(lease_request::Kind::Withdraw(_)) => {
                 if let Some(id) = registered.take() {
                     control.publisher.withdraw(&id, number);
-                    tracing::info!(instance = %id, "lease withdrawn");
+                    if let Some(line) = control.line("lease_withdrawn") {
+                        tracing::info!(instance = %id, suppressed = line.suppressed, "lease withdrawn");
+                    }
                 }
                 LeaseResponse::default()
             }
@@ -113,7 +116,10 @@ fn register(
         }
         Err(refusal) => {
             control.metrics.leases_refused.inc();
-            tracing::warn!(instance = %id, "registration refused: {refusal}");
+            if let Some(line) = control.line("registration_refused") {
+                let suppressed = line.suppressed;
+                tracing::warn!(instance = %id, suppressed, "registration refused: {refusal}");
+            }
             LeaseResponse { refusal, services: Vec::new() }
         }
     }
@@ -123,14 +129,14 @@ fn register(
 fn read(message: &wire::Registration, peer: IpAddr, grant: &Labels) -> Result<Registration, String> {
     for (key, value) in &message.labels {
         if grant.get(key) != Some(value) {
-            return Err(format!(
-                "the label {key}={value} was not granted; make the token with `--label {key}={value}`"
-            ));
+            let label = format!("{key}={value}");
+            let label = PeerText(&label);
+            return Err(format!("the label {label} was not granted; make the token with `--label {label}`"));
         }
     }
     let ip = match message.ip.as_str() {
         "" => peer,
-        text => text.parse::<IpAddr>().map_err(|_| format!("{text:?} is not an IP address"))?.to_canonical(),
+        text => text.parse::<IpAddr>().map_err(|_| format!("{:?} is not an IP address", cut(text)))?.to_canonical(),
     };
     if ip.is_unspecified() || ip.is_multicast() {
         return Err(format!("{ip} is no address at which peers can reach this workload; give --workload-address"));

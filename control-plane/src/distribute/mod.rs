@@ -16,4 +16,4 @@ pub use index::{Catalog, leaf_lifetime_seconds};
 pub use metrics::Metrics;
 pub use publisher::{Publisher, Refusal, SidecarStatus};
 pub use reports::{EdgeKey, EdgeStats, Reports};
-pub use server::{Control, Server};
+pub use server::{Control, Lines, Server};

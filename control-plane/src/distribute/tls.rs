@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
@@ -17,6 +18,7 @@ use rustls::{
     SignatureScheme,
 };
 use rustls_pki_types::{CertificateDer, UnixTime};
+use tonic::Status;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
@@ -29,6 +31,62 @@ pub struct Peer {
     pub address: SocketAddr,
     /// None: it showed no certificate.
     pub certificate: Option<PeerCertificate>,
+    pub(super) standing: Option<Arc<Standing>>,
+}
+
+impl Peer {
+    /// Whether the certificate of this connection would be let in now: it has not ended, and a root of the bundle in
+    /// force signed it. A peer without one has nothing that could end.
+    pub(super) fn check(&self, now: SystemTime) -> Result<(), Status> {
+        self.standing.as_ref().map_or(Ok(()), |standing| standing.check(now))
+    }
+}
+
+/// The certificate of a connection that is open, to be judged again: the connection may be older than its end, or than
+/// the bundle.
+pub(super) struct Standing {
+    chain: Vec<CertificateDer<'static>>,
+    not_after: SystemTime,
+    verifier: Arc<WorkloadVerifier>,
+    /// Generation of the bundle that last verified it.
+    verified: AtomicU64,
+}
+
+impl std::fmt::Debug for Standing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Standing").field("not_after", &self.not_after).finish_non_exhaustive()
+    }
+}
+
+impl Standing {
+    /// Of a chain that the handshake has just verified; it is verified once more at the first check.
+    pub(super) fn new(
+        chain: Vec<CertificateDer<'static>>,
+        not_after: SystemTime,
+        verifier: Arc<WorkloadVerifier>,
+    ) -> Standing {
+        Standing { chain, not_after, verifier, verified: AtomicU64::new(0) }
+    }
+
+    fn check(&self, now: SystemTime) -> Result<(), Status> {
+        if now >= self.not_after {
+            let message = "the client certificate expired; connect again with the renewed one";
+            return Err(Status::unauthenticated(message));
+        }
+        let generation = self.verifier.authority.bundle().generation;
+        if self.verified.load(Ordering::Relaxed) == generation {
+            return Ok(());
+        }
+        let [leaf, intermediates @ ..] = &self.chain[..] else {
+            return Err(Status::unauthenticated("certificate_required: the connection has no client certificate"));
+        };
+        let time = UnixTime::since_unix_epoch(now.duration_since(UNIX_EPOCH).unwrap_or_default());
+        self.verifier.verify_client_cert(leaf, intermediates, time).map_err(|error| {
+            Status::unauthenticated(format!("the client certificate is no longer believed ({error}); connect again"))
+        })?;
+        self.verified.store(generation, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 /// A certificate that was verified in the handshake.
@@ -55,13 +113,17 @@ pub enum PeerError {
     Reserved,
 }
 
-pub fn server_config(
-    authority: Arc<Authority>,
+/// What verifies client certificates, in handshakes and afterwards.
+pub(super) fn verifier(authority: Arc<Authority>) -> Arc<WorkloadVerifier> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    Arc::new(WorkloadVerifier { authority, provider, current: ArcSwapOption::empty() })
+}
+
+pub(super) fn server_config(
+    verifier: Arc<WorkloadVerifier>,
     serving: Arc<ServingCertificate>,
 ) -> Result<ServerConfig, rustls::Error> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let verifier =
-        Arc::new(WorkloadVerifier { authority, provider: provider.clone(), current: ArcSwapOption::empty() });
+    let provider = verifier.provider.clone();
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
@@ -105,7 +167,7 @@ pub fn read_certificate(der: &CertificateDer<'_>, trust_domain: &TrustDomain) ->
 }
 
 /// Verifies with the bundle that is in force at that moment.
-struct WorkloadVerifier {
+pub(super) struct WorkloadVerifier {
     authority: Arc<Authority>,
     provider: Arc<CryptoProvider>,
     current: ArcSwapOption<Roots>,

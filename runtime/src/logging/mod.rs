@@ -1,7 +1,12 @@
 //! Logs of a process: `tracing` events as text or JSON on stderr, and lines that others have already formatted (the
-//! access log). `main` starts it once; everybody else holds a [`Logs`]. Logging never waits for stderr: see `writer`.
+//! access log). `main` starts it once; everybody else holds a [`Logs`]. Logging never waits for stderr: see `writer`. An
+//! event is one line whatever stands in it; what strangers cause goes through a [`Throttle`].
 
+mod throttle;
 mod writer;
+
+pub use throttle::{Admitted, Throttle};
+pub use writer::escape_json;
 
 use std::fmt;
 use std::io;

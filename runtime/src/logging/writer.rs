@@ -7,10 +7,13 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
+use outrigger_api::peer_text::breaks_lines;
 use tracing_subscriber::fmt::MakeWriter;
 
 /// What may wait to be written; some thousand lines.
 const QUEUE_BYTES: usize = 1 << 20;
+/// A line in text form; what is longer is cut. In JSON values are cut where they come from.
+const LONGEST_TEXT: usize = 16 << 10;
 /// What a waiting line costs besides its own bytes.
 const LINE_COST: usize = 64;
 
@@ -31,6 +34,7 @@ struct Counts {
 pub(super) struct Lines {
     /// None: lines go nowhere.
     queue: Option<Sender<Message>>,
+    json: bool,
     counts: Arc<Counts>,
 }
 
@@ -41,11 +45,11 @@ impl Lines {
         let counts = Arc::new(Counts::default());
         let counted = Arc::clone(&counts);
         std::thread::Builder::new().name("log".to_owned()).spawn(move || write_all(to, json, &messages, &counted))?;
-        Ok(Lines { queue: Some(queue), counts })
+        Ok(Lines { queue: Some(queue), json, counts })
     }
 
     pub(super) fn nowhere() -> Lines {
-        Lines { queue: None, counts: Arc::default() }
+        Lines { queue: None, json: false, counts: Arc::default() }
     }
 
     /// One line; its end is added when it is missing.
@@ -125,9 +129,47 @@ impl Write for Line<'_> {
 impl Drop for Line<'_> {
     fn drop(&mut self) {
         if !self.bytes.is_empty() {
-            self.lines.push(std::mem::take(&mut self.bytes));
+            let bytes = std::mem::take(&mut self.bytes);
+            self.lines.push(if self.lines.json { escape_json(bytes) } else { escape_text(bytes) });
         }
     }
+}
+
+/// One event is one line, whatever stands in its message: a line end of a peer's would begin a line of the peer's own.
+fn escape_text(bytes: Vec<u8>) -> Vec<u8> {
+    let Ok(text) = std::str::from_utf8(&bytes) else { return bytes };
+    let line = text.strip_suffix('\n').unwrap_or(text);
+    if line.len() <= LONGEST_TEXT && !line.contains(breaks_lines) {
+        return bytes;
+    }
+    let kept = &line[..line.floor_char_boundary(LONGEST_TEXT)];
+    let mut escaped = String::with_capacity(kept.len() + 64);
+    for character in kept.chars() {
+        if breaks_lines(character) { escaped.extend(character.escape_default()) } else { escaped.push(character) }
+    }
+    if kept.len() < line.len() {
+        escaped.push_str(&format!("\u{2026} ({} bytes more)", line.len() - kept.len()));
+    }
+    escaped.into_bytes()
+}
+
+/// The same for a line of JSON, in which the control characters of ASCII are escaped already. The others can stand only
+/// within strings.
+pub fn escape_json(bytes: Vec<u8>) -> Vec<u8> {
+    let Ok(text) = std::str::from_utf8(&bytes) else { return bytes };
+    let line = text.strip_suffix('\n').unwrap_or(text);
+    if !line.contains(breaks_lines) {
+        return bytes;
+    }
+    let mut escaped = String::with_capacity(line.len() + 64);
+    for character in line.chars() {
+        if breaks_lines(character) {
+            escaped.push_str(&format!("\\u{:04x}", u32::from(character)));
+        } else {
+            escaped.push(character);
+        }
+    }
+    escaped.into_bytes()
 }
 
 impl<'a> MakeWriter<'a> for Lines {
@@ -177,6 +219,20 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    #[test]
+    fn one_event_is_one_line() {
+        let text = |line: &str| String::from_utf8(escape_text(line.as_bytes().to_vec())).unwrap();
+        assert_eq!(text("WARN refused: no\n"), "WARN refused: no\n");
+        assert_eq!(text("WARN refused: a\n2026 ERROR ca: read\r\u{1b}[2J\u{9b}\n").matches('\n').count(), 0);
+        assert_eq!(text("a\nb\n"), "a\\nb");
+        let long = text(&"ä".repeat(1 << 20));
+        assert!(long.len() < LONGEST_TEXT + 100 && long.ends_with("bytes more)"), "{}", long.len());
+        let value = serde_json::json!({ "message": "a\n\u{7f}\u{9b}\u{2028}\u{202e}ä" });
+        let line = String::from_utf8(escape_json(serde_json::to_vec(&value).unwrap())).unwrap();
+        assert!(!line.contains(breaks_lines), "{line:?}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&line).unwrap(), value);
     }
 
     #[test]

@@ -94,6 +94,12 @@ impl Bundle {
         &self.0.anchors
     }
 
+    /// Whether both believe the same roots, in whatever order.
+    pub(super) fn same_roots(&self, other: &Bundle) -> bool {
+        let within = |one: &Bundle, all: &Bundle| one.roots().iter().all(|root| all.roots().contains(root));
+        self.trust_domain() == other.trust_domain() && within(self, other) && within(other, self)
+    }
+
     /// Whether the two have a root in common. Two that have none are of different authorities.
     pub fn shares_root(&self, other: &Bundle) -> bool {
         self.roots().iter().any(|root| other.roots().contains(root))

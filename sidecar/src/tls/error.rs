@@ -97,6 +97,12 @@ pub enum TlsError {
     Protocol(rustls::Error),
     #[error("the certificate and key cannot be used: {0}")]
     Material(rustls::Error),
+    #[error(
+        "the trust bundle of generation {found} has other roots than the one in force, whose generation is {in_force}, \
+         and is not newer: was the control plane's --state restored from a backup? When its roots are the right ones, \
+         remove STATE/ca/bundle.json there and start it again"
+    )]
+    OlderBundle { found: u64, in_force: u64 },
 }
 
 impl TlsError {
@@ -108,7 +114,7 @@ impl TlsError {
             TlsError::Peer(_) => Reason::PeerCertificate,
             TlsError::OwnExpired(_) => Reason::NotReady,
             TlsError::Alert(_) | TlsError::Timeout(_) | TlsError::Io(_) | TlsError::Protocol(_) => Reason::TlsHandshake,
-            TlsError::Material(_) => Reason::Internal,
+            TlsError::Material(_) | TlsError::OlderBundle { .. } => Reason::Internal,
         }
     }
 

@@ -122,12 +122,15 @@ impl Tls {
     }
 
     /// Replaces the trust bundle and keeps the certificate. False when `bundle` is not newer than the one in force,
-    /// or there is no credential yet.
+    /// or there is no credential yet; an error when it is not newer and has other roots, for then somebody went back.
     pub fn install_bundle(&self, bundle: Bundle) -> Result<bool, TlsError> {
         let _one_at_a_time = self.0.install.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(current) = self.current() else { return Ok(false) };
-        if bundle.generation() <= current.credential().bundle().generation() {
-            return Ok(false);
+        let in_force = current.credential().bundle();
+        if bundle.generation() <= in_force.generation() {
+            let (found, in_force_is) = (bundle.generation(), in_force.generation());
+            let same = bundle.same_roots(in_force);
+            return if same { Ok(false) } else { Err(TlsError::OlderBundle { found, in_force: in_force_is }) };
         }
         self.swap(current.credential().with_bundle(bundle)?)?;
         Ok(true)

@@ -433,6 +433,14 @@ fn the_later_bundle_stays_unless_it_disbelieves_the_new_leaf() {
     let tls = tls(one.credential(&LeafSpec::valid("shop", "cart")));
     assert!(tls.install_bundle(one.bundle(5)).unwrap());
     assert!(!tls.install_bundle(one.bundle(4)).unwrap(), "an older one is not taken");
+    let with = |generation| {
+        let roots = one.bundle(0).roots().iter().chain(two.bundle(0).roots()).cloned().collect();
+        Bundle::new(one.bundle(0).trust_domain().clone(), roots, generation).unwrap()
+    };
+    for generation in [1, 4, 5] {
+        let refused = tls.install_bundle(with(generation)).unwrap_err();
+        assert!(matches!(refused, TlsError::OlderBundle { in_force: 5, .. }), "{generation}: {refused}");
+    }
     tls.install(one.credential(&LeafSpec::valid("shop", "cart"))).unwrap();
     assert_eq!(tls.current().unwrap().credential().bundle().generation(), 5);
     tls.install(two.credential(&LeafSpec::valid("shop", "cart"))).unwrap();

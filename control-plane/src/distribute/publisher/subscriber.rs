@@ -5,13 +5,11 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use outrigger_api::peer_text::PeerText;
 use tokio::sync::Notify;
 
 use super::Topic;
 use crate::registry::InstanceId;
-
-/// A refusal's text is shown to people; this much of it is kept.
-const MAX_REFUSAL: usize = 1_000;
 
 pub struct Subscriber {
     pub(super) number: u64,
@@ -88,7 +86,7 @@ impl Subscriber {
             state.refusals.remove(&key);
             return false;
         }
-        let refusal = Refusal { version, reason: refusal.chars().take(MAX_REFUSAL).collect() };
+        let refusal = Refusal { version, reason: PeerText(refusal).to_string() };
         state.refusals.insert(key, refusal.clone()) != Some(refusal)
     }
 
