@@ -1,8 +1,9 @@
-//! What a client's first bytes are: what was decided on some of them is not changed by more.
+//! What a client's first bytes are: what was decided on some of them is not changed by more, or the screen sees it.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use outrigger_sidecar::protocol::detect::{detect, speaks_http2};
+use outrigger_sidecar::protocol::detect::{Detected, Sight, detect, speaks_http2};
+use outrigger_sidecar::protocol::screen::Screen;
 use outrigger_sidecar::tls::{Hello, read_hello};
 
 #[derive(PartialEq, Eq, Debug)]
@@ -16,8 +17,16 @@ enum Said {
 fuzz_target!(|input: (u16, &[u8])| {
     let (cut, bytes) = input;
     let first = &bytes[..usize::from(cut).min(bytes.len())];
-    if let Some(detected) = detect(first) {
-        assert_eq!(detect(bytes), Some(detected), "{} then {}", first.escape_ascii(), bytes.escape_ascii());
+    let screened = Screen::default().client(bytes).is_err();
+    let mut pieces = Screen::default();
+    let early = pieces.client(first).and_then(|()| pieces.client(&bytes[first.len()..]));
+    assert_eq!(early.is_err(), screened, "{} then {}", first.escape_ascii(), bytes.escape_ascii());
+    match (detect(first), detect(bytes)) {
+        (Sight::Is(Detected::Opaque), Sight::Is(Detected::Http1)) => assert!(screened, "{}", bytes.escape_ascii()),
+        (Sight::Is(early), late) => {
+            assert_eq!(late, Sight::Is(early), "{} then {}", first.escape_ascii(), bytes.escape_ascii());
+        }
+        (Sight::Begun | Sight::Short, _) => {}
     }
     if speaks_http2(first) {
         assert!(speaks_http2(bytes));

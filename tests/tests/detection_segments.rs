@@ -160,17 +160,99 @@ async fn what_is_not_http_is_opaque_however_it_is_cut() {
     let backend = Backend::start().await;
     let pair = pair(backend.port(), MeshOptions::default(), |_| {}).await;
     let mut count = 0.0;
-    for first in [&b"*1\r\n$4\r\nPING\r\n"[..], b"\0\0\0\x08\x04\xd2\x16\x2f", b"AMQP\0\0\x09\x01", b"HELO client\r\n"]
-    {
+    for first in OTHER_PROTOCOLS {
         let mut client = Connection::open(pair.near.outbound()).await;
         trickle(&mut client, first).await;
         let mut app = backend.accept().await;
         // One that was opened on suspicion may have been meant for somebody else: never here, there is one client.
-        assert_eq!(app.take(first.len()).await, first);
+        assert_eq!(app.take(first.len()).await, *first);
         app.send(b"+PONG\r\n").await;
         assert_eq!(client.take(7).await, b"+PONG\r\n");
         count += 1.0;
         eventually("counted", async || (detected(&pair.far, "tcp").await == count).then_some(())).await;
         assert_eq!(detected(&pair.near, "tcp").await, count);
+    }
+}
+
+/// What clients of other protocols say first.
+const OTHER_PROTOCOLS: &[&[u8]] = &[
+    b"*1\r\n$4\r\nPING\r\n",
+    b"\0\0\0\x08\x04\xd2\x16\x2f",
+    b"AMQP\0\0\x09\x01",
+    b"HELLO client\r\n",
+    b"STATS\r\n",
+    b"set /user/1 0 0 5\r\nhello\r\n",
+    b"READ 1\n",
+    b"0033git-upload-pack /p\0host=git.test\0",
+    b"83 <34>1 2026-11-28T14:00:00Z web app - - - \"GET / HTTP/1.1\" 200 and so on, to the end\n",
+    b"<34>Nov 28 14:00:00 web app: a line\n",
+    b"OPTIONS rtsp://cam.test/1 RTSP/1.0\r\nCSeq: 1\r\n\r\n",
+    b"REGISTER sip:test SIP/2.0\r\nVia: SIP/2.0/TCP a\r\n\r\n",
+    b"CONNECT\naccept-version:1.2\nhost:a\n\n\0",
+    b"@RSYNCD: 31.0\n",
+    b"{\"jsonrpc\":\"2.0\"}\n",
+];
+
+/// A client that says a word and waits for the answer: no byte rules HTTP out, and nothing more comes.
+#[tokio::test]
+async fn what_stops_short_is_let_go_and_what_has_begun_like_http_is_not() {
+    let backend = Backend::start().await;
+    // What is answered is not answered because a head took too long.
+    let never = |limits: &mut Limits| limits.head_timeout = Duration::from_secs(3600);
+    let pair = pair(backend.port(), MeshOptions::permissive(), never).await;
+    let words: &[&[u8]] = &[
+        b"ruok",
+        b"JDWP-Handshake",
+        b"0033git-upload-pack",
+        b"83 <34>1 2026",
+        b"deadbeef",
+        b"0123456789ABCDEF",
+        b"q",
+        b"R",
+        b"7",
+        b"HELLO",
+        b"READ 1",
+        b"PING",
+        b"ON-AND-ON-WITHOUT-AN-END-AND-WITHOUT-A-BLANK",
+        b"\r\n",
+        b" ",
+    ];
+    for door in [pair.near.outbound(), pair.far.inbound()] {
+        for word in words {
+            let mut client = Connection::open(door).await;
+            client.send(word).await;
+            let mut app = backend.accept().await;
+            assert_eq!(app.take(word.len()).await, *word);
+            app.send(b"imok").await;
+            assert_eq!(client.take(4).await, b"imok", "{}", word.escape_ascii());
+        }
+    }
+    for begun in
+        [&b"G"[..], b"PO", b"GET", b"GET ", b"GET /x HT", b"\r\nGET /", b"PURGE /x", b"foo http://a", b"a b HTTP/1"]
+    {
+        for door in [pair.near.outbound(), pair.far.inbound()] {
+            let mut client = Connection::open(door).await;
+            client.send(begun).await;
+            assert!(client.stays_silent(Duration::from_millis(500)).await);
+            while let Some(mut connection) = backend.accepted().await {
+                assert_eq!(connection.take_to_end().await.0, b"", "{}", begun.escape_ascii());
+            }
+            client.reset();
+        }
+    }
+}
+
+/// On a port that is declared HTTP nothing is let go: what is wrong with it, the parser says.
+#[tokio::test]
+async fn on_a_port_declared_http_a_word_is_an_unfinished_head() {
+    let backend = Backend::start().await;
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    mesh.service("catalog.shop", 80, backend.port(), Some("http"));
+    let quick = |limits: &mut Limits| limits.head_timeout = Duration::from_millis(700);
+    let near = mesh.sidecar("cart-1").outbound("catalog:80").limits(quick).start().await;
+    for word in [&b"ruok"[..], b"q", b"JDWP-Handshake"] {
+        let mut client = Connection::open(near.outbound()).await;
+        client.send(word).await;
+        assert_eq!(client.response(false).await.status, 408);
     }
 }

@@ -80,6 +80,8 @@ pub struct Limits {
     /// How long a client of an undeclared port may be silent before the upstream is opened all the same, because it
     /// may be one where the server speaks first.
     pub detect_wait: Duration,
+    /// How long first bytes that stop short of telling what they are, a word without an end, are waited for.
+    pub detect_short: Duration,
     /// Connections of which nothing is known yet when `detect_wait` is over, per worker. The one that has been so for
     /// longest makes room for the next.
     pub detections_in_flight: usize,
@@ -198,6 +200,7 @@ impl Default for Limits {
             accept_pause: Duration::from_millis(100),
 
             detect_wait: Duration::from_millis(50),
+            detect_short: Duration::from_millis(250),
             detections_in_flight: 1_024,
             speculative_connects: 16,
             speculation_settles: Duration::from_secs(1),

@@ -9,7 +9,7 @@ use crate::connection::State;
 use crate::net::Stream;
 use crate::outcome::{Error, Reason};
 use crate::policy::Permit;
-use crate::protocol::opaque::{self, CopyError};
+use crate::protocol::opaque::{self, CopyError, Declared};
 use crate::protocol::sni::{self, Sniffed};
 use crate::telemetry::{self, TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
@@ -72,10 +72,13 @@ impl Walk {
         }
         let forth = |count| record.add_received(count);
         let back = |count| record.add_sent(count);
-        match opaque::copy(stream, upstream, &self.registered, forth, back).await {
+        let declared = if self.declared.is_some() { Declared::Opaque } else { Declared::Nothing };
+        let screen = declared.screen(upstream.ahead());
+        match opaque::copy(stream, upstream, &self.registered, screen, forth, back).await {
             Ok(()) => {}
             Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
             Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
+            Err(CopyError::Http(found)) => record.failed(Reason::ProtocolMismatch, || found.to_owned()),
         }
     }
 }

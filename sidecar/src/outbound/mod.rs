@@ -13,6 +13,7 @@ use crate::net::Stream;
 use crate::outcome::{Error, Reason, Stage};
 use crate::policy;
 use crate::protocol::detect::Detected;
+use crate::protocol::opaque::Declared;
 use crate::protocol::peek::{self, Peeked};
 use crate::telemetry::WireProtocol;
 
@@ -46,8 +47,12 @@ async fn walk(worker: &Rc<Worker>, backend: &Rc<Backend>, mut stream: Stream, re
     let permit = policy::admit_outbound();
     let limits = &worker.limits;
     let peeked = match declared {
-        Some(Protocol::Tcp) => return opaque(worker, view, stream, registered, WireProtocol::Tcp, permit).await,
-        Some(Protocol::Tls) => return opaque(worker, view, stream, registered, WireProtocol::Tls, permit).await,
+        Some(Protocol::Tcp) => {
+            return opaque(worker, view, stream, registered, WireProtocol::Tcp, Declared::Opaque, permit).await;
+        }
+        Some(Protocol::Tls) => {
+            return opaque(worker, view, stream, registered, WireProtocol::Tls, Declared::Opaque, permit).await;
+        }
         Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
             peek::speaks_or_waits(&mut stream, limits.first_byte_timeout, limits.head_timeout).await
         }

@@ -13,7 +13,7 @@ use crate::connection::{Registered, State};
 use crate::net::Stream;
 use crate::outcome::{Error, Reason};
 use crate::policy::Permit;
-use crate::protocol::opaque::{self, CopyError};
+use crate::protocol::opaque::{self, CopyError, Declared};
 use crate::protocol::sni::{self, Sniffed};
 use crate::telemetry::{TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
@@ -27,6 +27,7 @@ pub(super) async fn opaque(
     stream: Stream,
     registered: &Rc<Registered>,
     protocol: WireProtocol,
+    declared: Declared,
     permit: Permit,
 ) {
     let view = match view {
@@ -34,7 +35,7 @@ pub(super) async fn opaque(
         Err(error) => return refuse_connection(worker, None, &stream, &error),
     };
     match dial(worker, &view, permit).await {
-        Ok(opened) => copy(worker, stream, opened, registered, protocol).await,
+        Ok(opened) => copy(worker, stream, opened, registered, protocol, declared).await,
         Err(error) => refuse_connection(worker, Some(&view), &stream, &error),
     }
 }
@@ -81,6 +82,7 @@ pub(super) async fn copy(
     opened: Opened,
     registered: &Registered,
     protocol: WireProtocol,
+    declared: Declared,
 ) {
     let sniffed = if protocol == WireProtocol::Tls {
         Box::pin(sni::sniff(&mut stream, worker.limits.detect_wait)).await
@@ -109,9 +111,12 @@ pub(super) async fn copy(
     }
     let forth = |count| record.add_received(count);
     let back = |count| record.add_sent(count);
-    match opaque::copy(stream, opened.dialled.stream, registered, forth, back).await {
+    let upstream = opened.dialled.stream;
+    let screen = declared.screen(upstream.ahead());
+    match opaque::copy(stream, upstream, registered, screen, forth, back).await {
         Ok(()) => {}
         Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
         Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
+        Err(CopyError::Http(found)) => record.failed(Reason::ProtocolMismatch, || found.to_owned()),
     }
 }

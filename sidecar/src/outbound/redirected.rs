@@ -14,7 +14,7 @@ use crate::connection::Registered;
 use crate::net::{OriginalDst, Stream};
 use crate::outcome::{Error, Reason, Retry, Stage};
 use crate::policy::{self, Permit};
-use crate::protocol::opaque::CopyError;
+use crate::protocol::opaque::{CopyError, Declared};
 use crate::protocol::peek;
 use crate::protocol::sni::{self, Sniffed};
 use crate::redirect;
@@ -88,9 +88,10 @@ async fn pass(worker: &Rc<Worker>, view: &Rc<View>, mut stream: Stream, register
                 CopyError::Upstream(error) => {
                     Error::upstream(Stage::Forward, Reason::UpstreamReset, Retry::Never, error.to_string())
                 }
+                CopyError::Http(found) => Error::downstream(Stage::Detect, Reason::ProtocolMismatch, found),
             };
             return refuse_connection(worker, Some(view), &stream, &error);
         }
     };
-    copy(worker, stream, opened, registered, protocol).await;
+    copy(worker, stream, opened, registered, protocol, Declared::Opaque).await;
 }

@@ -11,6 +11,7 @@ use crate::net::Stream;
 use crate::outcome::Error;
 use crate::policy::Permit;
 use crate::protocol::detect::Detected;
+use crate::protocol::opaque::Declared;
 use crate::protocol::peek::Peeked;
 use crate::protocol::silence::{self, First, Moment};
 use crate::telemetry::{self, WireProtocol};
@@ -36,7 +37,7 @@ pub(super) async fn undeclared(
         Ok(First::Client(opened)) => opened,
         Ok(First::Server(opened)) => {
             worker.telemetry.detected(telemetry::Detected::ServerFirst);
-            return copy(worker, stream, opened, registered, WireProtocol::Tcp).await;
+            return copy(worker, stream, opened, registered, WireProtocol::Tcp, Declared::Nothing).await;
         }
         Ok(First::Nobody) => return,
         Err(error) => return refuse_connection(worker, known, &stream, &error),
@@ -56,8 +57,11 @@ pub(super) async fn undeclared(
         Err(error) => return refuse_head(worker, known, stream, &error).await,
     };
     match opened {
-        Some(opened) => copy(worker, stream, opened, registered, protocol).await,
-        None => opaque(worker, backend.view(worker).await, stream, registered, protocol, permit).await,
+        Some(opened) => copy(worker, stream, opened, registered, protocol, Declared::Nothing).await,
+        None => {
+            let view = backend.view(worker).await;
+            opaque(worker, view, stream, registered, protocol, Declared::Nothing, permit).await;
+        }
     }
 }
 

@@ -4,5 +4,6 @@ pub mod detect;
 pub mod http;
 pub mod opaque;
 pub mod peek;
+pub mod screen;
 pub mod silence;
 pub mod sni;

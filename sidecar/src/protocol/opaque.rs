@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
+use super::screen::{Found, Screen};
 use crate::connection::Entry;
 use crate::net::Stream;
 
@@ -52,6 +53,27 @@ enum HalfState {
 pub enum CopyError {
     Downstream(io::Error),
     Upstream(io::Error),
+    /// The client's bytes turned out to be HTTP, and the server has got none of what makes them so.
+    Http(Found),
+}
+
+/// What is known of a connection whose bytes are copied.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Declared {
+    /// It is to be opaque, whatever its bytes are.
+    Opaque,
+    /// Its first bytes were taken for opaque.
+    Nothing,
+}
+
+impl Declared {
+    /// What looks at the client's bytes; `server` is what the server has said already.
+    pub fn screen(self, server: &[u8]) -> Option<Box<Screen>> {
+        match self {
+            Declared::Opaque => None,
+            Declared::Nothing => Screen::behind(server),
+        }
+    }
 }
 
 /// How long the last words of a side that broke may take to reach the other.
@@ -73,11 +95,13 @@ impl Drop for Both {
     }
 }
 
-/// Copies until both directions have ended. `forth` counts bytes from downstream to upstream, `back` the others.
+/// Copies until both directions have ended. `forth` counts bytes from downstream to upstream, `back` the others. The
+/// screen, where nobody declared that the bytes are opaque, looks at the client's first.
 pub async fn copy(
     downstream: Stream,
     upstream: Stream,
     entry: &Entry,
+    screen: Option<Box<Screen>>,
     forth_bytes: impl Fn(u64),
     back_bytes: impl Fn(u64),
 ) -> Result<(), CopyError> {
@@ -85,25 +109,38 @@ pub async fn copy(
     let Both { downstream, upstream, whole } = &mut both;
     let mut forth = Half::default();
     let mut back = Half::default();
+    let screen = RefCell::new(screen);
+    let from_client = |bytes: &[u8]| {
+        if let Some(screen) = &mut *screen.borrow_mut() {
+            screen.client(bytes)?;
+        }
+        entry.touch();
+        forth_bytes(bytes.len() as u64);
+        Ok(())
+    };
+    let from_server = |bytes: &[u8]| {
+        screen.borrow_mut().take_if(|screen| {
+            screen.server(bytes);
+            screen.is_lifted()
+        });
+        entry.touch();
+        back_bytes(bytes.len() as u64);
+        Ok(())
+    };
     let result = std::future::poll_fn(|cx| {
         entry.listen(cx.waker());
         if entry.command() == crate::connection::Command::Close {
             return Poll::Ready(Ok(false));
         }
-        let forth_done = forth.poll(cx, downstream, upstream, |count| {
-            entry.touch();
-            forth_bytes(count);
-        });
+        let forth_done = forth.poll(cx, downstream, upstream, from_client);
         let forth_done = match forth_done {
             Poll::Ready(Err(End::Read(error))) => return Poll::Ready(Err(CopyError::Downstream(error))),
             Poll::Ready(Err(End::Write(error))) => return Poll::Ready(Err(CopyError::Upstream(error))),
+            Poll::Ready(Err(End::Found(what))) => return Poll::Ready(Err(CopyError::Http(what))),
             Poll::Ready(Ok(())) => true,
             Poll::Pending => false,
         };
-        let back_done = back.poll(cx, upstream, downstream, |count| {
-            entry.touch();
-            back_bytes(count);
-        });
+        let back_done = back.poll(cx, upstream, downstream, from_server);
         // Who has ended is not read any more, so nothing tells of its reset: it is asked for, once per tick.
         if forth_done || back_done.is_ready() {
             entry.tick();
@@ -117,6 +154,7 @@ pub async fn copy(
         match back_done {
             Poll::Ready(Err(End::Read(error))) => Poll::Ready(Err(CopyError::Upstream(error))),
             Poll::Ready(Err(End::Write(error))) => Poll::Ready(Err(CopyError::Downstream(error))),
+            Poll::Ready(Err(End::Found(what))) => Poll::Ready(Err(CopyError::Http(what))),
             Poll::Ready(Ok(())) if forth_done => Poll::Ready(Ok(true)),
             Poll::Ready(Ok(())) => match upstream.take_reset() {
                 Some(error) => Poll::Ready(Err(CopyError::Upstream(error))),
@@ -129,8 +167,9 @@ pub async fn copy(
     let rest = async {
         match &result {
             Ok(ended) => *whole = *ended,
-            Err(CopyError::Downstream(_)) => forth.last_words(downstream, upstream, forth_bytes).await,
-            Err(CopyError::Upstream(_)) => back.last_words(upstream, downstream, back_bytes).await,
+            Err(CopyError::Downstream(_)) => forth.last_words(downstream, upstream, from_client).await,
+            Err(CopyError::Upstream(_)) => back.last_words(upstream, downstream, from_server).await,
+            Err(CopyError::Http(_)) => {}
         }
     };
     // Who does not take them in time is cut off in the middle.
@@ -141,6 +180,7 @@ pub async fn copy(
 enum End {
     Read(io::Error),
     Write(io::Error),
+    Found(Found),
 }
 
 impl Half {
@@ -149,7 +189,7 @@ impl Half {
         cx: &mut Context<'_>,
         reader: &mut Stream,
         writer: &mut Stream,
-        count: impl Fn(u64),
+        seen: impl Fn(&[u8]) -> Result<(), Found>,
     ) -> Poll<Result<(), End>> {
         loop {
             ready!(self.poll_write_held(cx, writer)).map_err(End::Write)?;
@@ -171,7 +211,7 @@ impl Half {
                     self.state = HalfState::Ended;
                     return Poll::Ready(Ok(()));
                 }
-                count(bytes.len() as u64);
+                seen(bytes).map_err(End::Found)?;
                 self.unflushed = true;
                 let mut written = 0;
                 while written < bytes.len() {
@@ -199,9 +239,14 @@ impl Half {
     }
 
     /// Brings what the reader, which is broken, said before to the writer.
-    async fn last_words(&mut self, reader: &mut Stream, writer: &mut Stream, count: impl Fn(u64)) {
+    async fn last_words(
+        &mut self,
+        reader: &mut Stream,
+        writer: &mut Stream,
+        seen: impl Fn(&[u8]) -> Result<(), Found>,
+    ) {
         self.broken = true;
-        let said = std::future::poll_fn(|cx| match self.poll(cx, reader, writer, &count) {
+        let said = std::future::poll_fn(|cx| match self.poll(cx, reader, writer, &seen) {
             Poll::Ready(_) => Poll::Ready(()),
             // There is nothing more to read: a broken socket says nothing new.
             Poll::Pending if self.held.is_empty() && !self.unflushed => Poll::Ready(()),

@@ -4,7 +4,9 @@
 use std::io;
 use std::time::Duration;
 
-use super::detect::{Detected, detect};
+use tokio::time::Instant;
+
+use super::detect::{Detected, Sight, detect};
 use crate::net::Stream;
 use crate::outcome::{Error, Reason, Stage};
 
@@ -25,7 +27,40 @@ const ENOUGH: usize = 20 * 1024;
 pub async fn speaks(stream: &mut Stream, patience: Duration) -> Result<Peeked, Error> {
     match tokio::time::timeout(patience, decide(stream)).await {
         Ok(decided) => decided.map_err(|error| left(&error)),
-        Err(_) => Err(Error::downstream(Stage::Detect, Reason::RequestHeadTimeout, "the first line did not end")),
+        Err(_) => Err(unfinished()),
+    }
+}
+
+/// Peeks at a client that has begun to speak on a port whose protocol nobody declared. What stops short for `short` is
+/// opaque, what has begun like HTTP and does not go on for `patience` is an unfinished head.
+pub async fn settles(stream: &mut Stream, short: Duration, patience: Duration) -> Result<Peeked, Error> {
+    let begun = Instant::now();
+    loop {
+        let sight = detect(stream.ahead());
+        let until = match sight {
+            Sight::Is(detected) => return Ok(Peeked::Speaks(detected)),
+            Sight::Begun => begun + patience,
+            Sight::Short => begun + short,
+        };
+        if stream.ahead().len() > ENOUGH {
+            return Ok(Peeked::Speaks(Detected::Http1));
+        }
+        match tokio::time::timeout_at(until, stream.read_ahead()).await {
+            Ok(Ok(0)) if stream.ahead().is_empty() => return Ok(Peeked::Left),
+            Ok(Ok(0)) => return Ok(Peeked::Speaks(at_the_end(stream.ahead()))),
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return Err(left(&error)),
+            Err(_) if sight == Sight::Short => return Ok(Peeked::Speaks(Detected::Opaque)),
+            Err(_) => return Err(unfinished()),
+        }
+    }
+}
+
+/// What bytes are that are all there is: some server takes the end for that of the line.
+fn at_the_end(bytes: &[u8]) -> Detected {
+    match detect(&[bytes, b"\n"].concat()) {
+        Sight::Is(detected) => detected,
+        Sight::Begun | Sight::Short => Detected::Opaque,
     }
 }
 
@@ -53,7 +88,7 @@ pub async fn begins(stream: &mut Stream, wait: Duration) -> Result<Option<Peeked
 
 async fn decide(stream: &mut Stream) -> io::Result<Peeked> {
     loop {
-        if let Some(detected) = detect(stream.ahead()) {
+        if let Sight::Is(detected) = detect(stream.ahead()) {
             return Ok(Peeked::Speaks(detected));
         }
         if stream.ahead().len() > ENOUGH {
@@ -64,6 +99,10 @@ async fn decide(stream: &mut Stream) -> io::Result<Peeked> {
             return Ok(if stream.ahead().is_empty() { Peeked::Left } else { Peeked::Speaks(Detected::Opaque) });
         }
     }
+}
+
+fn unfinished() -> Error {
+    Error::downstream(Stage::Detect, Reason::RequestHeadTimeout, "the first line did not end")
 }
 
 pub fn left(error: &io::Error) -> Error {

@@ -12,7 +12,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::detect::{detect, speaks_http2};
+use super::detect::{Sight, detect, speaks_http2};
 use super::peek::{self, Peeked};
 use crate::connect::speculation::{News, Place, SpeaksFirst, Suspect, Undecided};
 use crate::connect::worker::Worker;
@@ -85,11 +85,14 @@ pub async fn first_of_opaque<U: AsMut<Stream>>(
     }
 }
 
-/// What the client speaks, which has begun to. A beginning that stays undecided is an unfinished HTTP head.
+/// What the client speaks, which has begun to.
 pub async fn decide(worker: &Worker, stream: &mut Stream) -> Result<Peeked, Error> {
+    let limits = &worker.limits;
     match detect(stream.ahead()) {
-        Some(detected) => Ok(Peeked::Speaks(detected)),
-        None => undecided(worker, peek::speaks(stream, worker.limits.head_timeout)).await,
+        Sight::Is(detected) => Ok(Peeked::Speaks(detected)),
+        Sight::Begun | Sight::Short => {
+            undecided(worker, peek::settles(stream, limits.detect_short, limits.head_timeout)).await
+        }
     }
 }
 

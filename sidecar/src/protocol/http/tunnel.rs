@@ -15,9 +15,10 @@ pub async fn switched(session: Rc<Session>, record: Rc<HttpRecord>, downstream: 
     session.entry.enter(State::Tunnel);
     let forth = |count| record.add_request_bytes(count);
     let back = |count| record.add_response_bytes(count);
-    match opaque::copy(downstream, upstream, &session.entry, forth, back).await {
+    match opaque::copy(downstream, upstream, &session.entry, None, forth, back).await {
         Ok(()) => record.response_ended(),
         Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
         Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
+        Err(CopyError::Http(found)) => record.failed(Reason::ProtocolMismatch, || found.to_owned()),
     }
 }
