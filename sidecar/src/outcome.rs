@@ -36,6 +36,7 @@ pub enum Reason {
     UpstreamClosed,
     UpstreamReset,
     UpstreamProtocol,
+    UpstreamHeadTooLarge,
     UpstreamTruncated,
     StreamIdleTimeout,
     // What this sidecar could not do.
@@ -64,7 +65,7 @@ const fn row(word: &'static str, status: u16, grpc: u8, proxy_status: &'static s
 }
 
 impl Reason {
-    pub const ALL: [Reason; 30] = [
+    pub const ALL: [Reason; 31] = [
         Reason::BadRequest,
         Reason::RequestHeadTimeout,
         Reason::RequestHeadTooLarge,
@@ -90,6 +91,7 @@ impl Reason {
         Reason::UpstreamClosed,
         Reason::UpstreamReset,
         Reason::UpstreamProtocol,
+        Reason::UpstreamHeadTooLarge,
         Reason::UpstreamTruncated,
         Reason::StreamIdleTimeout,
         Reason::Overloaded,
@@ -235,6 +237,13 @@ impl Reason {
                 "http_protocol_error",
                 "The upstream's answer breaks the protocol's rules.",
             ),
+            Reason::UpstreamHeadTooLarge => row(
+                "upstream_head_too_large",
+                502,
+                8,
+                "http_response_header_section_size",
+                "The upstream's head or trailers exceed 64 KiB.",
+            ),
             Reason::UpstreamTruncated => row(
                 "upstream_truncated",
                 502,
@@ -307,19 +316,21 @@ pub struct Error {
     pub reason: Reason,
     pub retry: Retry,
     pub detail: Cow<'static, str>,
+    /// The code with which an HTTP/2 upstream reset the stream, for a client that speaks HTTP/2 as well.
+    pub reset: Option<u32>,
 }
 
 impl Error {
     pub fn downstream(stage: Stage, reason: Reason, detail: impl Into<Cow<'static, str>>) -> Error {
-        Error { stage, side: Side::Downstream, reason, retry: Retry::Never, detail: detail.into() }
+        Error { stage, side: Side::Downstream, reason, retry: Retry::Never, detail: detail.into(), reset: None }
     }
 
     pub fn own(stage: Stage, reason: Reason, detail: impl Into<Cow<'static, str>>) -> Error {
-        Error { stage, side: Side::Own, reason, retry: Retry::Never, detail: detail.into() }
+        Error { stage, side: Side::Own, reason, retry: Retry::Never, detail: detail.into(), reset: None }
     }
 
     pub fn upstream(stage: Stage, reason: Reason, retry: Retry, detail: impl Into<Cow<'static, str>>) -> Error {
-        Error { stage, side: Side::Upstream, reason, retry, detail: detail.into() }
+        Error { stage, side: Side::Upstream, reason, retry, detail: detail.into(), reset: None }
     }
 }
 

@@ -2,6 +2,8 @@
 //! application at the outbound listener or another workload with a good certificate at the inbound port. The
 //! application never has more to do than the stream limit, memory stays, and everybody else is served meanwhile.
 
+#[path = "hostile_http2/answers.rs"]
+mod answers;
 #[path = "hostile_http2/field.rs"]
 mod field;
 #[path = "hostile_http2/frames.rs"]

@@ -153,6 +153,154 @@ async fn a_reset_carries_its_code_and_never_looks_like_an_end() {
     assert_eq!(broken.reason(), Some(Reason::CANCEL));
 }
 
+/// Codes that a program may say; beside those of the RFC one that nobody knows.
+const CODES: [Reason; 7] = [
+    Reason::NO_ERROR,
+    Reason::INTERNAL_ERROR,
+    Reason::STREAM_CLOSED,
+    Reason::CANCEL,
+    Reason::CONNECT_ERROR,
+    Reason::ENHANCE_YOUR_CALM,
+    Reason::HTTP_1_1_REQUIRED,
+];
+
+#[tokio::test]
+async fn a_client_leaves_with_its_own_code() {
+    #[derive(Clone, Copy, PartialEq, Debug)]
+    enum When {
+        InTheRequest,
+        BeforeTheAnswer,
+        InTheAnswer,
+    }
+    let pair = pair().await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let mut app = None;
+    for when in [When::InTheRequest, When::BeforeTheAnswer, When::InTheAnswer] {
+        for code in CODES.into_iter().chain([Reason::from(0xbe)]) {
+            let ends = when != When::InTheRequest;
+            let mut stream = client.begin(post("/"), ends).await.unwrap();
+            if app.is_none() {
+                app = Some(Http2Server::accept(&pair.app, |_| {}).await);
+            }
+            let (_request, mut reply) = app.as_mut().unwrap().next().await;
+            let heard = if when == When::InTheAnswer {
+                let mut sending = reply.send_response(Response::new(()), false).unwrap();
+                sending.send_data(Bytes::from_static(b"half"), false).unwrap();
+                let (mut answer, mut send) = stream.answer_keeping().await.unwrap();
+                assert_eq!(answer.data().await.unwrap().unwrap(), "half");
+                send.send_reset(code);
+                soon("the reset", std::future::poll_fn(|cx| sending.poll_reset(cx))).await
+            } else {
+                stream.send.send_reset(code);
+                soon("the reset", std::future::poll_fn(|cx| reply.poll_reset(cx))).await
+            };
+            assert_eq!(heard.unwrap(), code, "{when:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_application_resets_with_its_own_code() {
+    let pair = pair().await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let mut app = None;
+    for code in CODES.into_iter().skip(1).chain([Reason::from(0xbe)]) {
+        for ends in [true, false] {
+            let stream = client.begin(post("/"), ends).await.unwrap();
+            if app.is_none() {
+                app = Some(Http2Server::accept(&pair.app, |_| {}).await);
+            }
+            let (_request, mut reply) = app.as_mut().unwrap().next().await;
+            reply.send_reset(code);
+            let broken = stream.answer().await.err().expect("no answer");
+            assert_eq!(broken.reason(), Some(code), "ended: {ends}");
+        }
+    }
+    let failed = pair.near.metrics().await.sum("outrigger_http_requests_total", &[("reason", "upstream_reset")]);
+    assert_eq!(failed, 14.0);
+}
+
+/// A gRPC client tries UNAVAILABLE again and INTERNAL not.
+#[tokio::test]
+async fn a_grpc_server_that_dies_is_unavailable() {
+    let pair = pair().await;
+    let client = Http2::open(pair.near.outbound()).await;
+    for ended in [true, false] {
+        for message in [&b"\0\0\0\0\x01a"[..], b"\0\0\0\0\x05half"] {
+            let mut stream = client.call("Repeat", &[]).await.unwrap();
+            stream.write(outrigger_tests::grpc::frame(b"ask"), ended).await.unwrap();
+            let mut leaving = pair.app.accept().await;
+            until_headers(&mut leaving).await;
+            // `:status 200` and a content type that matters to nobody.
+            let head = [0, 0, 1, 1, 4, 0, 0, 0, 1, 0x88];
+            let length = u8::try_from(message.len()).unwrap();
+            let data = [&[0, 0, length, 0, 0, 0, 0, 0, 1][..], message].concat();
+            leaving.send([&SETTINGS[..], &head, &data].concat()).await;
+            let mut answer = stream.answer().await.unwrap();
+            assert_eq!(answer.data().await.unwrap().unwrap(), message);
+            leaving.reset();
+            let answer = answer.whole().await.expect("no reset");
+            assert_eq!(answer.grpc_status(), Some("14"), "{answer:?}");
+            let said = answer.trailers["grpc-message"].to_str().unwrap();
+            assert!(said.starts_with("upstream_truncated"), "{said}");
+        }
+    }
+    // Without gRPC there is nothing to say it with.
+    let stream = client.begin(get("/"), true).await.unwrap();
+    let mut leaving = pair.app.accept().await;
+    until_headers(&mut leaving).await;
+    leaving.send([&SETTINGS[..], &[0, 0, 1, 1, 4, 0, 0, 0, 1, 0x88]].concat()).await;
+    let answer = stream.answer().await.unwrap();
+    leaving.reset();
+    assert_eq!(answer.whole().await.expect_err("a truncation").reason(), Some(Reason::INTERNAL_ERROR));
+}
+
+#[tokio::test]
+async fn grpc_metadata_beyond_the_limit_is_resource_exhausted() {
+    let pair = pair().await;
+    let client = Http2::open(pair.near.outbound()).await;
+    for size in [70_000, 130_000, 200_000] {
+        let large = "m".repeat(size);
+        let mut stream = client.call("Unary", &[("x-large", &large)]).await.unwrap();
+        // The answer may be there first.
+        let _ = stream.write(outrigger_tests::grpc::frame(b"ask"), true).await;
+        let answer = stream.answer().await.unwrap().whole().await.unwrap();
+        assert_eq!((answer.status.as_u16(), answer.grpc_status()), (200, Some("8")), "{size}: {:?}", answer.headers);
+    }
+    let labels = [("reason", "request_head_too_large"), ("protocol", "grpc"), ("grpc_status", "8")];
+    assert_eq!(pair.near.metrics().await.sum("outrigger_http_requests_total", &labels), 3.0);
+    // The other way round, in the head and in the trailers.
+    let mut app = None;
+    for in_head in [true, false] {
+        let mut stream = client.call("Unary", &[]).await.unwrap();
+        stream.write(outrigger_tests::grpc::frame(b"ask"), true).await.unwrap();
+        if app.is_none() {
+            app = Some(Http2Server::accept(&pair.app, |_| {}).await);
+        }
+        let (_request, mut reply) = app.as_mut().unwrap().next().await;
+        let large = http::HeaderValue::from_str(&"m".repeat(70_000)).unwrap();
+        let mut head = Response::new(());
+        if in_head {
+            head.headers_mut().insert("x-large", large);
+            reply.send_response(head, true).unwrap();
+        } else {
+            let mut sending = reply.send_response(head, false).unwrap();
+            let mut trailers = http::HeaderMap::new();
+            trailers.insert("x-large", large);
+            trailers.insert("grpc-status", http::HeaderValue::from_static("0"));
+            sending.send_trailers(trailers).unwrap();
+        }
+        let answer = stream.answer().await.unwrap().whole().await.unwrap();
+        assert_eq!(
+            answer.grpc_status(),
+            Some("8"),
+            "in the head: {in_head}, {:?} {:?}",
+            answer.headers,
+            answer.trailers
+        );
+    }
+}
+
 #[tokio::test]
 async fn what_the_application_refused_is_sent_again() {
     let pair = pair().await;

@@ -29,6 +29,9 @@ pub struct Limits {
     // --- HTTP/2 -----------------------------------------------------------------------------------------------
     /// Decoded header list, advertised as SETTINGS_MAX_HEADER_LIST_SIZE; h2 alone would take 16 MiB.
     pub h2_header_list: u32,
+    /// The header list up to which the sidecar says itself that one is too large, in the metrics and in gRPC's words. What is
+    /// larger still the library answers with 431, and four times that with the end of the connection.
+    pub h2_header_list_taken: u32,
     /// Concurrent streams that an application's connection may open: more than a client library with one connection per
     /// channel ever has in practice, because such a library waits without a word for a stream to end. What the streams
     /// hold is bounded by the connection's window and by the process's memory budget. h2 alone has no limit.
@@ -179,6 +182,7 @@ impl Default for Limits {
             stream_idle: Duration::from_secs(5 * 60),
 
             h2_header_list: 64 * KIB as u32,
+            h2_header_list_taken: 256 * KIB as u32,
             h2_streams_application: 1_000,
             h2_streams_mesh: 1_000,
             h2_streams_used_percent: 80,

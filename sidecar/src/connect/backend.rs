@@ -113,6 +113,11 @@ impl Backend {
         Ok(self.known.borrow_mut().borrow_and_update().clone())
     }
 
+    /// The version that was used last.
+    pub fn last_view(&self) -> Option<Rc<View>> {
+        self.view.borrow().clone()
+    }
+
     /// As exact as the watchdog's tick.
     pub fn last_used(&self) -> Instant {
         if self.touched.get() { Instant::now() } else { self.used.get() }

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
+use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 
 use super::bound::Bound;
@@ -76,7 +77,7 @@ pub enum RequestBroke {
     #[error(transparent)]
     Http1(#[from] Fault),
     #[error(transparent)]
-    Http2(#[from] h2::Error),
+    Http2(#[from] http2::Broke),
 }
 
 impl RequestBroke {
@@ -84,7 +85,7 @@ impl RequestBroke {
     pub fn reset_code(&self) -> h2::Reason {
         match self {
             RequestBroke::Http1(_) => h2::Reason::INTERNAL_ERROR,
-            RequestBroke::Http2(error) => http2::reset_code(error),
+            RequestBroke::Http2(broke) => broke.reset_code(),
         }
     }
 }
@@ -94,6 +95,14 @@ impl Received {
         match self {
             Received::Http1(incoming) => incoming.is_end_stream(),
             Received::Http2(incoming) => incoming.is_end_stream(),
+        }
+    }
+
+    /// Checks the head that came before it, by the rules that the library below leaves to us.
+    pub fn check_head(&self, headers: &HeaderMap) -> Result<(), RequestBroke> {
+        match self {
+            Received::Http1(_) => Ok(()),
+            Received::Http2(incoming) => incoming.check_head(headers).map_err(RequestBroke::Http2),
         }
     }
 

@@ -37,7 +37,10 @@ impl Walk {
         let service = self.service(Framing::Http2, permit);
         let client = if self.caller.peer.is_some() { serve::Client::Sidecar } else { serve::Client::One };
         let inner = session.clone();
-        serve::http2(&session, stream, client, move |request| respond(inner.clone(), service.clone(), request)).await;
+        let (edge, telemetry) = (service.edge(WireProtocol::Http2), self.worker.telemetry.clone());
+        let on_refusal = Box::new(move |reason| serve::count_refused_stream(&telemetry, &edge, reason));
+        let respond = move |request| respond(inner.clone(), service.clone(), request);
+        serve::http2(&session, stream, client, on_refusal, respond).await;
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use tokio::net::TcpStream;
 
-use crate::connect::backend::{View, lost_edge};
+use crate::connect::backend::{Backend, View, lost_edge};
 use crate::connect::worker::Worker;
 use crate::connection::Registered;
 use crate::net::Stream;
@@ -46,6 +46,15 @@ pub(super) fn head_refusals(worker: &Rc<Worker>, view: Option<&View>) -> serve::
     let edge = unpicked(worker, view, WireProtocol::Http1);
     let telemetry = worker.telemetry.clone();
     Box::new(move |reason| serve::count_refused_head(&telemetry, &edge, reason))
+}
+
+/// Counts streams that the HTTP/2 library refused, for the service that the connection goes to.
+pub(super) fn stream_refusals(worker: &Rc<Worker>, backend: &Rc<Backend>) -> serve::OnRefusal {
+    let (worker, backend) = (worker.clone(), backend.clone());
+    Box::new(move |reason| {
+        let edge = unpicked(&worker, backend.last_view().as_deref(), WireProtocol::Http2);
+        serve::count_refused_stream(&worker.telemetry, &edge, reason);
+    })
 }
 
 /// The edge of what ends before an endpoint is picked.

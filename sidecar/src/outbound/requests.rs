@@ -20,7 +20,7 @@ use crate::protocol::http::exchange::{Exchange, Outgoing, Session};
 use crate::protocol::http::headers::Strip;
 use crate::protocol::http::serve;
 
-use super::refusal::head_refusals;
+use super::refusal::{head_refusals, stream_refusals};
 use super::tried::{Tried, blame, unavailable};
 
 pub(super) async fn http1(
@@ -47,9 +47,10 @@ pub(super) async fn http2(
 ) {
     registered.describe(|about| about.protocol = "http2");
     let session = Session::new(worker, registered, true, Strip::HopByHop);
+    let on_refusal = stream_refusals(worker, backend);
     let (backend, inner) = (backend.clone(), session.clone());
     let respond = move |request| respond(inner.clone(), backend.clone(), request, permit);
-    serve::http2(&session, stream, serve::Client::One, respond).await;
+    serve::http2(&session, stream, serve::Client::One, on_refusal, respond).await;
 }
 
 /// One request, from its head to the answer's head.

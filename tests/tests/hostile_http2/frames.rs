@@ -91,6 +91,8 @@ pub struct Heard {
     pub heads: Vec<(u32, u8)>,
     /// Stream and length.
     pub data: Vec<(u32, usize)>,
+    /// Streams that ended with END_STREAM.
+    pub whole: Vec<u32>,
     pub pongs: usize,
     pub settings_acks: usize,
     /// The connection was closed.
@@ -105,6 +107,16 @@ impl Heard {
     /// The static-table index of `:status 200`.
     pub fn answered_200(&self, stream: u32) -> bool {
         self.heads.contains(&(stream, 0x88))
+    }
+
+    /// It has ended, in one way or the other.
+    pub fn is_over(&self, stream: u32) -> bool {
+        self.ended || self.goaway.is_some() || self.reset(stream).is_some() || self.whole.contains(&stream)
+    }
+
+    /// Answered from the head to the end.
+    pub fn answered_whole(&self, stream: u32) -> bool {
+        self.answered_200(stream) && self.whole.contains(&stream) && self.reset(stream).is_none()
     }
 
     pub fn head(&self, stream: u32) -> Option<u8> {
@@ -209,6 +221,9 @@ async fn hear(mut reader: impl AsyncRead + Unpin, heard: Arc<Mutex<Heard>>) {
         let stream = u32::from_be_bytes(head[5..9].try_into().unwrap());
         let code = |at: usize| u32::from_be_bytes(payload[at..at + 4].try_into().unwrap());
         let mut heard = heard.lock().unwrap();
+        if matches!(head[3], DATA | HEADERS) && head[4] & END_STREAM != 0 {
+            heard.whole.push(stream);
+        }
         match head[3] {
             DATA => heard.data.push((stream, payload.len())),
             HEADERS => heard.heads.push((stream, payload[0])),

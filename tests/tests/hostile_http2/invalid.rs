@@ -184,6 +184,32 @@ fn injections() -> Vec<(&'static str, Vec<u8>)> {
         ("no :method", pseudo(&[scheme, authority, path])),
         ("no :scheme", pseudo(&[method, authority, path])),
         ("an empty :path", pseudo(&[method, scheme, authority, (":path", "")])),
+        (":path that is a query alone", pseudo(&[method, scheme, authority, (":path", "?injected")])),
+        (":path that is no path", pseudo(&[method, scheme, authority, (":path", "injected")])),
+        (":path that is a URI", pseudo(&[method, scheme, authority, (":path", "http://catalog/injected")])),
+        ("the asterisk without OPTIONS", pseudo(&[method, scheme, authority, (":path", "*")])),
+        ("a fragment in :path", pseudo(&[method, scheme, authority, (":path", "/injected#a")])),
+        ("a fragment behind a query", pseudo(&[method, scheme, authority, (":path", "/injected?a=b#")])),
+        ("a fragment in a path by its name", {
+            let path = literal(b":path", b"/injected#a");
+            [pseudo(&[method, scheme, authority]), path].concat()
+        }),
+        ("another scheme", pseudo(&[method, (":scheme", "file"), authority, path])),
+        ("another scheme and no authority", {
+            [pseudo(&[method, (":scheme", "ftp"), path]), literal(b"host", b"catalog")].concat()
+        }),
+        ("an empty scheme", pseudo(&[method, (":scheme", ""), authority, path])),
+        ("a blank before a value", with(b"x-a", b" b")),
+        ("a blank behind a value", with(b"x-a", b"b ")),
+        ("a tab before a value", with(b"x-a", b"\tb")),
+        ("a tab behind a value", with(b"x-a", b"b\t")),
+        ("a blank for a value", with(b"x-a", b" ")),
+        ("an empty :authority", pseudo(&[method, scheme, (":authority", ""), path])),
+        ("userinfo in :authority", pseudo(&[method, scheme, (":authority", "user@catalog"), path])),
+        ("userinfo with a % in :authority", pseudo(&[method, scheme, (":authority", "a%40@catalog"), path])),
+        (":authority twice", pseudo(&[method, scheme, authority, authority, path])),
+        (":scheme twice", pseudo(&[method, scheme, scheme, authority, path])),
+        (":protocol without CONNECT", pseudo(&[method, scheme, authority, path, (":protocol", "websocket")])),
         ("CRLF in :path", pseudo(&[method, scheme, authority, (":path", "/injected HTTP/1.1\r\nx-injected: 1\r\n")])),
         ("a space in :path", pseudo(&[method, scheme, authority, (":path", "/injected HTTP/1.1")])),
         ("NUL in :path", pseudo(&[method, scheme, authority, (":path", "/injected\0")])),
@@ -229,4 +255,105 @@ async fn injected_heads_end_their_stream_and_reach_nobody() {
         let clean = seen.target.ends_with("/fine") || (seen.target.ends_with("/mismatch") && !seen.whole);
         assert!(clean, "reached the application: {seen:?}");
     }
+}
+
+/// Trailers that RFC 9113 forbids (sections 8.1, 8.2.1 and 8.2.2), behind a request whose `:path` is in the dynamic table.
+fn trailers() -> Vec<(&'static str, Vec<u8>)> {
+    let field = literal(b"x-sum", b"1");
+    let behind = |fields: Vec<u8>| [field.clone(), fields].concat();
+    vec![
+        (":method", vec![0x82]),
+        (":path", literal(b":path", b"/other")),
+        (":path of the static table", vec![0x84]),
+        (":path of the dynamic table", vec![0xbe]),
+        (":path by its name in the dynamic table", vec![0x0f, 62 - 15, 2, b'/', b'x']),
+        (":authority", literal(b":authority", b"other")),
+        (":scheme", vec![0x86]),
+        (":status", literal(b":status", b"200")),
+        (":protocol", literal(b":protocol", b"websocket")),
+        ("an unknown pseudo-header", literal(b":other", b"1")),
+        (":method behind a field", behind(vec![0x82])),
+        ("a blank before a value", literal(b"x-sum", b" 1")),
+        ("a blank behind a value", literal(b"x-sum", b"1\t")),
+        ("connection", literal(b"connection", b"close")),
+        ("transfer-encoding", literal(b"transfer-encoding", b"chunked")),
+        ("an upper case name", literal(b"X-Sum", b"1")),
+    ]
+}
+
+#[tokio::test]
+async fn forbidden_trailers_end_their_stream() {
+    let field = Field::new().await;
+    let whole = END_STREAM | END_HEADERS;
+    // As `request`, with :path as a literal that goes into the table.
+    let begin = |stream| {
+        let mut fields = block(&[(":method", "POST"), (":scheme", "http"), (":authority", "catalog.shop")]);
+        fields.extend_from_slice(&[0x44, 8]);
+        fields.extend_from_slice(b"/trailed");
+        [frame(HEADERS, END_HEADERS, stream, fields), frame(DATA, 0, stream, b"body")].concat()
+    };
+    for place in PLACES {
+        for (name, fields) in trailers() {
+            let name = format!("{place:?}, {name} in trailers");
+            for pieces in [1, 2] {
+                let mut client = field.client(place).await;
+                client.send(begin(1)).await;
+                let half = if pieces == 1 { fields.len() } else { fields.len() / 2 };
+                client
+                    .send(frame(HEADERS, END_STREAM | if pieces == 1 { END_HEADERS } else { 0 }, 1, &fields[..half]))
+                    .await;
+                if pieces == 2 {
+                    client.send(frame(CONTINUATION, END_HEADERS, 1, &fields[half..])).await;
+                }
+                let heard = client.until(&format!("{name}: refused"), |heard| heard.is_over(1)).await;
+                assert!(!heard.answered_200(1), "{name}: {heard:?}");
+                if heard.goaway.is_none() && !heard.ended {
+                    client.send(get(3, "/fine")).await;
+                    let heard = client.until(&format!("{name}: the others go on"), |heard| heard.is_settled(3)).await;
+                    assert!(heard.answered_200(3), "{name}: {heard:?}");
+                }
+            }
+        }
+        let mut client = field.client(place).await;
+        client.send([begin(1), frame(HEADERS, whole, 1, literal(b"x-sum", b"1"))].concat()).await;
+        let heard = client.until("good trailers", |heard| heard.is_over(1)).await;
+        assert!(heard.answered_whole(1), "{place:?}: {heard:?}");
+    }
+    let good = |seen: &&outrigger_tests::application::Seen| seen.target.ends_with("/trailed") && seen.whole;
+    assert_eq!(field.app.requests().iter().filter(good).count(), PLACES.len(), "{:?}", field.app.requests());
+}
+
+/// The library resets such a stream by itself, and it stands in the metrics all the same.
+#[tokio::test]
+async fn what_the_library_refuses_is_counted() {
+    let field = Field::new().await;
+    let refused = async |reason: &str| {
+        let labels = [("reason", reason)];
+        let (near, far) = (field.near.metrics().await, field.far.metrics().await);
+        [near, far].map(|samples| samples.sum("outrigger_http_requests_total", &labels))
+    };
+    for (index, place) in PLACES.into_iter().enumerate() {
+        let mut client = field.client(place).await;
+        let percent =
+            block(&[(":method", "GET"), (":scheme", "http"), (":authority", "a%2fb"), (":path", "/injected")]);
+        let twice = [request("GET", "/injected"), literal(b":path", b"/injected")].concat();
+        client.send(head(END_STREAM | END_HEADERS, 1, percent)).await;
+        client.send(head(END_STREAM | END_HEADERS, 3, twice)).await;
+        client.until("both are reset", |heard| heard.reset(1).is_some() && heard.reset(3).is_some()).await;
+        client.send(get(5, "/fine")).await;
+        let heard = client.until("the next one", |heard| heard.is_over(5)).await;
+        assert!(heard.answered_whole(5), "{heard:?}");
+        assert!(!heard.resets.iter().any(|(_, code)| *code != 1), "PROTOCOL_ERROR: {heard:?}");
+        assert_eq!(refused("bad_request").await[index], 2.0, "{place:?}");
+        // Beyond what is announced, and behind it.
+        let large = [request("GET", "/injected"), literal(b"x-large", &[b'v'; 10_000]).repeat(7)].concat();
+        let mut pieces = large.chunks(16_000);
+        let mut sending = frame(HEADERS, END_STREAM, 7, pieces.next().unwrap());
+        pieces.for_each(|piece| sending.extend(frame(CONTINUATION, 0, 7, piece)));
+        sending.extend(frame(CONTINUATION, END_HEADERS, 7, []));
+        client.send(sending).await;
+        client.until("431", |heard| heard.is_over(7)).await;
+        assert_eq!(refused("request_head_too_large").await[index], 1.0, "{place:?}");
+    }
+    assert!(field.app.requests().iter().all(|seen| !seen.target.contains("injected")));
 }

@@ -3,13 +3,18 @@
 //! back when the next frame is asked for, that is when it has gone on; nothing is sent before the peer has room for it.
 
 mod allowance;
+mod batched;
+pub mod heads;
+mod hpack;
 mod incoming;
 mod keep_alive;
+pub mod leaving;
 mod sending;
 mod upstream_io;
 
 pub use allowance::Allowance;
-pub use incoming::Incoming;
+pub use batched::Batched;
+pub use incoming::{Broke, Incoming, check_fields};
 pub use keep_alive::KeepAlive;
 pub use sending::{Sending, Stop};
 pub use upstream_io::UpstreamIo;

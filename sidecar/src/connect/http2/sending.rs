@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use h2::SendStream;
+use h2::{Reason, SendStream};
 use http_body::Body;
 
 pub struct Sending {
@@ -20,7 +20,9 @@ pub struct Sending {
 pub enum Stop<E> {
     /// The body broke; the stream is to be reset.
     Body(E),
-    /// The peer reset the stream, or the connection is gone.
+    /// The peer reset the stream.
+    Reset(Reason),
+    /// The connection is gone.
     Peer(h2::Error),
 }
 
@@ -40,7 +42,7 @@ impl Sending {
         !self.waiting.is_empty()
     }
 
-    pub fn reset(&mut self, code: h2::Reason) {
+    pub fn reset(&mut self, code: Reason) {
         self.stream.send_reset(code);
     }
 
@@ -61,7 +63,7 @@ impl Sending {
             }
             let Poll::Ready(frame) = Pin::new(&mut *body).poll_frame(cx) else {
                 // Nothing else would tell that the peer wants no more.
-                return self.stream.poll_reset(cx).map(|code| Err(code?.into())).map_err(Stop::Peer);
+                return self.stream.poll_reset(cx).map(|code| Err(Stop::Reset(code?)));
             };
             let Some(frame) = frame else {
                 self.stream.send_data(Bytes::new(), true)?;
@@ -93,7 +95,7 @@ impl Sending {
     }
 
     /// How many bytes may be sent now, at least one.
-    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, h2::Error>> {
+    fn poll_room<E>(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Stop<E>>> {
         loop {
             let room = self.stream.capacity();
             if room > 0 {
@@ -101,14 +103,14 @@ impl Sending {
             }
             match ready!(self.stream.poll_capacity(cx)) {
                 Some(Ok(_)) => {}
-                Some(Err(error)) => return Poll::Ready(Err(error)),
+                Some(Err(error)) => return Poll::Ready(Err(error.into())),
                 // The stream has ended under us; its code says how.
                 None => {
                     let code = match self.stream.poll_reset(cx) {
                         Poll::Ready(code) => code?,
-                        Poll::Pending => h2::Reason::STREAM_CLOSED,
+                        Poll::Pending => Reason::STREAM_CLOSED,
                     };
-                    return Poll::Ready(Err(code.into()));
+                    return Poll::Ready(Err(Stop::Reset(code)));
                 }
             }
         }

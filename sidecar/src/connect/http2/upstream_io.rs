@@ -1,4 +1,4 @@
-//! The byte stream below an upstream HTTP/2 connection: notes that something was heard.
+//! The byte stream below an upstream HTTP/2 connection: notes that something was heard, and reads the heads of answers.
 
 use std::cell::Cell;
 use std::io;
@@ -8,24 +8,33 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::heads::Heads;
 use crate::net::Stream;
 
 pub struct UpstreamIo {
     stream: Stream,
     heard: Rc<Cell<bool>>,
+    heads: Heads,
+    /// A head could not be followed: the library has to end the connection at it, and reads nothing behind it.
+    lost: bool,
 }
 
 impl UpstreamIo {
     /// Sets `heard` whenever bytes come.
-    pub fn new(stream: Stream, heard: Rc<Cell<bool>>) -> UpstreamIo {
-        UpstreamIo { stream, heard }
+    pub fn new(stream: Stream, heard: Rc<Cell<bool>>, heads: Heads) -> UpstreamIo {
+        UpstreamIo { stream, heard, heads, lost: false }
     }
 }
 
 impl AsyncRead for UpstreamIo {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.lost {
+            return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+        }
+        let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
         self.heard.set(true);
+        self.lost = !self.heads.heard(&buffer.filled()[before..]);
         Poll::Ready(Ok(()))
     }
 }

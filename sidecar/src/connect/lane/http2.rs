@@ -17,7 +17,10 @@ use http_body::{Body, Frame, SizeHint};
 use tokio::sync::Notify;
 
 use super::{Answered, Lane, Unsent, UpstreamBody, fault, usable};
-use crate::connect::http2::{Allowance, Incoming, KeepAlive, Sending, Stop, UpstreamIo};
+use crate::connect::http2::heads::{Heads, Marks, PSEUDO_IN_TRAILERS, Sender};
+use crate::connect::http2::{
+    Allowance, Batched, Broke, Incoming, KeepAlive, Sending, Stop, UpstreamIo, check_fields, leaving,
+};
 use crate::connect::interim::{self, Interim};
 use crate::connect::request_body::{RequestBody, RequestBroke};
 use crate::outcome::{Error, Reason, Retry, Stage};
@@ -27,6 +30,7 @@ use crate::tls::MeshAlpn;
 pub(super) struct Shared {
     sender: SendRequest<Bytes>,
     streams: Rc<Streams>,
+    marks: Rc<Marks>,
     retire_at: Option<SystemTime>,
     generation: u64,
     /// When it was first seen without a stream.
@@ -63,23 +67,35 @@ pub(super) struct Opening {
 /// The answer's body, and what is left of the request to be sent.
 pub struct Answer {
     incoming: Incoming,
-    request: Option<Box<Rest>>,
+    request: Rest,
     place: StreamPlace,
     /// How long the rest of a request may take that was answered before its end.
     patience: Duration,
 }
 
-/// What of a request is not sent yet.
+/// The sending half of a stream, with what of the request is not sent yet.
 struct Rest {
     sending: Sending,
-    body: RequestBody,
-    /// All of it is: what is left is what may have to be sent again.
+    /// None for a request without one, and when it is needed no more.
+    body: Option<Box<RequestBody>>,
+    /// All of it is sent: what is left is what may have to be sent again.
     sent: bool,
+}
+
+impl Drop for Rest {
+    fn drop(&mut self) {
+        // A client that reset its stream resets this one with the same code. It does nothing to a stream that has ended.
+        if let Some(code) = leaving::code() {
+            self.sending.reset(code);
+        }
+    }
 }
 
 /// One stream on a shared connection; its drop frees the place.
 struct StreamPlace {
     streams: Rc<Streams>,
+    marks: Rc<Marks>,
+    stream: u32,
     /// Both sides have ended it, or the peer has reset it: dropping it resets nothing.
     ended: bool,
 }
@@ -90,6 +106,7 @@ impl Drop for StreamPlace {
         if !self.ended {
             self.streams.resets.borrow_mut().owe(1);
         }
+        self.marks.take(self.stream);
     }
 }
 
@@ -204,11 +221,14 @@ impl Lane {
         let generation = dialled.peer.as_ref().map_or(0, |peer| peer.generation);
         let limits = &self.limits;
         let heard = Rc::new(Cell::new(false));
+        let marks = Marks::new(limits.h2_header_list);
+        let heads = Heads::new(Sender::Server, limits.h2_header_list_taken as usize, marks.clone());
+        let io = Batched::new(UpstreamIo::new(dialled.stream, heard.clone(), heads), limits.h2_header_list);
         let (sender, mut connection) = h2::client::Builder::new()
             .enable_push(false)
             .initial_window_size(limits.h2_stream_window)
             .initial_connection_window_size(limits.h2_shared_window(self.most_streams()))
-            .max_header_list_size(limits.h2_header_list)
+            .max_header_list_size(limits.h2_header_list_taken)
             .max_send_buffer_size(limits.h2_send_buffer)
             .max_concurrent_streams(0)
             .initial_max_send_streams(UNTOLD)
@@ -216,7 +236,7 @@ impl Lane {
             .max_local_error_reset_streams(None)
             .max_concurrent_reset_streams(self.most_streams() as usize)
             .reset_stream_duration(limits.h2_reset_memory)
-            .handshake::<_, Bytes>(UpstreamIo::new(dialled.stream, heard.clone()))
+            .handshake::<_, Bytes>(io.clone())
             .await
             .map_err(|error| self.closed(&error, Retry::Safe))?;
         let resets = i64::from(self.most_streams());
@@ -235,23 +255,21 @@ impl Lane {
             let gone = alive.as_mut().is_some_and(|alive| alive.poll(cx, driven.open.get() > 0).is_ready());
             // How it ended, its streams tell.
             let ended = gone || Pin::new(&mut connection).poll(cx).is_ready();
+            io.end_turn(cx);
             if !driven.told.get() && (ended || connection.max_concurrent_send_streams() != UNTOLD) {
                 driven.told.set(true);
                 driven.news.notify_waiters();
             }
             if ended { Poll::Ready(()) } else { Poll::Pending }
         }));
-        Ok(Shared { sender, streams, retire_at, generation, idle_since: None })
+        Ok(Shared { sender, streams, marks, retire_at, generation, idle_since: None })
     }
 
     fn failed(&self, failure: Failure, retry: Retry) -> Error {
         match failure {
             Failure::Request(broke) => fault::request_broke(&broke),
             Failure::Upstream(error) => self.closed(&error, retry),
-            Failure::Malformed(wrong) => {
-                let detail = format!("{}: {wrong}", self.target.address);
-                Error::upstream(Stage::Forward, Reason::UpstreamProtocol, retry, detail)
-            }
+            Failure::Unacceptable(wrong) => self.unacceptable(&wrong, retry),
         }
     }
 }
@@ -310,10 +328,11 @@ impl Shared {
         let interim = body.interim().cloned();
         // A clone, because the library makes a sender wait that reached the peer's limit, and keeps the stream for that.
         let (answer, stream) = self.sender.clone().send_request(Request::from_parts(parts, ()), ended)?;
-        let streams = self.streams.clone();
+        let (streams, marks) = (self.streams.clone(), self.marks.clone());
         streams.open.set(streams.open.get() + 1);
-        let request = (!ended).then(|| Box::new(Rest { sending: Sending::new(stream), body, sent: false }));
-        Ok(Attempt { answer, request, interim, heard: 0, place: StreamPlace { streams, ended: false } })
+        let place = StreamPlace { streams, marks, stream: stream.stream_id().into(), ended: false };
+        let request = Rest { sending: Sending::new(stream), body: (!ended).then(|| Box::new(body)), sent: ended };
+        Ok(Attempt { answer, request, interim, heard: 0, place })
     }
 }
 
@@ -326,13 +345,13 @@ fn may_have_body(method: &Method) -> bool {
 enum Failure {
     Request(RequestBroke),
     Upstream(h2::Error),
-    Malformed(&'static str),
+    Unacceptable(Broke),
 }
 
 /// One try to get the head of an answer.
 struct Attempt {
     answer: ResponseFuture,
-    request: Option<Box<Rest>>,
+    request: Rest,
     interim: Option<Rc<Interim>>,
     /// Interim answers so far.
     heard: u32,
@@ -341,42 +360,54 @@ struct Attempt {
 
 impl Attempt {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<RecvStream>, Failure>> {
-        if let Some(rest) = &mut self.request
-            && !rest.sent
-            && let Poll::Ready(sent) = rest.poll(cx)
-        {
-            rest.sent = true;
+        if let Poll::Ready(sent) = self.request.poll(cx) {
             sent.map_err(Failure::Request)?;
         }
         while let Some(interim) = ready!(self.answer.poll_informational(cx)) {
             let interim = interim.map_err(Failure::Upstream)?;
             self.heard += 1;
             if interim.status() == StatusCode::SWITCHING_PROTOCOLS {
-                return Poll::Ready(Err(Failure::Malformed("101 on HTTP/2")));
+                return Poll::Ready(Err(Failure::Unacceptable(Broke::Malformed("101 on HTTP/2"))));
             }
             if self.heard > interim::MOST {
-                return Poll::Ready(Err(Failure::Malformed("endless interim answers")));
+                return Poll::Ready(Err(Failure::Unacceptable(Broke::Malformed("endless interim answers"))));
             }
+            check_fields(interim.headers(), self.place.marks.header_list()).map_err(Failure::Unacceptable)?;
             if let Some(client) = &self.interim {
                 client.push(interim, None);
             }
         }
-        Pin::new(&mut self.answer).poll(cx).map_err(Failure::Upstream)
+        let response = ready!(Pin::new(&mut self.answer).poll(cx)).map_err(Failure::Upstream)?;
+        self.check(&response).map_err(Failure::Unacceptable)?;
+        Poll::Ready(Ok(response))
+    }
+
+    fn check(&self, response: &Response<RecvStream>) -> Result<(), Broke> {
+        let StreamPlace { marks, stream, .. } = &self.place;
+        match marks.take(*stream) {
+            // What ends the stream here is the head.
+            Some(PSEUDO_IN_TRAILERS) if response.body().is_end_stream() => {}
+            Some(wrong) => return Err(Broke::Malformed(wrong)),
+            None => {}
+        }
+        check_fields(response.headers(), marks.header_list())
     }
 
     /// The request's body from its beginning, if that can still be had; `empty` is that of a request without one.
     fn into_body(self, empty: Option<RequestBody>) -> Option<RequestBody> {
-        let Some(rest) = self.request else { return empty };
-        let mut body = rest.body;
-        body.rewind().then_some(body)
+        let mut rest = self.request;
+        let Some(mut body) = rest.body.take() else { return empty };
+        body.rewind().then_some(*body)
     }
 
     fn answered(self, response: Response<RecvStream>, lane: &Lane) -> Response<UpstreamBody> {
         let (parts, stream) = response.into_parts();
-        let incoming = Incoming::new(stream, &parts.headers);
-        let mut request = self.request.filter(|rest| !rest.sent);
-        if let Some(rest) = &mut request {
-            rest.body.forget();
+        let incoming = Incoming::new(stream, &parts.headers, self.place.marks.clone());
+        let mut request = self.request;
+        if request.sent {
+            request.body = None;
+        } else if let Some(body) = &mut request.body {
+            body.forget();
         }
         let answer = Answer { incoming, request, place: self.place, patience: lane.limits.stream_idle };
         Response::from_parts(parts, UpstreamBody::Http2(answer))
@@ -387,8 +418,11 @@ impl Rest {
     /// Sends as much as the upstream takes and the client has brought. Ready when there is no more to be done; it is an
     /// error only when the client broke off, because the upstream may have answered without wanting the rest.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RequestBroke>> {
-        match ready!(self.sending.poll(cx, &mut self.body)) {
-            Ok(()) | Err(Stop::Peer(_)) => Poll::Ready(Ok(())),
+        let Some(body) = self.body.as_mut().filter(|_| !self.sent) else { return Poll::Ready(Ok(())) };
+        let sent = ready!(self.sending.poll(cx, &mut **body));
+        self.sent = true;
+        match sent {
+            Ok(()) | Err(Stop::Reset(_) | Stop::Peer(_)) => Poll::Ready(Ok(())),
             Err(Stop::Body(broke)) => {
                 self.sending.reset(broke.reset_code());
                 Poll::Ready(Err(broke))
@@ -398,7 +432,7 @@ impl Rest {
 }
 
 impl Answer {
-    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broke>>> {
         self.send_on(cx);
         let frame = self.incoming.poll_frame(cx);
         if let Poll::Ready(Some(Err(_))) = frame {
@@ -409,10 +443,8 @@ impl Answer {
 
     pub fn send_on(&mut self, cx: &mut Context<'_>) {
         // When the client broke off, the stream is reset, and the answer's end tells.
-        if let Some(rest) = &mut self.request
-            && rest.poll(cx).is_ready()
-        {
-            self.request = None;
+        if self.request.poll(cx).is_ready() {
+            self.request.body = None;
         }
     }
 
@@ -426,11 +458,7 @@ impl Answer {
 
     /// The answer was read to its end. An upstream may answer before the end of a request and still want the rest.
     pub fn release(self) {
-        let Answer { request, mut place, patience, .. } = self;
-        let Some(mut rest) = request else {
-            place.ended = true;
-            return;
-        };
+        let Answer { request: mut rest, mut place, patience, .. } = self;
         if let Poll::Ready(sent) = rest.poll(&mut Context::from_waker(Waker::noop())) {
             place.ended = sent.is_ok();
             return;

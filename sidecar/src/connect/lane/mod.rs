@@ -15,15 +15,18 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Frame, SizeHint};
 
+pub use fault::request_broke;
+
 use http1::Idle;
 use http2::{Opening, Shared};
 
 use super::dial::{Dialer, Target};
 use super::http1::{Fault, Spelling};
+use super::http2::Broke;
 use super::request_body::RequestBody;
 use crate::config::limits::Limits;
 use crate::net::Stream;
-use crate::outcome::Error;
+use crate::outcome::{Error, Reason};
 
 /// How requests are framed on this lane.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -74,15 +77,28 @@ pub enum AnswerBroke {
     #[error(transparent)]
     Http1(#[from] Fault),
     #[error(transparent)]
-    Http2(#[from] h2::Error),
+    Http2(#[from] Broke),
 }
 
 impl AnswerBroke {
+    /// What it is called.
+    pub fn reason(&self) -> Reason {
+        match self {
+            AnswerBroke::Http2(broke) => fault::broke(broke).unwrap_or(Reason::UpstreamTruncated),
+            AnswerBroke::Http1(_) => Reason::UpstreamTruncated,
+        }
+    }
+
+    /// Whether the upstream itself ended the stream, and alone that.
+    pub fn is_reset(&self) -> bool {
+        matches!(self, AnswerBroke::Http2(Broke::Library(error)) if error.is_reset() && error.is_remote())
+    }
+
     /// How the stream of an HTTP/2 client is reset.
     pub fn reset_code(&self) -> h2::Reason {
         match self {
             AnswerBroke::Http1(_) => h2::Reason::INTERNAL_ERROR,
-            AnswerBroke::Http2(error) => super::http2::reset_code(error),
+            AnswerBroke::Http2(broke) => broke.reset_code(),
         }
     }
 }

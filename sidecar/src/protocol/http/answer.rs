@@ -2,7 +2,7 @@
 //! (RFC 9209), for gRPC trailers-only. A client can always tell the proxy's 503 from the application's.
 
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 
 use super::body::ResponseBody;
 use crate::outcome::Reason;
@@ -17,12 +17,8 @@ pub fn refuse(reason: Reason, grpc: bool, proxy: &str) -> Response<ResponseBody>
     let mut response;
     if grpc {
         response = Response::new(ResponseBody::empty());
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        headers.insert(GRPC_STATUS, HeaderValue::from(u16::from(row.grpc)));
-        if let Ok(message) = HeaderValue::from_str(&format!("{}: {}", row.word, row.title)) {
-            headers.insert(GRPC_MESSAGE, message);
-        }
+        *response.headers_mut() = grpc_trailers(reason);
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     } else {
         response = Response::new(ResponseBody::local(problem(reason)));
         *response.status_mut() = StatusCode::from_u16(row.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
@@ -32,6 +28,17 @@ pub fn refuse(reason: Reason, grpc: bool, proxy: &str) -> Response<ResponseBody>
         response.headers_mut().insert(PROXY_STATUS, status);
     }
     response
+}
+
+/// How a gRPC call ends whose answer broke off behind its head.
+pub fn grpc_trailers(reason: Reason) -> HeaderMap {
+    let row = reason.row();
+    let mut trailers = HeaderMap::new();
+    trailers.insert(GRPC_STATUS, HeaderValue::from(u16::from(row.grpc)));
+    if let Ok(message) = HeaderValue::from_str(&format!("{}: {}", row.word, row.title)) {
+        trailers.insert(GRPC_MESSAGE, message);
+    }
+    trailers
 }
 
 /// The same answer as bytes of HTTP/1.1, for a head that the parser itself refused.

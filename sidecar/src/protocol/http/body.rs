@@ -11,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
+use super::answer::grpc_trailers;
 use super::headers::clean_trailers;
 use crate::balance::{InFlight, Nanos, Outcome};
 use crate::connect::http1::Spelling;
@@ -27,6 +28,8 @@ enum Kind {
     /// An answer of our own whose record ends with it.
     Recorded(Option<Bytes>, Ending),
     Upstream(Box<Upstream>),
+    /// No answer: the stream is reset with the upstream's code.
+    Reset(h2::Reason),
     /// No body: the connection leaves HTTP behind this head.
     Switched(Option<Switched>),
 }
@@ -117,11 +120,24 @@ impl ResponseBody {
         ResponseBody(Kind::Switched(Some(then)))
     }
 
+    /// For an HTTP/2 client whose request the upstream reset before it answered.
+    pub fn reset(code: h2::Reason) -> ResponseBody {
+        ResponseBody(Kind::Reset(code))
+    }
+
+    /// How the client's stream is reset instead of answered.
+    pub fn reset_code(&self) -> Option<h2::Reason> {
+        match self.0 {
+            Kind::Reset(code) => Some(code),
+            Kind::Local(_) | Kind::Recorded(..) | Kind::Upstream(_) | Kind::Switched(_) => None,
+        }
+    }
+
     /// What becomes of the connection, if it leaves HTTP behind this answer's head.
     pub fn take_switched(&mut self) -> Option<Switched> {
         match &mut self.0 {
             Kind::Switched(then) => then.take(),
-            Kind::Local(_) | Kind::Recorded(..) | Kind::Upstream(_) => None,
+            Kind::Local(_) | Kind::Recorded(..) | Kind::Upstream(_) | Kind::Reset(_) => None,
         }
     }
 
@@ -134,7 +150,7 @@ impl ResponseBody {
     pub fn spelling(&self) -> Option<&Spelling> {
         match &self.0 {
             Kind::Upstream(upstream) => upstream.spelling.as_ref(),
-            Kind::Local(_) | Kind::Recorded(..) | Kind::Switched(_) => None,
+            Kind::Local(_) | Kind::Recorded(..) | Kind::Switched(_) | Kind::Reset(_) => None,
         }
     }
 
@@ -150,7 +166,7 @@ impl ResponseBody {
     /// Ends the record; what keeps the downstream connection busy is left.
     pub fn into_busy(self) -> Option<Busy> {
         match self.0 {
-            Kind::Local(_) | Kind::Switched(_) => None,
+            Kind::Local(_) | Kind::Switched(_) | Kind::Reset(_) => None,
             Kind::Recorded(_, Ending { busy, .. }) => busy,
             Kind::Upstream(mut upstream) => upstream.busy.take(),
         }
@@ -178,12 +194,23 @@ impl Upstream {
         }
     }
 
+    /// The answer ends early. A gRPC client learns why by trailers: it would take a reset for INTERNAL, which it does not try
+    /// again.
+    fn break_off(&mut self, reason: Reason, error: BodyError) -> Result<Frame<Bytes>, BodyError> {
+        if self.grpc.is_none() {
+            return Err(error);
+        }
+        self.incoming = None;
+        self.record.grpc_status(reason.row().grpc);
+        Ok(Frame::trailers(grpc_trailers(reason)))
+    }
+
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let Some(incoming) = &mut self.incoming else { return Poll::Ready(None) };
         match incoming.poll_frame(cx) {
             Poll::Pending if self.stream.is_expired(cx) => {
                 self.record.failed(Reason::StreamIdleTimeout, String::new);
-                Poll::Ready(Some(Err(BodyError::Idle)))
+                Poll::Ready(Some(self.break_off(Reason::StreamIdleTimeout, BodyError::Idle)))
             }
             Poll::Pending => Poll::Pending,
             Poll::Ready(None) => {
@@ -191,8 +218,12 @@ impl Upstream {
                 Poll::Ready(None)
             }
             Poll::Ready(Some(Err(error))) => {
-                self.record.failed(Reason::UpstreamTruncated, || error.to_string());
-                Poll::Ready(Some(Err(BodyError::Truncated(error))))
+                let reason = error.reason();
+                self.record.failed(reason, || error.to_string());
+                let reset = error.is_reset();
+                let error = BodyError::Truncated(error);
+                // What the application said with its own reset is not ours to say otherwise.
+                Poll::Ready(Some(if reset { Err(error) } else { self.break_off(reason, error) }))
             }
             Poll::Ready(Some(Ok(mut frame))) => {
                 self.stream.moved();
@@ -237,7 +268,7 @@ impl Body for ResponseBody {
                 Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes))))
             }
             Kind::Upstream(upstream) => upstream.poll(cx),
-            Kind::Switched(_) => Poll::Ready(None),
+            Kind::Switched(_) | Kind::Reset(_) => Poll::Ready(None),
         }
     }
 
@@ -245,7 +276,7 @@ impl Body for ResponseBody {
         match &self.0 {
             Kind::Local(bytes) | Kind::Recorded(bytes, _) => bytes.is_none(),
             Kind::Upstream(upstream) => upstream.incoming.as_ref().is_none_or(UpstreamBody::is_end_stream),
-            Kind::Switched(_) => true,
+            Kind::Switched(_) | Kind::Reset(_) => true,
         }
     }
 
@@ -257,7 +288,7 @@ impl Body for ResponseBody {
             Kind::Upstream(upstream) => {
                 upstream.incoming.as_ref().map_or_else(|| SizeHint::with_exact(0), UpstreamBody::size_hint)
             }
-            Kind::Switched(_) => SizeHint::with_exact(0),
+            Kind::Switched(_) | Kind::Reset(_) => SizeHint::with_exact(0),
         }
     }
 }

@@ -12,6 +12,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::flood::{self, Flood};
+use crate::connect::http2::heads::{Heads, Marks};
 use crate::connection::{Entry, State};
 use crate::net::Stream;
 
@@ -22,14 +23,25 @@ pub struct DownstreamIo {
     heard: Rc<Cell<bool>>,
     /// What the peer may send.
     flood: Flood,
+    heads: Heads,
+    marks: Rc<Marks>,
+    /// A head could not be followed, which has to be the end for the library as well.
+    lost: bool,
     /// Once the peer sent too much: what the library reads instead, until it ends the connection.
     instead: Option<VecDeque<u8>>,
 }
 
 impl DownstreamIo {
-    pub fn new(stream: Stream, entry: Arc<Entry>, heard: Rc<Cell<bool>>, flood: Flood) -> DownstreamIo {
+    pub fn new(
+        stream: Stream,
+        entry: Arc<Entry>,
+        heard: Rc<Cell<bool>>,
+        flood: Flood,
+        heads: Heads,
+        marks: Rc<Marks>,
+    ) -> DownstreamIo {
         entry.enter(State::Idle);
-        DownstreamIo { stream, entry, heard, flood, instead: None }
+        DownstreamIo { stream, entry, heard, flood, heads, marks, lost: false, instead: None }
     }
 }
 
@@ -48,8 +60,13 @@ impl AsyncRead for DownstreamIo {
         if let Some(instead) = &mut this.instead {
             return instead_of_a_flood(instead, buffer);
         }
+        if this.lost {
+            return instead_of_a_flood(this.instead.insert(flood::make_it_calm().into()), buffer);
+        }
         let before = buffer.filled().len();
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
+        let read = Pin::new(&mut this.stream).poll_read(cx, buffer);
+        this.marks.set_drained(read.is_pending());
+        ready!(read)?;
         if let Some(enough) = this.flood.heard(&buffer.filled()[before..], this.entry.clock()) {
             tracing::debug!(client = %this.entry.client, "too many resets or control frames: closing");
             buffer.set_filled(before + enough);
@@ -57,6 +74,7 @@ impl AsyncRead for DownstreamIo {
             return if enough == 0 { instead_of_a_flood(instead, buffer) } else { Poll::Ready(Ok(())) };
         }
         if buffer.filled().len() > before {
+            this.lost = !this.heads.heard(&buffer.filled()[before..]);
             this.heard.set(true);
             this.entry.touch();
         }

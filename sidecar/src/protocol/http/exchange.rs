@@ -17,7 +17,7 @@ use super::headers::{self, Strip};
 use super::{answer, head, tunnel};
 use crate::connect::bound::{self, Bound};
 use crate::connect::interim::Interim;
-use crate::connect::lane::{Answered, UpstreamBody};
+use crate::connect::lane::{self, Answered, UpstreamBody};
 use crate::connect::request_body::{Client, Received, RequestBody};
 use crate::connect::streams::{Busy, Stream};
 use crate::connect::worker::Worker;
@@ -42,6 +42,11 @@ pub struct Session {
 }
 
 impl Session {
+    /// How many requests run.
+    pub fn running(&self) -> usize {
+        self.running.get()
+    }
+
     pub fn new(worker: &Rc<Worker>, registered: &Rc<Registered>, http2: bool, strip: Strip) -> Rc<Session> {
         Rc::new(Session {
             worker: worker.clone(),
@@ -106,6 +111,7 @@ impl Exchange {
         }
         let longest = self.session.worker.limits.target_bytes;
         if self.session.http2 {
+            outgoing.body.check_head(&parts.headers).map_err(|broke| lane::request_broke(&broke))?;
             head::check_http2(parts, longest, authority).map_err(refuse)?;
         } else {
             head::check_http1(parts, longest, authority).map_err(refuse)?;
@@ -203,6 +209,12 @@ impl Exchange {
     pub fn refuse(self, error: &Error) -> Response<ResponseBody> {
         let grpc = self.protocol == WireProtocol::Grpc;
         self.record.failed(error.reason, || error.to_string());
+        if self.session.http2
+            && let Some(code) = error.reset
+        {
+            // The client sees what it would see without the mesh; no answer of ours says as much as the code.
+            return Response::new(ResponseBody::reset(code.into()));
+        }
         let mut response = answer::refuse(error.reason, grpc, &self.session.worker.own.instance);
         self.record.answered(response.status().as_u16());
         if grpc {

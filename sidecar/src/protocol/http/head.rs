@@ -44,13 +44,18 @@ pub fn check_http1(
     Ok(())
 }
 
-/// Checks an HTTP/2 head; the library has checked the pseudo-headers.
+/// Checks an HTTP/2 head. The library has checked that the pseudo-header fields are there, once each; the byte stream below
+/// it, what the library drops of them (`connect/http2/heads.rs`).
 pub fn check_http2(
     parts: &mut Parts,
     longest_target: usize,
     authority: impl FnOnce() -> String,
 ) -> Result<(), Refusal> {
     check_target(&parts.uri, longest_target)?;
+    let asterisk = parts.method == Method::OPTIONS && parts.uri.path_and_query().is_some_and(|path| path == "*");
+    if !asterisk && !parts.uri.path_and_query().is_some_and(|path| path.as_str().starts_with('/')) {
+        return Err((Reason::BadRequest, ":path is neither a path nor the asterisk of OPTIONS"));
+    }
     let host = check_fields(&parts.headers)?.cloned();
     match (parts.uri.authority(), host) {
         (Some(target), _) if has_userinfo(target) => Err((Reason::BadRequest, ":authority has user information")),
@@ -332,6 +337,35 @@ mod tests {
         assert!(check_http1(&mut asterisk, 100, String::new).is_err());
         asterisk.method = Method::OPTIONS;
         assert!(check_http1(&mut asterisk, 100, String::new).is_ok());
+    }
+
+    #[test]
+    fn http2_targets() {
+        let cases: &[(Method, &str, bool)] = &[
+            (Method::GET, "/", true),
+            (Method::GET, "/?a", true),
+            (Method::GET, "?a", false),
+            (Method::GET, "*", false),
+            (Method::GET, "a", false),
+            (Method::GET, "http://a/", false),
+            (Method::OPTIONS, "*", true),
+            (Method::OPTIONS, "/", true),
+            (Method::OPTIONS, "*?a", false),
+            (Method::OPTIONS, "?a", false),
+        ];
+        for (method, path, good) in cases {
+            let mut uri = http::uri::Parts::default();
+            (uri.scheme, uri.authority) = (Some(http::uri::Scheme::HTTP), Some(Authority::from_static("a")));
+            // As the library makes it, which takes more than an http::Uri that is parsed whole.
+            let Ok(path_and_query) = PathAndQuery::from_maybe_shared(*path) else {
+                assert!(!good, "{path}");
+                continue;
+            };
+            uri.path_and_query = Some(path_and_query);
+            let mut head = parts("/", Version::HTTP_2, &[]);
+            (head.method, head.uri) = (method.clone(), Uri::from_parts(uri).unwrap());
+            assert_eq!(check_http2(&mut head, 100, String::new).is_ok(), *good, "{method} {path}");
+        }
     }
 
     #[test]

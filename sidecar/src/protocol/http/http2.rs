@@ -21,12 +21,14 @@ use super::downstream_io::DownstreamIo;
 use super::exchange::Session;
 use super::flood::Flood;
 use super::interim;
-use super::serve::Connection;
-use crate::connect::http2::{Incoming, KeepAlive, Sending, Stop};
+use super::serve::{Connection, OnRefusal};
+use crate::connect::http2::heads::{Heads, Marks, Sender};
+use crate::connect::http2::{Batched, Incoming, KeepAlive, Sending, Stop, leaving};
 use crate::connect::interim::{Head, MOST_WAITING, size};
 use crate::connect::request_body::Received;
 use crate::connect::streams::StreamTask;
 use crate::net::Stream;
+use crate::outcome::Reason;
 
 /// Whose requests come on a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,7 +41,13 @@ pub enum Client {
 }
 
 /// Serves until the connection ends. `respond` is the direction's walk for one request.
-pub(super) fn serve<R, F>(session: &Rc<Session>, stream: Stream, client: Client, respond: R) -> Serving<R>
+pub(super) fn serve<R, F>(
+    session: &Rc<Session>,
+    stream: Stream,
+    client: Client,
+    on_refusal: OnRefusal,
+    respond: R,
+) -> Serving<R>
 where
     R: Fn(Request<Received>) -> F + Unpin,
     F: Future<Output = Response<ResponseBody>> + 'static,
@@ -62,31 +70,48 @@ where
             (streams, streams, streams as usize, limits.h2_local_resets_mesh, limits.h2_shared_window(streams))
         }
     };
-    let io = DownstreamIo::new(stream, session.entry.clone(), heard.clone(), Flood::new(limits, streams, early_resets));
+    let marks = Marks::new(limits.h2_header_list);
+    let heads = Heads::new(Sender::Client, limits.h2_header_list_taken as usize, marks.clone());
+    let flood = Flood::new(limits, streams, early_resets);
+    let below = DownstreamIo::new(stream, session.entry.clone(), heard.clone(), flood, heads, marks.clone());
+    let io = Batched::new(below, limits.h2_header_list);
     let handshake = Builder::new()
         .max_concurrent_streams(streams)
         .initial_window_size(limits.h2_stream_window)
         .initial_connection_window_size(window)
-        .max_header_list_size(limits.h2_header_list)
+        .max_header_list_size(limits.h2_header_list_taken)
         .max_send_buffer_size(limits.h2_send_buffer)
         .max_pending_accept_reset_streams(pending_resets)
         .max_local_error_reset_streams(Some(local_resets))
         .max_concurrent_reset_streams(streams as usize)
         .reset_stream_duration(limits.h2_reset_memory)
-        .handshake(io);
-    Serving { state: State::Opening { handshake, heard, finish: false }, session: session.clone(), respond }
+        .handshake(io.clone());
+    Serving {
+        state: State::Opening { handshake, heard, finish: false },
+        io,
+        marks,
+        streams: streams as usize,
+        session: session.clone(),
+        on_refusal,
+        respond,
+    }
 }
 
 /// A connection that is being served.
 pub(super) struct Serving<R> {
     state: State,
+    io: Batched<DownstreamIo>,
+    marks: Rc<Marks>,
+    /// How many may run at once.
+    streams: usize,
     session: Rc<Session>,
+    on_refusal: OnRefusal,
     respond: R,
 }
 
 enum State {
-    Opening { handshake: Handshake<DownstreamIo, Bytes>, heard: Rc<Cell<bool>>, finish: bool },
-    Open { connection: h2::server::Connection<DownstreamIo, Bytes>, alive: KeepAlive },
+    Opening { handshake: Handshake<Batched<DownstreamIo>, Bytes>, heard: Rc<Cell<bool>>, finish: bool },
+    Open { connection: h2::server::Connection<Batched<DownstreamIo>, Bytes>, alive: KeepAlive },
 }
 
 impl<R, F> Future for Serving<R>
@@ -98,34 +123,69 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = self.get_mut();
-        if let State::Opening { handshake, heard, finish } = &mut this.state {
+        let ended = this.poll_requests(cx);
+        this.io.end_turn(cx);
+        ended
+    }
+}
+
+impl<R, F> Serving<R>
+where
+    R: Fn(Request<Received>) -> F + Unpin,
+    F: Future<Output = Response<ResponseBody>> + 'static,
+{
+    fn poll_requests(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let State::Opening { handshake, heard, finish } = &mut self.state {
             let Ok(mut connection) = ready!(Pin::new(handshake).poll(cx)) else { return Poll::Ready(()) };
-            let alive = KeepAlive::new(connection.ping_pong(), heard.clone(), &this.session.worker.limits);
+            let alive = KeepAlive::new(connection.ping_pong(), heard.clone(), &self.session.worker.limits);
             if *finish {
                 connection.graceful_shutdown();
             }
-            this.state = State::Open { connection, alive };
+            self.state = State::Open { connection, alive };
         }
-        let State::Open { connection, alive } = &mut this.state else { return Poll::Ready(()) };
+        let State::Open { connection, alive } = &mut self.state else { return Poll::Ready(()) };
         if alive.poll(cx, true).is_ready() {
             return Poll::Ready(());
         }
-        // How the connection ends is in the records of its requests.
-        while let Some(Ok((request, reply))) = ready!(connection.poll_accept(cx)) {
+        loop {
+            let Poll::Ready(next) = connection.poll_accept(cx) else {
+                let refused = self.marks.refused();
+                self.count_refused(refused);
+                return Poll::Pending;
+            };
+            // How the connection ends is in the records of its requests.
+            let Some(Ok((request, reply))) = next else { return Poll::Ready(()) };
+            let stream = reply.stream_id().into();
+            let before = self.marks.taken_up(stream);
+            let malformed = self.marks.take(stream);
             let only_head = *request.method() == Method::HEAD;
             let (parts, stream) = request.into_parts();
-            let incoming = Incoming::new(stream, &parts.headers);
-            let answer = (this.respond)(Request::from_parts(parts, Received::Http2(incoming)));
+            let incoming = Incoming::new(stream, &parts.headers, self.marks.clone()).malformed(malformed);
+            let answer = (self.respond)(Request::from_parts(parts, Received::Http2(incoming)));
             let answering = Answering {
-                session: this.session.clone(),
+                session: self.session.clone(),
                 reply,
                 only_head,
                 room: MOST_WAITING,
                 stage: Stage::Awaited { answer },
             };
             tokio::task::spawn_local(StreamTask::new(answering));
+            if before > 0 {
+                Self::count(&self.session, &self.on_refusal, self.streams, before);
+            }
         }
-        Poll::Ready(())
+    }
+
+    fn count_refused(&self, count: usize) {
+        Self::count(&self.session, &self.on_refusal, self.streams, count);
+    }
+
+    /// Requests that the library refused by itself: malformed ones, and those beyond the limit.
+    fn count(session: &Session, on_refusal: &OnRefusal, streams: usize, count: usize) {
+        let reason = if session.running() >= streams { Reason::Overloaded } else { Reason::BadRequest };
+        for _ in 0..count {
+            on_refusal(reason);
+        }
     }
 }
 
@@ -160,6 +220,7 @@ pin_project_lite::pin_project! {
     enum Stage<F> {
         Awaited { #[pin] answer: F },
         Sent { sending: Sending, body: ResponseBody },
+        Ended,
     }
 }
 
@@ -171,21 +232,28 @@ impl<F: Future<Output = Response<ResponseBody>>> Future for Answering<F> {
         if let StageProjected::Awaited { answer } = this.stage.as_mut().project() {
             // The client has left; what is dropped now resets the upstream's stream. Asked first: a request that breaks off
             // gets no answer.
-            if this.reply.poll_reset(cx).is_ready() {
+            if let Poll::Ready(reset) = this.reply.poll_reset(cx) {
+                leaving::with(reset.ok(), || this.stage.set(Stage::Ended));
                 return Poll::Ready(());
             }
             let answer = answer.poll(cx);
             send_interim(this.session, this.reply, this.room);
             let Poll::Ready(response) = answer else { return Poll::Pending };
+            if let Some(code) = response.body().reset_code() {
+                this.reply.send_reset(code);
+                return Poll::Ready(());
+            }
             let Some((sending, body)) = send_head(this.reply, response, *this.only_head) else {
                 return Poll::Ready(());
             };
             this.stage.set(Stage::Sent { sending, body });
         }
-        let StageProjected::Sent { sending, body } = this.stage.project() else { return Poll::Ready(()) };
+        let StageProjected::Sent { sending, body } = this.stage.as_mut().project() else { return Poll::Ready(()) };
         match sending.poll(cx, body) {
             Poll::Ready(Err(Stop::Body(error))) => sending.reset(error.reset_code()),
-            Poll::Ready(Ok(()) | Err(Stop::Peer(_))) => {}
+            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(Stop::Reset(code))) => leaving::with(Some(code), || this.stage.set(Stage::Ended)),
+            Poll::Ready(Err(Stop::Peer(_))) => {}
             Poll::Pending => {
                 if sending.is_blocked() {
                     body.send_on(cx);

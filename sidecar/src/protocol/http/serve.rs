@@ -45,11 +45,12 @@ pub async fn http2<F>(
     session: &Rc<Session>,
     stream: Stream,
     client: Client,
+    on_refusal: OnRefusal,
     respond: impl Fn(Request<Received>) -> F + Unpin,
 ) where
     F: Future<Output = Response<ResponseBody>> + 'static,
 {
-    let connection = super::http2::serve(session, stream, client, respond);
+    let connection = super::http2::serve(session, stream, client, on_refusal, respond);
     Driven { connection, session, finishing: false, hold: None }.await;
 }
 
@@ -60,6 +61,13 @@ pub fn count_refused_head(telemetry: &Arc<Telemetry>, edge: &Arc<Edge>, reason: 
     record.failed(reason, || "the head was refused".to_owned());
     record.answered(reason.row().status);
     record.response_ended();
+}
+
+/// The same for a stream that the HTTP/2 library reset before it became a request: no status was sent.
+pub fn count_refused_stream(telemetry: &Arc<Telemetry>, edge: &Arc<Edge>, reason: Reason) {
+    let unknown = Method::from_bytes(b"REFUSED").unwrap_or_default();
+    let record = HttpRecord::begin(telemetry, Some(edge), &unknown, Instant::now());
+    record.failed(reason, || "the stream was reset because of its head".to_owned());
 }
 
 /// Answers a connection whose first line never ended, before anything parsed it.
