@@ -1,11 +1,11 @@
 //! `outrigger validate PATH...`: says of YAML what a control plane started with it would say, without one. It refuses
-//! exactly what `--config` would refuse, because it reads and parses with the same two functions.
+//! exactly what `--config` would refuse, because it reads and parses with the same functions.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use outrigger_api::resource::{SourceFile, parse};
+use outrigger_api::resource::{Problem, SourceFile, parse, strictest, unreadable};
 use outrigger_runtime::config_dir;
 
 /// Everything is as it should be; warnings may have been printed.
@@ -28,11 +28,17 @@ fn validate_to(paths: &[PathBuf], out: &mut dyn Write, err: &mut dyn Write) -> u
         return USAGE;
     }
     let mut files: Vec<SourceFile> = Vec::new();
+    let mut errors: Vec<Problem> = Vec::new();
+    let mut notes: Vec<Problem> = Vec::new();
     let mut seen = BTreeSet::new();
     for path in paths {
         match config_dir::read(path) {
             // A file may be named beside its directory: it is still one file.
-            Ok(read) => files.extend(read.into_iter().filter(|file| seen.insert(real_path(&file.name)))),
+            Ok(read) => {
+                files.extend(read.files.into_iter().filter(|file| seen.insert(real_path(&file.name))));
+                notes.extend(read.unreadable.iter().flat_map(|problem| unreadable(&problem.file).notes));
+                errors.extend(read.unreadable);
+            }
             Err(error) => {
                 let _ = writeln!(err, "{error}");
                 return USAGE;
@@ -40,13 +46,17 @@ fn validate_to(paths: &[PathBuf], out: &mut dyn Write, err: &mut dyn Write) -> u
         }
     }
     let parsed = parse(&files);
-    for problem in &parsed.errors {
+    errors.extend(parsed.errors);
+    for problem in &errors {
         let _ = writeln!(err, "{problem}");
     }
-    for problem in &parsed.warnings {
+    // What a control plane that never saw a good version of these files would do meanwhile.
+    let broken = files.iter().filter(|file| errors.iter().any(|error| error.file == file.name));
+    notes.extend(broken.flat_map(|file| strictest(file).notes));
+    for problem in parsed.warnings.iter().chain(&notes) {
         let _ = writeln!(err, "{}:{}:{}: warning: {}", problem.file, problem.line, problem.column, problem.message);
     }
-    if !parsed.errors.is_empty() {
+    if !errors.is_empty() {
         return INVALID;
     }
     let _ = writeln!(out, "{}, {}: valid", counted(files.len(), "file"), counted(parsed.objects, "resource"));

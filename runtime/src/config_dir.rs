@@ -1,30 +1,45 @@
-//! Reads the YAML of a configuration: a directory as `--config` and `outrigger validate` mean it, or one file. Both
-//! call this, so that they see the same files. What the files say is not looked at here.
+//! Reads the YAML of a configuration: a directory as `--config` and `outrigger validate` mean it, or one file. The control
+//! plane and the CLI both call this, so that they see the same files and the same faults. What the files say is not
+//! looked at here.
 
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use outrigger_api::resource::{MAX_FILE_BYTES, SourceFile};
+use outrigger_api::resource::{MAX_FILE_BYTES, Problem, SourceFile};
+
+/// What was read, and what could not be.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Files {
+    pub files: Vec<SourceFile>,
+    /// Entries of the directory that were meant to be read.
+    pub unreadable: Vec<Problem>,
+}
 
 /// Reads `path`: a file, or of a directory every `*.yaml` and `*.yml`, sorted by name, not those in folders below.
 ///
 /// Symbolic links are followed, because a mounted ConfigMap consists of them; hidden entries, among them the `..data`
-/// of such a mount, are passed over. A file that is too large comes back cut just behind the limit and bytes that are
-/// not UTF-8 as U+FFFD: the parser refuses both, with the file's name and the place. An error names the path.
-pub fn read(path: &Path) -> io::Result<Vec<SourceFile>> {
+/// of such a mount, are passed over, and so is a file that went while the directory was read. A file that is too large
+/// comes back cut just behind the limit and bytes that are not UTF-8 as U+FFFD: the parser refuses both, with the
+/// file's name and the place. An error names the path and concerns it as a whole.
+pub fn read(path: &Path) -> io::Result<Files> {
     let metadata = fs::metadata(path).map_err(|error| with_path(path, &error))?;
     if !metadata.is_dir() {
-        return Ok(vec![read_file(path)?]);
+        let file = read_file(path).map_err(|error| with_path(path, &error))?;
+        return Ok(Files { files: vec![file], unreadable: Vec::new() });
     }
-    let mut files = Vec::new();
+    let mut read = Files::default();
     for path in yaml_entries(path)? {
-        // A folder may be called `x.yaml`; a link to nowhere is an error, for somebody meant it to be read.
-        if !fs::metadata(&path).map_err(|error| with_path(&path, &error))?.is_dir() {
-            files.push(read_file(&path)?);
+        match read_entry(&path) {
+            Ok(Some(file)) => read.files.push(file),
+            Ok(None) => {}
+            Err(message) => {
+                let file = path.display().to_string();
+                read.unreadable.push(Problem { file, line: 1, column: 1, message });
+            }
         }
     }
-    Ok(files)
+    Ok(read)
 }
 
 fn yaml_entries(directory: &Path) -> io::Result<Vec<PathBuf>> {
@@ -42,11 +57,34 @@ fn yaml_entries(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
+/// None for a folder, which may be called `x.yaml`, and for what is gone.
+fn read_entry(path: &Path) -> Result<Option<SourceFile>, String> {
+    let metadata = match fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let link = fs::symlink_metadata(path).is_ok();
+            return if link { Err("cannot read: a link to a file that does not exist".to_owned()) } else { Ok(None) };
+        }
+        Err(error) => return Err(format!("cannot read: {error}")),
+    };
+    if metadata.is_dir() {
+        return Ok(None);
+    }
+    // A pipe would be waited for.
+    if !metadata.is_file() {
+        return Err("cannot read: it is no regular file".to_owned());
+    }
+    match read_file(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(format!("cannot read: {error}")),
+    }
+}
+
 fn read_file(path: &Path) -> io::Result<SourceFile> {
     let mut bytes = Vec::new();
     let limit = MAX_FILE_BYTES as u64 + 1;
-    let read = fs::File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes));
-    read.map_err(|error| with_path(path, &error))?;
+    fs::File::open(path)?.take(limit).read_to_end(&mut bytes)?;
     let text = String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
     Ok(SourceFile { name: path.display().to_string(), text })
 }
@@ -81,7 +119,7 @@ mod tests {
 
         fn names(&self) -> Vec<String> {
             let prefix = format!("{}/", self.0.display());
-            read(&self.0).unwrap().into_iter().map(|file| file.name.replace(&prefix, "")).collect()
+            read(&self.0).unwrap().files.into_iter().map(|file| file.name.replace(&prefix, "")).collect()
         }
     }
 
@@ -98,7 +136,7 @@ mod tests {
             folder.write(name, name);
         }
         assert_eq!(folder.names(), ["10.yaml", "a.yml", "b.yaml"]);
-        assert_eq!(read(&folder.0).unwrap()[1].text, "a.yml");
+        assert_eq!(read(&folder.0).unwrap().files[1].text, "a.yml");
     }
 
     #[test]
@@ -108,7 +146,7 @@ mod tests {
         symlink("..2026_01_01", folder.0.join("..data")).unwrap();
         symlink("..data/mesh.yaml", folder.0.join("mesh.yaml")).unwrap();
         assert_eq!(folder.names(), ["mesh.yaml"]);
-        assert_eq!(read(&folder.0).unwrap()[0].text, "a: 1");
+        assert_eq!(read(&folder.0).unwrap().files[0].text, "a: 1");
     }
 
     #[test]
@@ -116,7 +154,7 @@ mod tests {
         let folder = Folder::new();
         folder.write("list", "a: 1");
         let path = folder.0.join("list");
-        assert_eq!(read(&path).unwrap(), [SourceFile { name: path.display().to_string(), text: "a: 1".into() }]);
+        assert_eq!(read(&path).unwrap().files, [SourceFile { name: path.display().to_string(), text: "a: 1".into() }]);
     }
 
     #[test]
@@ -124,7 +162,7 @@ mod tests {
         let folder = Folder::new();
         folder.write("a.yaml", b"a: \xff\n");
         folder.write("b.yaml", "#".repeat(MAX_FILE_BYTES * 2));
-        let files = read(&folder.0).unwrap();
+        let files = read(&folder.0).unwrap().files;
         assert_eq!(files[0].text, "a: \u{fffd}\n");
         assert_eq!(files[1].text.len(), MAX_FILE_BYTES + 1);
         let errors = outrigger_api::resource::parse(&files).errors;
@@ -138,7 +176,27 @@ mod tests {
         let error = read(&absent).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
         assert!(error.to_string().starts_with(&absent.display().to_string()), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_read_hides_nothing_else() {
+        let folder = Folder::new();
+        folder.write("good.yaml", "a: 1");
         symlink("nowhere.yaml", folder.0.join("dangling.yaml")).unwrap();
-        assert!(read(&folder.0).unwrap_err().to_string().contains("dangling.yaml"));
+        let _socket = std::os::unix::net::UnixListener::bind(folder.0.join("socket.yaml")).unwrap();
+        let read = read(&folder.0).unwrap();
+        assert_eq!(read.files.len(), 1);
+        let problems: Vec<String> = read
+            .unreadable
+            .iter()
+            .map(|problem| problem.to_string().replace(&format!("{}/", folder.0.display()), ""))
+            .collect();
+        assert_eq!(
+            problems,
+            [
+                "dangling.yaml:1:1: cannot read: a link to a file that does not exist",
+                "socket.yaml:1:1: cannot read: it is no regular file",
+            ]
+        );
     }
 }

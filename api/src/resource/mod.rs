@@ -20,6 +20,7 @@ mod problem;
 mod report;
 mod service;
 mod service_account;
+mod strictest;
 mod syntax;
 mod tree;
 mod workload;
@@ -30,6 +31,7 @@ pub use peer_authentication::{PeerAuthentication, Selector};
 pub use problem::{Parsed, Problem, SourceFile};
 pub use service::{LOAD_BALANCER, SERVICE_ACCOUNTS, Service, ServicePort, TargetPort};
 pub use service_account::ServiceAccount;
+pub use strictest::{Strictest, strictest, unreadable};
 pub use workload::Workload;
 
 use std::collections::BTreeMap;
