@@ -1,5 +1,5 @@
 //! `outrigger status`: who is connected to the control plane, and what is wrong. Reads `/status` of its admin address
-//! and changes nothing.
+//! and changes nothing. Ends with 1 when there is an error, so that a script sees it too.
 
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -31,7 +31,7 @@ pub(crate) fn command(args: &Args) -> ExitCode {
         Ok(Ok(status)) => {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
             stdout::say(&text(&status, now).join("\n"));
-            ExitCode::SUCCESS
+            if has_errors(&status) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
         }
         Ok(Err(error)) => complain("status", &error),
         Err(error) => complain("status", &error),
@@ -50,6 +50,11 @@ pub(crate) fn complain(command: &str, error: &dyn std::fmt::Display) -> ExitCode
          its stdout) with --control-plane-admin."
     ));
     ExitCode::FAILURE
+}
+
+/// A configuration with errors, or an update that a sidecar does not take: the mesh is not as it was meant to be.
+fn has_errors(status: &Status) -> bool {
+    !status.config.errors.is_empty() || status.sidecars.iter().any(|sidecar| !sidecar.refusals.is_empty())
 }
 
 fn text(status: &Status, now: u64) -> Vec<String> {
@@ -85,7 +90,11 @@ fn configuration(status: &Status) -> String {
         (0, 0) => "good".to_owned(),
         (0, warnings) => format!("good, {}", plural(warnings, "warning")),
         (errors, warnings) => {
-            format!("{}, {}; what is wrong is not in force", plural(errors, "error"), plural(warnings, "warning"))
+            format!(
+                "{}, {}; of files with errors the last good text is in force",
+                plural(errors, "error"),
+                plural(warnings, "warning")
+            )
         }
     }
 }
@@ -195,6 +204,7 @@ mod tests {
             stale_services: vec![],
             warnings: vec![],
         };
+        assert!(has_errors(&status));
         let lines = text(&status, 1_000);
         let all = lines.join("\n");
         assert!(all.contains("issuer ends in 90d 0h, 1 root in the trust bundle"), "{all}");

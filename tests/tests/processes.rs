@@ -195,3 +195,38 @@ async fn a_sidecar_without_a_control_plane_runs_unready_and_says_why() {
     assert_eq!(sidecar.wait(ENDS).await.code(), Some(0), "{}", sidecar.stderr());
     assert!(begun.elapsed() < Duration::from_secs(3));
 }
+
+/// The same by command lines: what `--config` refuses `validate` refuses, and both say what it means; `status` ends with 1.
+#[tokio::test]
+async fn a_broken_policy_is_told_by_validate_and_status_and_by_their_exit_codes() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("config");
+    std::fs::create_dir(&config).unwrap();
+    let file = config.join("mesh.yaml");
+    std::fs::write(&file, outrigger_tests::mesh::STRICT.replace("mode:", "mod:")).unwrap();
+    std::os::unix::fs::symlink("nowhere.yaml", config.join("link.yaml")).unwrap();
+    let (code, _, stderr) = run(Program::Outrigger, &["validate", config.to_str().unwrap()]);
+    assert_eq!(code, 1, "{stderr}");
+    let strict = "mTLS is STRICT for the whole mesh";
+    for part in ["mesh.yaml:4:", "link.yaml:1:1: cannot read", strict] {
+        assert!(stderr.contains(part), "{part} in {stderr}");
+    }
+    let mut plane = control_plane(directory.path(), "127.0.0.1:0");
+    plane.ready().await;
+    let admin = plane.address("admin").await.to_string();
+    let status = || run(Program::Outrigger, &["status", "--control-plane-admin", &admin]);
+    let (code, stdout, _) = status();
+    assert_eq!(code, 1, "{stdout}");
+    for part in ["mesh.yaml:4:", "link.yaml:1:1: cannot read", strict] {
+        assert!(stdout.contains(part), "{part} in {stdout}");
+    }
+    plane.says("the configuration was read").await;
+    std::fs::remove_file(config.join("link.yaml")).unwrap();
+    std::fs::write(&file, outrigger_tests::mesh::STRICT).unwrap();
+    eventually("status ends with 0", async || (status().0 == 0).then_some(())).await;
+    let (code, stdout, stderr) = run(Program::Outrigger, &["validate", config.to_str().unwrap()]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    std::fs::write(&file, "kind: [\n").unwrap();
+    eventually("status ends with 1", async || (status().0 == 1).then_some(())).await;
+    assert!(!status().1.contains(strict), "the last good text is in force");
+}

@@ -140,3 +140,42 @@ async fn the_declared_protocol_may_change() {
     })
     .await;
 }
+
+/// A typo in the file that says STRICT, and then a new start of the control plane: nobody is let in for it.
+#[tokio::test]
+async fn a_typo_and_a_restart_open_nothing() {
+    let pair = pair().await;
+    assert!(!plaintext_is_served(&pair).await);
+    let broken = outrigger_tests::mesh::STRICT.replace("mode: STRICT", "mode: STRCIT");
+    pair.mesh.write("mesh.yaml", &broken);
+    pair.mesh.settled().await;
+    let stays_strict = async |what: &str, lines: usize| {
+        pair.mesh.stop_control_plane().await;
+        pair.mesh.start_control_plane().await;
+        let status = pair.mesh.control_plane_get("/status").await;
+        let errors = status["config"]["errors"].as_array().unwrap().clone();
+        assert_eq!(errors.len(), lines, "{what}: {errors:?}");
+        // A service that appears proves that the sidecars heard of the new control plane.
+        let port = pair.app.port();
+        pair.mesh.service("stock.shop", 80, port, Some(if what == "again" { "tcp" } else { "http" }));
+        eventually("the sidecars are connected again", async || {
+            let status = pair.mesh.control_plane_get("/status").await;
+            (status["sidecars"].as_array().unwrap().len() == 2).then_some(())
+        })
+        .await;
+        for _ in 0..5 {
+            assert!(!plaintext_is_served(&pair).await, "{what}");
+        }
+        assert_eq!(wire::get(pair.near.outbound(), "/").await.status, 200, "{what}");
+    };
+    stays_strict("with a last good text", 1).await;
+    stays_strict("again", 1).await;
+    // Without one: as if the file had been broken from the very first.
+    pair.mesh.stop_control_plane().await;
+    std::fs::remove_file(pair.mesh.path("control-plane/last-good-config.json")).unwrap();
+    pair.mesh.start_control_plane().await;
+    stays_strict("without a last good text", 2).await;
+    // Taken away on purpose, it is gone.
+    pair.mesh.remove("mesh.yaml");
+    within(SOON, "plaintext is taken", async || plaintext_is_served(&pair).await.then_some(())).await;
+}
