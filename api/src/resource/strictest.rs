@@ -173,7 +173,10 @@ impl Reader<'_> {
     /// A mode that can be read is the one that is meant.
     fn outbound(&self, object: &Node<'_>, found: &mut Strictest) {
         let Some(spec) = once(object, "spec") else {
-            return if holds(object, "spec") { self.registry_only(found) } else { () };
+            if holds(object, "spec") {
+                self.registry_only(found);
+            }
+            return;
         };
         let mode = once(spec, "outbound").and_then(|outbound| once(outbound, "mode"));
         match mode {
@@ -337,9 +340,7 @@ mod tests {
             ("wrong ones behind a broken one", format!("{{\n---\n{}", GOOD.replace("STRICT", "X")), &[shop]),
             (
                 "in a list",
-                format!(
-                    "apiVersion: v1\nkind: List\nitems:\n- {{kind: PeerAuthentication, metadata: {{namespace: shop}}, spec: 1}}\n"
-                ),
+                "apiVersion: v1\nkind: List\nitems:\n- {kind: PeerAuthentication, metadata: {namespace: shop}, spec: 1}\n".into(),
                 &[shop],
             ),
             ("surely permissive", GOOD.replace("STRICT}", "PERMISSIVE}, foo: 1"), &[]),
