@@ -247,7 +247,10 @@ fn begin(worker: &Rc<Worker>, stream: TcpStream, client: SocketAddr, purpose: &P
     if let Purpose::Proxy { allow } = purpose
         && !may_use_proxy(client, allow)
     {
-        tracing::warn!(%client, "refused at the forward proxy; --http-proxy-allow names who may use it");
+        if let Some(line) = worker.telemetry.line("http_proxy_allow") {
+            let suppressed = line.suppressed;
+            tracing::warn!(%client, suppressed, "refused at the forward proxy; --http-proxy-allow names who may use it");
+        }
         return;
     }
     let Some(registered) = worker.table.enter(purpose.direction(), client) else {

@@ -1,6 +1,7 @@
 //! The access log: one JSON object per line, written by one thread so that a slow reader of stderr never holds a
 //! worker. The records hand over an [`Entry`]; when the queue is full the entry is dropped and counted. Every value
-//! goes through serde_json, so that no byte a peer sent can break a line.
+//! goes through serde_json, so that no byte a peer sent can break a line. Of strangers that are refused there is one line
+//! per reason and second, which says how many there were.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -8,15 +9,19 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use outrigger_runtime::logging::escape_json;
 use serde::Serialize;
 use tokio::sync::oneshot;
 
 use crate::outcome::Reason;
 
 use super::edge::Edge;
+use super::labels::Direction;
 
 /// Entries that may wait for the writer.
 const QUEUE: usize = 4096;
+/// Bytes of one field.
+const LONGEST_TEXT: usize = 2048;
 /// Bytes that are gathered for one write.
 const BATCH: usize = 32 * 1024;
 
@@ -41,6 +46,8 @@ pub(super) struct Entry {
     pub detail: Option<String>,
     /// The server name that the client of an application's own TLS asked for.
     pub sni: Option<String>,
+    /// Lines of the same reason that were not written before this one.
+    pub suppressed: Option<u64>,
 }
 
 /// Which policy decided, and by which of its rules.
@@ -71,7 +78,18 @@ impl Entry {
             upstream: None,
             detail: None,
             sni: None,
+            suppressed: None,
         }
+    }
+
+    /// The reason for which a caller without an identity was refused: a connection that was ended, or a request that is
+    /// the caller's fault. Anybody can cause as many of these as he likes.
+    pub(super) fn refused_stranger(&self) -> Option<&'static str> {
+        let labels = self.edge.labels();
+        let reason = self.reason?;
+        let stranger = labels.direction == Direction::Inbound && labels.source_principal.is_empty();
+        let refused = self.method.is_none() || (400..500).contains(&reason.row().status);
+        (stranger && refused).then(|| reason.word())
     }
 }
 
@@ -106,6 +124,8 @@ struct Line<'e> {
     downstream: Option<SocketAddr>,
     upstream: Option<SocketAddr>,
     detail: &'e str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    suppressed: Option<u64>,
 }
 
 impl<'e> Line<'e> {
@@ -117,8 +137,8 @@ impl<'e> Line<'e> {
             direction: labels.direction.as_str(),
             protocol: labels.protocol.as_str(),
             method: entry.method.as_ref().map_or("", http::Method::as_str),
-            path: &entry.path,
-            authority: &entry.authority,
+            path: cut(&entry.path),
+            authority: cut(&entry.authority),
             sni: entry.sni.as_deref().unwrap_or_default(),
             status: entry.status,
             grpc_status: entry.grpc_status,
@@ -139,9 +159,15 @@ impl<'e> Line<'e> {
             trace_id: if entry.trace_id == 0 { String::new() } else { format!("{:032x}", entry.trace_id) },
             downstream: entry.downstream,
             upstream: entry.upstream,
-            detail: entry.detail.as_deref().unwrap_or_default(),
+            detail: cut(entry.detail.as_deref().unwrap_or_default()),
+            suppressed: entry.suppressed,
         }
     }
+}
+
+/// A peer's text may be 16 KiB long.
+fn cut(text: &str) -> &str {
+    &text[..text.floor_char_boundary(LONGEST_TEXT)]
 }
 
 enum Message {
@@ -200,10 +226,9 @@ fn write_all(receiver: &Receiver<Message>, mut sink: impl Write) {
 }
 
 fn append(lines: &mut Vec<u8>, entry: &Entry) {
-    let start = lines.len();
-    match serde_json::to_writer(&mut *lines, &Line::of(entry)) {
-        Ok(()) => lines.push(b'\n'),
-        Err(_) => lines.truncate(start),
+    if let Ok(line) = serde_json::to_vec(&Line::of(entry)) {
+        lines.extend(escape_json(line));
+        lines.push(b'\n');
     }
 }
 

@@ -31,6 +31,7 @@ use std::time::{Duration, Instant, SystemTime};
 use opentelemetry_sdk::trace::SpanData;
 use outrigger_api::snapshot::{AccessLog, DEFAULT_MAX_SERIES, MeshSettings};
 use outrigger_api::wire;
+use outrigger_runtime::logging::{Admitted, Throttle};
 use prometheus::{Registry, TextEncoder};
 
 use access_log::{AccessLogQueue, Entry};
@@ -73,6 +74,8 @@ pub struct Telemetry {
     /// An [`AccessLog`] by [`log_mode`].
     log_mode: AtomicU8,
     access_log: Option<AccessLogQueue>,
+    /// Lines that strangers can cause as often as they like, by reason.
+    strangers: Throttle<&'static str>,
     traces: AtomicBool,
     /// Of 2^32 traces that begin here, so many are sampled.
     sampled: AtomicU64,
@@ -108,6 +111,7 @@ impl Telemetry {
             registry,
             log_mode: AtomicU8::new(log_mode(AccessLog::Failures)),
             access_log,
+            strangers: Throttle::default(),
             traces: AtomicBool::new(false),
             sampled: AtomicU64::new(0),
             id_key,
@@ -287,7 +291,18 @@ impl Telemetry {
         self.log_mode.load(Ordering::Relaxed) >= log_mode(needed)
     }
 
-    fn log(&self, entry: Entry) {
+    /// Whether a line about what a stranger did may be written now.
+    pub fn line(&self, reason: &'static str) -> Option<Admitted> {
+        self.strangers.admit(reason, Instant::now())
+    }
+
+    fn log(&self, mut entry: Entry) {
+        if let Some(reason) = entry.refused_stranger() {
+            match self.line(reason) {
+                Some(line) => entry.suppressed = line.suppressed,
+                None => return,
+            }
+        }
         if !self.access_log.as_ref().is_some_and(|log| log.send(entry)) {
             self.metrics.access_log_dropped.fetch_add(1, Ordering::Relaxed);
         }

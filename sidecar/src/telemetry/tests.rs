@@ -392,6 +392,44 @@ async fn a_failure_is_one_line_and_a_success_none() {
 }
 
 #[tokio::test]
+async fn strangers_who_are_refused_are_one_line_per_reason_and_second() {
+    let (telemetry, sink) = telemetry();
+    let stranger =
+        EdgeLabels { source_principal: String::new(), mtls: false, ..labels(Direction::Inbound, WireProtocol::Tcp) };
+    let edge = telemetry.edge(&stranger);
+    let known = telemetry.edge(&labels(Direction::Inbound, WireProtocol::Tcp));
+    let refuse = |edge: &Arc<Edge>, reason| {
+        let record = TcpRecord::begin(&telemetry, edge, Instant::now());
+        record.failed(reason, || format!("\u{9b}2J\n{}", "x".repeat(100_000)));
+    };
+    for _ in 0..3 {
+        refuse(&known, Reason::TlsHandshake);
+    }
+    let begun = Instant::now();
+    for _ in 0..10_000 {
+        refuse(&edge, Reason::MtlsRequired);
+        refuse(&edge, Reason::TlsHandshake);
+    }
+    telemetry.flush().await;
+    let lines = sink.lines();
+    let of = |reason: &str| lines.iter().filter(|line| line["reason"] == reason).count();
+    // On a slow machine more than a second may have gone by.
+    let seconds = 1 + begun.elapsed().as_secs() as usize;
+    assert_eq!(lines.iter().filter(|line| line["source_principal"] != "").count(), 3, "peers are not held back");
+    assert!((1..=seconds).contains(&of("mtls_required")) && of("tls_handshake") <= 3 + seconds, "{}", lines.len());
+    assert!(lines.iter().all(|line| line["detail"].as_str().unwrap().len() <= 2048));
+    while begun.elapsed() < Duration::from_secs(1) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    refuse(&edge, Reason::MtlsRequired);
+    telemetry.flush().await;
+    let lines = sink.lines();
+    let told: u64 = lines.iter().filter_map(|line| line["suppressed"].as_u64()).sum();
+    let written = lines.iter().filter(|line| line["source_principal"] == "").count() as u64;
+    assert!(told + written >= 10_001, "{told} + {written}");
+}
+
+#[tokio::test]
 async fn a_refused_connection_names_its_caller() {
     let (telemetry, sink) = telemetry();
     let edge = telemetry.edge(&labels(Direction::Inbound, WireProtocol::Tcp));
