@@ -2,7 +2,7 @@
 //! sidecar's own pace decides how much is sent, and only the newest version of each key ever is.
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use outrigger_api::peer_text::PeerText;
 use outrigger_api::resource::Labels;
@@ -21,6 +21,8 @@ use crate::registry::InstanceId;
 /// Keys that one sidecar may subscribe to. More than the 10,000 destinations and the own workload that a sidecar knows
 /// at once: whoever exceeds it loses the stream, and would lose it again after each reconnect.
 const MAX_SUBSCRIPTIONS: usize = 16_384;
+/// How long a stream may say nothing at its beginning.
+const HELLO: Duration = Duration::from_secs(10);
 /// Updates that wait for a sidecar's window; the rest waits as marks.
 const IN_FLIGHT: usize = 16;
 
@@ -73,6 +75,7 @@ async fn watch(
     let first = tokio::select! {
         first = requests.message() => first,
         status = &mut end => Err(status),
+        () = tokio::time::sleep(HELLO) => Err(Status::deadline_exceeded("a Watch begins with hello, at once")),
     };
     let subscriber = match first {
         Ok(Some(WatchRequest { kind: Some(watch_request::Kind::Hello(hello)) })) => {
@@ -89,7 +92,10 @@ async fn watch(
             return;
         }
     };
-    control.publisher.connect(&subscriber);
+    if let Err(error) = control.publisher.connect(&subscriber) {
+        let _ = updates.send(Err(Status::resource_exhausted(error.to_string()))).await;
+        return;
+    }
     let account = || Some(certificate.identity.to_string());
     if let Some(line) = control.lines.admit(("connected", account()), Instant::now()) {
         tracing::info!(instance = %subscriber.id, suppressed = line.suppressed, "sidecar connected");
@@ -97,6 +103,9 @@ async fn watch(
     let ended = tokio::select! {
         status = talk(&control, &certificate.workload, &subscriber, &mut requests, &updates) => status,
         status = end => Some(status),
+        () = subscriber.replaced.notified() => {
+            Some(Status::already_exists("newer streams of the same instance have taken this one's place"))
+        }
     };
     control.publisher.disconnect(&subscriber);
     if let Some(line) = control.lines.admit(("disconnected", account()), Instant::now()) {
@@ -161,8 +170,8 @@ fn take(control: &Control, workload: &str, subscriber: &Arc<Subscriber>, request
             }
             let granted =
                 if matches!(topic, Topic::Own(_)) { granted(control, &subscriber.id, workload) } else { None };
-            control.publisher.subscribe(subscriber, &topic, &granted.unwrap_or_default());
-            Ok(())
+            let subscribed = control.publisher.subscribe(subscriber, &topic, &granted.unwrap_or_default());
+            subscribed.map_err(|error| Status::resource_exhausted(error.to_string()))
         }
         Some(watch_request::Kind::Unsubscribe(key)) => {
             let (topic, _) = topic(&key, &subscriber.id)?;

@@ -29,6 +29,21 @@ use scope::Scope;
 const COALESCE: Duration = Duration::from_millis(10);
 const MAX_COALESCE: Duration = Duration::from_millis(500);
 
+/// Of one instance: the stream in use, the one that replaces it after a renewal, and one that is slow to end.
+const MAX_INSTANCE_STREAMS: usize = 3;
+/// Of one service account: far more replicas than one has, and what they know together. 60 MiB.
+const MAX_ACCOUNT_STREAMS: usize = 2_000;
+const MAX_ACCOUNT_SUBSCRIPTIONS: usize = 65_536;
+
+/// What one service account may not have more of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AccountLimit {
+    #[error("more than {MAX_ACCOUNT_STREAMS} streams of one service account")]
+    Streams,
+    #[error("more than {MAX_ACCOUNT_SUBSCRIPTIONS} subscriptions of one service account")]
+    Subscriptions,
+}
+
 /// What a subscription is about, the same value for all who share it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Topic {
@@ -53,8 +68,17 @@ struct Inner {
     scope: Scope,
     version: u64,
     subscribers: HashMap<u64, Arc<Subscriber>>,
+    /// Streams and subscriptions, by namespace and service account.
+    accounts: HashMap<(String, String), Held>,
     /// Until then sidecars are still coming back after a restart: see [`Publisher::settle_for`].
     settles: Option<tokio::time::Instant>,
+}
+
+/// What the instances of one service account hold.
+#[derive(Default)]
+struct Held {
+    streams: usize,
+    subscriptions: usize,
 }
 
 /// One topic that somebody subscribed to.
@@ -84,6 +108,7 @@ impl Publisher {
             scope: Scope::default(),
             version,
             subscribers: HashMap::new(),
+            accounts: HashMap::new(),
             settles: None,
         };
         Publisher { inner: Mutex::new(inner), changed: Notify::new(), leases_changed: Notify::new(), metrics }
@@ -191,21 +216,45 @@ impl Publisher {
 
     // --- subscriptions --------------------------------------------------------------------------------------
 
-    pub fn connect(&self, subscriber: &Arc<Subscriber>) {
-        self.lock().subscribers.insert(subscriber.number, subscriber.clone());
+    /// Takes a stream. When its instance has too many, the oldest is told to end.
+    pub fn connect(&self, subscriber: &Arc<Subscriber>) -> Result<(), AccountLimit> {
+        let mut inner = self.lock();
+        let held = inner.accounts.entry(account_of(subscriber)).or_default();
+        if held.streams >= MAX_ACCOUNT_STREAMS {
+            return Err(AccountLimit::Streams);
+        }
+        held.streams += 1;
+        let same = inner.subscribers.values().filter(|other| other.id == subscriber.id);
+        let mut same: Vec<&Arc<Subscriber>> = same.collect();
+        if same.len() >= MAX_INSTANCE_STREAMS {
+            same.sort_by_key(|other| other.number);
+            same[0].replaced.notify_one();
+        }
+        inner.subscribers.insert(subscriber.number, subscriber.clone());
+        Ok(())
     }
 
+    /// Gives back what [`Publisher::connect`] took.
     pub fn disconnect(&self, subscriber: &Subscriber) {
         let mut inner = self.lock();
         inner.subscribers.remove(&subscriber.number);
-        for topic in subscriber.topics() {
+        let topics = subscriber.topics();
+        inner.give_back(subscriber, 1, topics.len());
+        for topic in topics {
             inner.leave(&topic, subscriber.number);
         }
     }
 
     /// Subscribes; the answer is there at once, for [`Publisher::message`].
-    pub fn subscribe(&self, subscriber: &Arc<Subscriber>, topic: &Topic, granted: &Labels) {
+    pub fn subscribe(&self, subscriber: &Arc<Subscriber>, topic: &Topic, granted: &Labels) -> Result<(), AccountLimit> {
         let mut inner = self.lock();
+        if !subscriber.has(topic) {
+            let held = inner.accounts.entry(account_of(subscriber)).or_default();
+            if held.subscriptions >= MAX_ACCOUNT_SUBSCRIPTIONS {
+                return Err(AccountLimit::Subscriptions);
+            }
+            held.subscriptions += 1;
+        }
         if !inner.entries.contains_key(topic) {
             let resource = inner.compute(topic, granted);
             let message = (!inner.withholds(&resource)).then(|| inner.next_message(topic, resource));
@@ -216,11 +265,15 @@ impl Publisher {
             entry.subscribers.insert(subscriber.number, subscriber.clone());
         }
         subscriber.joined(topic);
+        Ok(())
     }
 
     pub fn unsubscribe(&self, subscriber: &Subscriber, topic: &Topic) {
-        self.lock().leave(topic, subscriber.number);
-        subscriber.left(topic);
+        let mut inner = self.lock();
+        inner.leave(topic, subscriber.number);
+        if subscriber.left(topic) {
+            inner.give_back(subscriber, 0, 1);
+        }
     }
 
     /// What a topic says now.
@@ -306,6 +359,10 @@ impl Publisher {
     }
 }
 
+fn account_of(subscriber: &Subscriber) -> (String, String) {
+    (subscriber.id.namespace.clone(), subscriber.id.service_account.clone())
+}
+
 impl Inner {
     fn compute(&self, topic: &Topic, granted: &Labels) -> watch_response::Resource {
         match topic {
@@ -354,6 +411,16 @@ impl Inner {
             Topic::Destination(key) => key.into(),
         };
         Arc::new(wire::WatchResponse { key: Some(key), version: self.version, resource: Some(resource) })
+    }
+
+    fn give_back(&mut self, subscriber: &Subscriber, streams: usize, subscriptions: usize) {
+        let MapEntry::Occupied(mut entry) = self.accounts.entry(account_of(subscriber)) else { return };
+        let held = entry.get_mut();
+        held.streams = held.streams.saturating_sub(streams);
+        held.subscriptions = held.subscriptions.saturating_sub(subscriptions);
+        if held.streams == 0 && held.subscriptions == 0 {
+            entry.remove();
+        }
     }
 
     fn leave(&mut self, topic: &Topic, number: u64) {

@@ -50,9 +50,8 @@ const ENDED_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the certificate of an open stream is judged again.
 const JUDGED_EVERY: Duration = Duration::from_secs(2);
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
-const MAX_REQUEST: usize = 1024 * 1024;
-/// Of `Identity.Issue`.
-const MAX_ISSUE: usize = 64 * 1024;
+/// The largest that is honest is a registration of a thousand ports, or a certificate request with its token.
+const MAX_REQUEST: usize = 64 * 1024;
 /// A report of some hundred edges has a tenth of it.
 const MAX_REPORT: usize = 256 * 1024;
 const MAX_RESPONSE: usize = 16 * 1024 * 1024;
@@ -199,7 +198,7 @@ async fn serve(
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .initial_stream_window_size(grants.stream_window)
         .initial_connection_window_size(grants.connection_window)
-        .add_service(IdentityServer::new(shared()).max_decoding_message_size(MAX_ISSUE))
+        .add_service(IdentityServer::new(shared()).max_decoding_message_size(MAX_REQUEST))
         .add_service(
             DiscoveryServer::new(shared())
                 .max_decoding_message_size(MAX_REQUEST)

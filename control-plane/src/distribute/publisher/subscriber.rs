@@ -20,6 +20,8 @@ pub struct Subscriber {
     state: Mutex<State>,
     /// There is something to send.
     pub wake: Notify,
+    /// Newer streams of the same instance have taken its place.
+    pub replaced: Notify,
 }
 
 #[derive(Default)]
@@ -56,7 +58,16 @@ pub struct SidecarStatus {
 
 impl Subscriber {
     pub fn new(number: u64, id: InstanceId, version: String, connected: SystemTime, not_after: SystemTime) -> Self {
-        Subscriber { number, id, connected, not_after, version, state: Mutex::default(), wake: Notify::new() }
+        Subscriber {
+            number,
+            id,
+            connected,
+            not_after,
+            version,
+            state: Mutex::default(),
+            wake: Notify::new(),
+            replaced: Notify::new(),
+        }
     }
 
     /// The next topic to send.
@@ -104,13 +115,19 @@ impl Subscriber {
         self.mark(topic);
     }
 
-    pub(super) fn left(&self, topic: &Topic) {
+    pub(super) fn has(&self, topic: &Topic) -> bool {
+        self.state().topics.contains(topic)
+    }
+
+    /// False when it was not subscribed.
+    pub(super) fn left(&self, topic: &Topic) -> bool {
         let mut state = self.state();
-        state.topics.remove(topic);
+        let subscribed = state.topics.remove(topic);
         state.acknowledged.remove(topic);
         if state.marked.remove(topic) {
             state.waiting.retain(|waiting| waiting != topic);
         }
+        subscribed
     }
 
     pub(super) fn topics(&self) -> Vec<Topic> {

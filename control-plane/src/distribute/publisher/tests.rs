@@ -44,7 +44,7 @@ fn id(name: &str) -> InstanceId {
 fn subscriber(publisher: &Publisher, number: u64) -> Arc<Subscriber> {
     let id = id(&format!("client-{number}"));
     let subscriber = Arc::new(Subscriber::new(number, id, "test".into(), UNIX_EPOCH, UNIX_EPOCH));
-    publisher.connect(&subscriber);
+    publisher.connect(&subscriber).unwrap();
     subscriber
 }
 
@@ -78,10 +78,10 @@ fn each_is_told_what_it_asked_for_and_only_when_it_changes() {
     let (one, other) = (subscriber(&publisher, 1), subscriber(&publisher, 2));
     let (cart, pay, unknown) = (topic("cart:80"), topic("pay:80"), topic("unknown:80"));
     for topic in [&cart, &unknown] {
-        publisher.subscribe(&one, topic, &Labels::new());
+        publisher.subscribe(&one, topic, &Labels::new()).unwrap();
     }
-    publisher.subscribe(&other, &pay, &Labels::new());
-    publisher.subscribe(&other, &cart, &Labels::new());
+    publisher.subscribe(&other, &pay, &Labels::new()).unwrap();
+    publisher.subscribe(&other, &cart, &Labels::new()).unwrap();
     assert_eq!(sent(&publisher, &one), [(cart.clone(), 101), (unknown.clone(), 102)]);
     assert_eq!(
         sent(&publisher, &other),
@@ -119,7 +119,7 @@ fn a_slow_sidecar_gets_the_newest_only() {
     let publisher = publisher(0);
     let slow = subscriber(&publisher, 1);
     let cart = topic("cart:80");
-    publisher.subscribe(&slow, &cart, &Labels::new());
+    publisher.subscribe(&slow, &cart, &Labels::new()).unwrap();
     for last in 1..=100 {
         publisher.register(&id("cart"), 7, &registration("cart", last)).unwrap();
         publisher.publish();
@@ -132,7 +132,7 @@ fn a_workload_is_told_of_itself_and_of_the_trust_bundle() {
     let publisher = publisher(0);
     let (one, other) = (subscriber(&publisher, 1), subscriber(&publisher, 2));
     for subscriber in [&one, &other] {
-        publisher.subscribe(subscriber, &Topic::Own(subscriber.id.clone()), &Labels::new());
+        publisher.subscribe(subscriber, &Topic::Own(subscriber.id.clone()), &Labels::new()).unwrap();
         sent(&publisher, subscriber);
     }
     publisher.register(&one.id, 7, &registration("cart", 1)).unwrap();
@@ -149,7 +149,7 @@ fn refusals_are_kept_until_they_are_over() {
     let publisher = publisher(0);
     let sidecar = subscriber(&publisher, 1);
     let cart = topic("cart:80");
-    publisher.subscribe(&sidecar, &cart, &Labels::new());
+    publisher.subscribe(&sidecar, &cart, &Labels::new()).unwrap();
     let status = || publisher.sidecars().remove(0);
     assert_eq!((status().subscriptions, status().unacknowledged), (1, 1));
     assert!(sidecar.answered(&cart, "cart.shop:80".into(), 1, "unknown protocol"));
@@ -166,7 +166,7 @@ async fn a_lost_lease_is_published_after_fifteen_seconds() {
     let client = subscriber(&publisher, 1);
     let cart = topic("cart:80");
     publisher.register(&id("cart"), 7, &registration("cart", 1)).unwrap();
-    publisher.subscribe(&client, &cart, &Labels::new());
+    publisher.subscribe(&client, &cart, &Labels::new()).unwrap();
     sent(&publisher, &client);
     let running = tokio::spawn({
         let publisher = publisher.clone();
@@ -183,4 +183,58 @@ async fn a_lost_lease_is_published_after_fifteen_seconds() {
     let Some(watch_response::Resource::Destination(destination)) = &message.resource else { panic!("{message:?}") };
     assert!(destination.endpoints.is_empty());
     running.abort();
+}
+
+fn of_account(name: &str) -> InstanceId {
+    InstanceId { name: name.into(), ..id("cart") }
+}
+
+fn connected(publisher: &Publisher, number: usize, name: &str) -> Arc<Subscriber> {
+    let number = number as u64;
+    let subscriber = Subscriber::new(number, of_account(name), String::new(), UNIX_EPOCH, UNIX_EPOCH);
+    let subscriber = Arc::new(subscriber);
+    publisher.connect(&subscriber).unwrap();
+    subscriber
+}
+
+#[test]
+fn what_one_service_account_holds_is_bounded() {
+    let publisher = publisher(0);
+    let key = |number: usize| {
+        let address =
+            std::net::SocketAddr::from(([10, 0, (number >> 8) as u8, number as u8], 80 + (number >> 16) as u16));
+        Topic::Destination(Key::Address(address))
+    };
+    let streams: Vec<_> =
+        (0..MAX_ACCOUNT_STREAMS).map(|number| connected(&publisher, number, &format!("a-{number}"))).collect();
+    let more = Arc::new(Subscriber::new(9_999_999, of_account("more"), String::new(), UNIX_EPOCH, UNIX_EPOCH));
+    assert_eq!(publisher.connect(&more), Err(AccountLimit::Streams));
+    publisher.disconnect(&streams[0]);
+    assert_eq!(publisher.connect(&more), Ok(()));
+    for number in 0..MAX_ACCOUNT_SUBSCRIPTIONS {
+        publisher.subscribe(&streams[1 + number % 8], &key(number), &Labels::new()).unwrap();
+    }
+    let beyond = key(MAX_ACCOUNT_SUBSCRIPTIONS);
+    assert_eq!(publisher.subscribe(&more, &beyond, &Labels::new()), Err(AccountLimit::Subscriptions));
+    // What it has already costs nothing, and what is given back is there again.
+    publisher.subscribe(&streams[1], &key(0), &Labels::new()).unwrap();
+    publisher.unsubscribe(&streams[1], &key(0));
+    publisher.subscribe(&more, &beyond, &Labels::new()).unwrap();
+    assert_eq!(publisher.subscribe(&more, &key(0), &Labels::new()), Err(AccountLimit::Subscriptions));
+    for stream in &streams[1..] {
+        publisher.disconnect(stream);
+    }
+    publisher.disconnect(&more);
+    assert!(publisher.lock().accounts.is_empty());
+}
+
+#[tokio::test]
+async fn the_oldest_stream_of_an_instance_makes_room() {
+    let publisher = publisher(0);
+    let streams: Vec<_> = (0..MAX_INSTANCE_STREAMS + 1).map(|number| connected(&publisher, number, "a")).collect();
+    let other = connected(&publisher, 100, "b");
+    let told = async |stream: &Subscriber| {
+        tokio::time::timeout(std::time::Duration::ZERO, stream.replaced.notified()).await.is_ok()
+    };
+    assert!(told(&streams[0]).await && !told(&streams[1]).await && !told(&other).await);
 }
