@@ -246,8 +246,7 @@ async fn a_peers_text_is_cut_and_escaped() {
     let mesh = Mesh::start(MeshOptions::default()).await;
     let peer = Peer::issue(&mesh, "shop", "cart", "cart-1").await;
     let open = streams(peer.channel(mesh.control_plane()).await.unwrap(), "cart-1").await;
-    let refusal =
-        format!("no\n2026-11-28T00:00:00Z ERROR outrigger_control_plane::ca: forged\n{}", "x".repeat(50_000));
+    let refusal = format!("no\n2026-11-28T00:00:00Z ERROR outrigger_control_plane::ca: forged\n{}", "x".repeat(50_000));
     let ack = Ack { key: Some(own_key()), version: 1, refusal };
     open.requests.send(WatchRequest { kind: Some(watch_request::Kind::Ack(ack)) }).await.unwrap();
     let shown = within(Duration::from_secs(20), "status shows the refusal", async || {
