@@ -14,6 +14,7 @@ pub mod namespace;
 pub mod peer;
 pub mod pods;
 pub mod process;
+pub mod raw_tcp;
 pub mod sidecar;
 pub mod stand_in;
 pub mod transparent;

@@ -34,12 +34,17 @@ async fn apply(at: &Namespace) {
     assert_eq!(code, 0, "{said}");
 }
 
-/// Listens where the sidecar does, and answers as it is told.
+/// Listens where the sidecar does, in both directions, and answers as it is told.
 fn sidecar(at: &Namespace, address: &str, says: impl Fn(SocketAddr) -> String + Send + 'static) -> JoinHandle<()> {
     let address: SocketAddr = address.parse().unwrap();
-    let listener = at.listen(address);
+    let (outbound, inbound) = (at.listen(address), at.listen((address.ip(), 15006).into()));
     tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
+        loop {
+            let accepted = tokio::select! {
+                accepted = outbound.accept() => accepted,
+                accepted = inbound.accept() => accepted,
+            };
+            let Ok((mut stream, _)) = accepted else { return };
             let socket = socket2::SockRef::from(&stream);
             let original = if address.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
             let original = original.unwrap().as_socket().unwrap();
@@ -98,6 +103,53 @@ async fn rules_first_then_the_sidecar_then_both() {
     assert_eq!(check(web).await.0, 4);
     web.run("nft delete table inet outrigger");
     assert_eq!(check(web).await.0, 3);
+}
+
+/// Whatever part of the rules is gone: it ends with 3 and not with 0. What takes a privilege to see is in the last place.
+#[tokio::test]
+async fn no_part_of_the_rules_may_be_missing() {
+    if !installed(&["nft", "setpriv"]) {
+        return;
+    }
+    let Some(network) = Network::new(&["web"]) else { return };
+    let web = network.at("web");
+    let _running = (sidecar(web, V4, answer), sidecar(web, V6, answer));
+    let unprivileged = async || {
+        let inner = redirect("check");
+        let mut asked = web.command("setpriv");
+        asked.args(["--bounding-set=-all", "--inh-caps=-all", "--"]).arg(inner.get_program()).args(inner.get_args());
+        run(asked).await
+    };
+    apply(web).await;
+    let (code, said) = check(web).await;
+    assert_eq!(code, 0, "{said}");
+    for part in
+        ["127.15.0.1:15007 (inbound)", "[::1]:15007 (inbound)", "dropped since the rules were applied: 0 inbound"]
+    {
+        assert!(said.contains(part), "{part} in {said}");
+    }
+    let (code, said) = unprivileged().await;
+    assert!(code == 0 && said.contains("not looked at"), "{code}: {said}");
+    for (chain, why) in [
+        ("outbound", "rules absent"),
+        ("inbound", "inbound rules absent"),
+        ("bypass_outbound", "absent in part: connections are redirected, and those that get past"),
+        ("bypass_inbound", "inbound rules absent in part"),
+        ("prerouting", "PREROUTING does not lead to them"),
+    ] {
+        apply(web).await;
+        web.run(&format!("nft flush chain inet outrigger {chain}"));
+        let (code, said) = check(web).await;
+        assert_eq!(code, 3, "{chain}: {said}");
+        for family in ["IPv4: ", "IPv6: "] {
+            let line = said.lines().find(|line| line.starts_with(family)).unwrap();
+            assert!(line.contains(why), "{chain}: {why} in {line}");
+        }
+        let (code, said) = unprivileged().await;
+        assert_eq!(code, if chain == "prerouting" { 0 } else { 3 }, "{chain}: {said}");
+    }
+    apply(web).await;
+    assert_eq!(check(web).await.0, 0);
 }
 
 #[tokio::test]

@@ -1,12 +1,15 @@
 //! Promise: the script of `redirect print --iptables` does with iptables, of either kind, what `apply` does with nftables:
 //! both directions and families, own connections and excludes, twice as once, and `remove` takes away exactly ours.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use outrigger_sidecar::redirect;
 use outrigger_tests::namespace::installed;
 use outrigger_tests::process::{Program, command};
 use outrigger_tests::stand_in::{self, ask, ask_marked};
 use outrigger_tests::{Namespace, Network, under_test};
+use tokio::io::AsyncWriteExt;
+use tokio::task::JoinHandle;
 
 /// Prints the script for these flags into a file of that machine.
 fn script(at: &Namespace, flags: &str) -> String {
@@ -40,6 +43,24 @@ async fn check(at: &Namespace) -> Option<i32> {
     tokio::task::spawn_blocking(move || inside.output()).await.unwrap().unwrap().status.code()
 }
 
+/// Answers `redirect check` as a sidecar does.
+fn answering(at: &Namespace, loopback: IpAddr) -> JoinHandle<()> {
+    let (outbound, inbound) = (at.listen((loopback, 15001).into()), at.listen((loopback, 15006).into()));
+    tokio::spawn(async move {
+        loop {
+            let accepted = tokio::select! {
+                accepted = outbound.accept() => accepted,
+                accepted = inbound.accept() => accepted,
+            };
+            let Ok((mut stream, _)) = accepted else { return };
+            let socket = socket2::SockRef::from(&stream);
+            let original = if loopback.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
+            let said = redirect::answer(original.unwrap().as_socket().unwrap());
+            let _ = stream.write_all(said.as_bytes()).await;
+        }
+    })
+}
+
 #[tokio::test]
 async fn the_script_redirects_and_undoes_it() {
     if !installed(&["iptables-nft", "iptables-legacy", "ip6tables-nft", "ip6tables-legacy"]) {
@@ -48,7 +69,7 @@ async fn the_script_redirects_and_undoes_it() {
     for which in ["nft", "legacy"] {
         let Some(network) = Network::new(&["web", "catalog"]) else { return };
         let (web, catalog) = (network.at("web"), network.at("catalog"));
-        let _sidecars = (stand_in::sidecar(web), stand_in::sidecar(catalog));
+        let mut sidecars = (stand_in::sidecar(web), stand_in::sidecar(catalog));
         let _server = stand_in::server(catalog, "catalog", &[80, 5432, 9100, 15020]);
         let path = kind(web, which);
         let saved = || {
@@ -59,6 +80,10 @@ async fn the_script_redirects_and_undoes_it() {
         web.run(&format!(
             "{path} iptables -t nat -A OUTPUT -p tcp --dport 9 -j REDIRECT --to-ports 10; ip6tables -t nat -N THEIRS"
         ));
+        // Tables that were used once stay, empty.
+        let used =
+            "for it in iptables ip6tables; do for t in mangle filter; do $it -t $t -N X; $it -t $t -X X; done; done";
+        web.run(&format!("{path} {used}"));
         let before = saved();
         let flags = "--mark 7 --exclude-outbound-ports 5432 --exclude-cidrs 198.51.100.0/24,2001:db8::/32 --dns";
         let routes = || web.run("ip route show table local; ip -6 route show table local");
@@ -106,6 +131,25 @@ async fn the_script_redirects_and_undoes_it() {
 
         // The check does not care who made the rules.
         assert_eq!(check(web).await, Some(4), "{which}: the stand-in is no sidecar");
+        sidecars.0.shutdown().await;
+        let _answering = (answering(web, Ipv4Addr::LOCALHOST.into()), answering(web, Ipv6Addr::LOCALHOST.into()));
+        assert_eq!(check(web).await, Some(0), "{which}");
+        for missing in [
+            "-t nat -F OUTRIGGER_OUTBOUND",
+            "-t nat -F OUTRIGGER_INBOUND",
+            "-t nat -D PREROUTING -j OUTRIGGER_INBOUND",
+            "-t nat -F PREROUTING",
+            "-t mangle -D INPUT -j OUTRIGGER_BYPASS_IN",
+            "-t mangle -F OUTRIGGER_BYPASS_IN",
+            "-t filter -F OUTRIGGER_BYPASS_OUT",
+        ] {
+            for program in ["iptables", "ip6tables"] {
+                web.run(&format!("{path} {program} {missing}"));
+                assert_eq!(check(web).await, Some(3), "{which}: {program} {missing}");
+                web.run(&format!("{path} {run}"));
+            }
+        }
+        assert_eq!(check(web).await, Some(0), "{which}");
         web.run(&format!("{path} {run} remove"));
         assert_eq!((saved(), routes()), (before, no_routes), "{which}");
         assert_eq!(check(web).await, Some(3), "{which}");

@@ -78,6 +78,30 @@ async fn a_sidecar_that_starts_under_such_rules_says_so() {
     web.is_ready().await;
 }
 
+/// A certificate in the state directory makes up for nothing: no connection of the application leaves.
+#[tokio::test]
+async fn a_sidecar_that_starts_again_under_such_rules_says_so_whatever_its_state_directory_has() {
+    if !installed(&["nft"]) {
+        return;
+    }
+    let Some(mesh) = TransparentMesh::start(under_test!(), Families::V4, &["web"], STRICT).await else { return };
+    let mut web = mesh.sidecar("web", "web", &[]).await;
+    web.process.signal("TERM");
+    web.process.wait(outrigger_tests::PATIENCE).await;
+    let (code, said) = web.redirect_command(&["apply"]);
+    assert_eq!(code, 0, "{said}");
+    let web = mesh.start_sidecar(mesh.at("web"), "web", &[]);
+    web.process.address("health").await;
+    let hint = eventually("the reason is told", async || {
+        let (status, body) = web.ready().await;
+        (status == 503 && body["reason"] == "redirect_not_exempt").then(|| body["hint"].to_string())
+    })
+    .await;
+    assert!(hint.contains("--mark") && hint.contains("--uid"), "{hint}");
+    web.redirect();
+    web.is_ready().await;
+}
+
 /// Connects to where nobody is: the end comes without a byte, maybe before the client has looked.
 async fn ends(from: &Namespace, outside: &str) {
     match from.try_connect(outside.parse().unwrap()).await {

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
@@ -40,7 +40,7 @@ pub struct Readiness {
     /// without naming a port.
     pub offers: Option<Vec<u16>>,
     /// The redirect rules bring this sidecar's own connections back to it: then whatever else is missing is missing for
-    /// that.
+    /// that, and what the state directory still has does not make up for it: no connection of the application leaves.
     pub comes_back: Arc<AtomicBool>,
 }
 
@@ -49,16 +49,20 @@ impl Readiness {
         if self.drain.is_draining() {
             return Err(NotReady::new("draining", "this sidecar is shutting down; nothing is to be done"));
         }
-        self.complete().map_err(|missing| {
-            if !self.comes_back.load(Ordering::Relaxed) {
-                return missing;
-            }
-            let hint = format!(
-                "the redirect rules send this sidecar's own connections back to it: {EXEMPT_HINT}. What it waits for: {}",
-                missing.reason
-            );
-            NotReady::new("redirect_not_exempt", hint)
-        })
+        let complete = self.complete();
+        if !self.comes_back.load(Ordering::Relaxed) {
+            return complete;
+        }
+        let waits = complete.map_or_else(|missing| missing.reason, |()| "the control plane".to_owned());
+        let hint = format!(
+            "the redirect rules send this sidecar's own connections back to it: {EXEMPT_HINT}. What it waits for: {waits}"
+        );
+        Err(NotReady::new("redirect_not_exempt", hint))
+    }
+
+    /// Whether everything is there and the control plane is, too: then nothing comes back that should leave.
+    pub fn is_connected(&self) -> bool {
+        self.check().is_ok() && *self.directory.connected().borrow()
     }
 
     /// Whether all is there.
@@ -123,6 +127,8 @@ impl Readiness {
                 Ok(()) = own.changed() => {}
                 Ok(()) = connected.changed() => {}
                 Ok(()) = lease.changed() => {}
+                // Nothing tells when the rules fit again.
+                () = tokio::time::sleep(Duration::from_secs(1)), if self.comes_back.load(Ordering::Relaxed) => {}
                 else => std::future::pending().await,
             }
         }

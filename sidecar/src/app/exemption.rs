@@ -1,6 +1,6 @@
-//! Whether the redirect rules leave the sidecar's own connections alone, asked for as long as it is not ready: if they
-//! do not, the control plane cannot be reached, and no other reason would tell a person what to do. Runs on the control
-//! thread.
+//! Whether the redirect rules leave the sidecar's own connections alone, asked for as long as it is not ready or has no
+//! control plane: if they do not, the control plane cannot be reached, and no other reason would tell a person what to do. A
+//! certificate in the state directory hides that no less than a missing one. Runs on the control thread.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -15,13 +15,13 @@ const AGAIN: Duration = Duration::from_secs(2);
 /// On loopback an answer, either way, comes at once.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Keeps `comes_back` true to the rules until the sidecar is ready, and again whenever it is not.
+/// Keeps `comes_back` true to the rules until the control plane is reached, and again whenever it is not.
 pub(super) async fn watch(mark: Option<u32>, readiness: Readiness, comes_back: Arc<AtomicBool>) {
     let mut tick = tokio::time::interval(AGAIN);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        let now = readiness.check().is_err() && (returns(mark, PROBE_V4).await || returns(mark, PROBE_V6).await);
+        let now = !readiness.is_connected() && (returns(mark, PROBE_V4).await || returns(mark, PROBE_V6).await);
         if now && !comes_back.swap(now, Relaxed) {
             tracing::error!(
                 "the redirect rules send this sidecar's own connections back to it, those to the control plane too: {}",

@@ -5,12 +5,14 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use futures_util::future::Either;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::connect::worker::Worker;
 use crate::connection::Registered;
 use crate::net::{OriginalDst, Stream};
 use crate::outcome::{Error, Reason, Stage};
+use crate::redirect;
 
 use super::caller::Caller;
 
@@ -21,21 +23,34 @@ pub fn serve_redirected(
     stream: TcpStream,
     registered: Rc<Registered>,
 ) -> impl Future<Output = ()> + 'static {
-    match application(&worker, &stream) {
+    let original = OriginalDst::of(&stream).map(OriginalDst::address);
+    if let Ok(original) = original
+        && redirect::is_inbound_probe(original)
+    {
+        return Either::Right(Either::Left(answer_probe(stream, original)));
+    }
+    match original.and_then(|original| application(&worker, original)) {
         Ok(application) => Either::Left(super::serve(worker, application, stream.into(), registered)),
         Err(error) => {
             let caller = Caller { peer: None, destination_service: String::new() };
             caller.refused(&worker, &registered, &error);
             Stream::from(stream).reset_on_close();
-            Either::Right(std::future::ready(()))
+            Either::Right(Either::Right(std::future::ready(())))
         }
     }
 }
 
+/// `redirect check` asks whether its connection arrives here, and with the address that it dialled. Only this machine can
+/// dial that address.
+async fn answer_probe(mut stream: TcpStream, original: SocketAddr) {
+    // A check that has gone does not miss its answer.
+    let _ = stream.write_all(redirect::answer(original).as_bytes()).await;
+    let _ = stream.shutdown().await;
+}
+
 /// The application that a redirected connection is for. Nothing but this workload's own addresses is reached through its
 /// sidecar, and no port of the sidecar itself.
-fn application(worker: &Worker, stream: &TcpStream) -> Result<SocketAddr, Error> {
-    let original = OriginalDst::of(stream)?.address();
+fn application(worker: &Worker, original: SocketAddr) -> Result<SocketAddr, Error> {
     if let Some(application) = worker.own.application_behind(original) {
         return Ok(application);
     }

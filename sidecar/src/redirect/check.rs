@@ -1,28 +1,47 @@
-//! `redirect check`: whether interception works in this network namespace, for each family, found out by doing it and
-//! with no privilege. A connection to the probe's address must reach the running sidecar, which answers with that original
-//! destination (`probe`). Where it does not, a second address tells whether the rules or the sidecar are absent. Both
-//! are on loopback: nothing leaves the machine, and the sidecar's own user may ask as well.
+//! `redirect check`: whether interception works in this network namespace, for each family and both directions, found out by
+//! doing it and with no privilege. A connection to the probe's address must reach the running sidecar, which answers with
+//! that original destination (`probe`). Where it does not, a second address tells whether the rules or the sidecar are
+//! absent. A third must be dropped, as what was not redirected is. All are on loopback: nothing leaves the machine, and the
+//! sidecar's own user may ask as well. What takes a privilege to see is in `hooks`.
 
 use std::fmt;
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use super::probe::{PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT, answer, complaint};
+use super::hooks::{self, Hooks};
+use super::probe::{
+    INBOUND_DROP_PORT, INBOUND_RULES_PORT, OUTBOUND_DROP_PORT, PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT,
+    answer, complaint, inbound_probe,
+};
 
 /// A sidecar that takes longer than this does not serve either.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Longer than any answer.
 const LONGEST: u64 = 256;
 
+/// On loopback a connection that is not dropped is refused, or made, before the call returns.
+const DROPPED_AFTER: Duration = Duration::from_secs(1);
+
+/// Which rules were asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    Outbound,
+    Inbound,
+}
+
 /// What was found for one family.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Found {
     Works,
     /// Connections are not redirected.
-    NoRules,
+    NoRules(Way),
     /// They are, and nobody answers as a sidecar does.
-    NoSidecar(String),
+    NoSidecar(Way, String),
+    /// They are, and what gets past the redirect is not dropped.
+    Open(Way),
+    /// The inbound rules are there, and PREROUTING does not lead to them.
+    Unhooked,
     /// Both are there, but the rules bring the sidecar's own connections back to it, so that none leaves.
     NotExempt,
     /// The sidecar cannot listen for this family, which is in use.
@@ -36,8 +55,8 @@ impl Found {
     fn code(&self) -> u8 {
         match self {
             Found::Works | Found::NotUsed => 0,
-            Found::NoRules => 3,
-            Found::NoSidecar(_) | Found::NoLoopback => 4,
+            Found::NoRules(_) | Found::Open(_) | Found::Unhooked => 3,
+            Found::NoSidecar(..) | Found::NoLoopback => 4,
             Found::NotExempt => 5,
         }
     }
@@ -48,6 +67,8 @@ impl Found {
 pub(super) struct Report {
     v4: Found,
     v6: Found,
+    /// None: no right to look, or nothing to look with.
+    hooks: Option<Hooks>,
 }
 
 impl Report {
@@ -60,20 +81,43 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const APPLY: &str = "`outrigger-sidecar redirect apply` in this network namespace, as root (NET_ADMIN)";
         for (family, found, probe) in [("IPv4", &self.v4, PROBE_V4), ("IPv6", &self.v6, PROBE_V6)] {
+            let of = |way: &Way| match way {
+                Way::Outbound => ("", probe),
+                Way::Inbound => ("inbound ", inbound_probe(probe)),
+            };
             match found {
-                Found::Works => {
-                    writeln!(f, "{family}: works: a connection to {probe} reached the sidecar with that destination")?;
-                }
-                Found::NoRules => writeln!(
+                Found::Works => writeln!(
                     f,
-                    "{family}: rules absent: a connection to {probe} was not redirected\n      to do: `outrigger-sidecar \
-                     redirect apply` in this network namespace, as root (NET_ADMIN)"
+                    "{family}: works: connections to {probe} (outbound) and {} (inbound) reached the sidecar with that \
+                     destination, and what is not redirected is dropped",
+                    inbound_probe(probe)
                 )?,
-                Found::NoSidecar(why) => writeln!(
+                Found::NoRules(way) => {
+                    let (which, probe) = of(way);
+                    writeln!(
+                        f,
+                        "{family}: {which}rules absent: a connection to {probe} was not redirected\n      to do: {APPLY}"
+                    )?;
+                }
+                Found::NoSidecar(way, why) => {
+                    let (which, probe) = of(way);
+                    writeln!(
+                        f,
+                        "{family}: sidecar absent: the {which}rules redirect a connection to {probe}, {why}\n      to do: start \
+                         `outrigger-sidecar run --transparent` in this network namespace, or see what its log says"
+                    )?;
+                }
+                Found::Open(way) => writeln!(
                     f,
-                    "{family}: sidecar absent: the rules redirect a connection to {probe}, {why}\n      to do: start \
-                     `outrigger-sidecar run --transparent` in this network namespace, or see what its log says"
+                    "{family}: {}rules absent in part: connections are redirected, and those that get past it are not dropped\n\
+                     \x20     to do: {APPLY}",
+                    of(way).0
+                )?,
+                Found::Unhooked => writeln!(
+                    f,
+                    "{family}: inbound rules absent in part: PREROUTING does not lead to them\n      to do: {APPLY}"
                 )?,
                 Found::NotExempt => writeln!(
                     f,
@@ -89,16 +133,38 @@ impl fmt::Display for Report {
                 Found::NotUsed => writeln!(f, "{family}: not used here: no address of it but loopback's")?,
             }
         }
-        Ok(())
+        match &self.hooks {
+            None if self.code() == 0 => writeln!(
+                f,
+                "not looked at, which takes root (NET_ADMIN): whether PREROUTING leads to the inbound rules, and how many packets \
+                 were dropped"
+            ),
+            Some(Hooks { dropped: Some((inbound, outbound)), .. }) => writeln!(
+                f,
+                "packets that would have begun a connection past the sidecar, dropped since the rules were applied: {inbound} \
+                 inbound, {outbound} outbound"
+            ),
+            None | Some(_) => Ok(()),
+        }
     }
 }
 
 /// Asks both families of this network namespace.
 pub(super) fn check() -> io::Result<Report> {
     let used = (has_v4(), has_v6());
-    let v4 = family(PROBE_V4, Ipv4Addr::LOCALHOST.into())?;
-    let v6 = family(PROBE_V6, Ipv6Addr::LOCALHOST.into())?;
-    Ok(judge(v4, v6, used))
+    let both = std::thread::scope(|scope| {
+        let v4 = scope.spawn(|| family(PROBE_V4, Ipv4Addr::LOCALHOST.into()));
+        let v6 = family(PROBE_V6, Ipv6Addr::LOCALHOST.into());
+        (v4.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), v6)
+    });
+    let hooks = hooks::look();
+    let hooked = |found: Option<Found>, unhooked: bool| match found {
+        Some(Found::Works) if unhooked => Some(Found::Unhooked),
+        found => found,
+    };
+    let v4 = hooked(both.0?, hooks.as_ref().is_some_and(|hooks| hooks.v4_unhooked));
+    let v6 = hooked(both.1?, hooks.as_ref().is_some_and(|hooks| hooks.v6_unhooked));
+    Ok(Report { hooks, ..judge(v4, v6, used) })
 }
 
 /// A family that no application can use is not a fault when the other one is used. None: it has no loopback address.
@@ -109,7 +175,7 @@ fn judge(v4: Option<Found>, v6: Option<Found>, (v4_used, v6_used): (bool, bool))
         None if used => Found::NoLoopback,
         Some(_) | None => Found::NotUsed,
     };
-    Report { v4: one(v4, v4_used, v6_used), v6: one(v6, v6_used, v4_used) }
+    Report { v4: one(v4, v4_used, v6_used), v6: one(v6, v6_used, v4_used), hooks: None }
 }
 
 fn family(probe: SocketAddr, loopback: IpAddr) -> io::Result<Option<Found>> {
@@ -119,9 +185,31 @@ fn family(probe: SocketAddr, loopback: IpAddr) -> io::Result<Option<Found>> {
         Err(error) if is_absent(&error) => return Ok(None),
         Err(error) => return Err(error),
     }
+    let ways = [(Way::Outbound, probe, RULES_PORT), (Way::Inbound, inbound_probe(probe), INBOUND_RULES_PORT)];
+    for (way, probe, rules) in ways {
+        let found = redirected(way, probe, SocketAddr::new(probe.ip(), rules), loopback)?;
+        if found != Found::Works {
+            return Ok(Some(found));
+        }
+    }
+    let drops = |port| is_dropped(SocketAddr::new(probe.ip(), port));
+    let (outbound, inbound) = std::thread::scope(|scope| {
+        let outbound = scope.spawn(|| drops(OUTBOUND_DROP_PORT));
+        let inbound = drops(INBOUND_DROP_PORT);
+        (outbound.join().unwrap_or(false), inbound)
+    });
+    Ok(Some(match (outbound, inbound) {
+        (true, true) => Found::Works,
+        (false, _) => Found::Open(Way::Outbound),
+        (true, false) => Found::Open(Way::Inbound),
+    }))
+}
+
+/// Whether a connection to `probe` reaches the sidecar; if not, one to `rules` tells what is absent.
+fn redirected(way: Way, probe: SocketAddr, rules: SocketAddr, loopback: IpAddr) -> io::Result<Found> {
     let why = match ask(probe) {
-        Ok(said) if said == answer(probe).as_bytes() => return Ok(Some(Found::Works)),
-        Ok(said) if said == complaint(probe).as_bytes() => return Ok(Some(Found::NotExempt)),
+        Ok(said) if said == answer(probe).as_bytes() => return Ok(Found::Works),
+        Ok(said) if said == complaint(probe).as_bytes() => return Ok(Found::NotExempt),
         Ok(said) if said.is_empty() => "and it was closed without an answer".to_owned(),
         Ok(said) => format!("and something else answered: {:?}", String::from_utf8_lossy(&said)),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => "where nobody listens".to_owned(),
@@ -130,8 +218,13 @@ fn family(probe: SocketAddr, loopback: IpAddr) -> io::Result<Option<Found>> {
         }
         Err(error) => format!("where it failed: {error}"),
     };
-    let rules = in_force(SocketAddr::new(probe.ip(), RULES_PORT), loopback)?;
-    Ok(Some(if rules { Found::NoSidecar(why) } else { Found::NoRules }))
+    Ok(if in_force(rules, loopback)? { Found::NoSidecar(way, why) } else { Found::NoRules(way) })
+}
+
+/// Whether a connection to where nobody listens is dropped, and not refused.
+fn is_dropped(address: SocketAddr) -> bool {
+    let tried = TcpStream::connect_timeout(&address, DROPPED_AFTER);
+    tried.is_err_and(|error| matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock))
 }
 
 fn is_absent(error: &io::Error) -> bool {
@@ -237,22 +330,24 @@ mod tests {
 
     #[test]
     fn what_no_application_uses_is_no_fault_and_rules_come_before_the_sidecar() {
-        let absent = || Some(Found::NoSidecar("x".to_owned()));
+        let absent = || Some(Found::NoSidecar(Way::Outbound, "x".to_owned()));
         for (v4, v6, used, code) in [
             (Some(Found::Works), Some(Found::Works), (true, true), 0),
-            (Some(Found::Works), Some(Found::NoRules), (true, true), 3),
-            (Some(Found::Works), Some(Found::NoRules), (true, false), 0),
+            (Some(Found::Works), Some(Found::NoRules(Way::Inbound)), (true, true), 3),
+            (Some(Found::Works), Some(Found::NoRules(Way::Inbound)), (true, false), 0),
             (Some(Found::Works), None, (true, false), 0),
             (Some(Found::Works), None, (true, true), 4),
-            (Some(Found::NoRules), Some(Found::Works), (false, true), 0),
-            (Some(Found::NoRules), absent(), (true, true), 3),
-            (absent(), Some(Found::NoRules), (true, true), 3),
+            (Some(Found::NoRules(Way::Inbound)), Some(Found::Works), (false, true), 0),
+            (Some(Found::NoRules(Way::Inbound)), absent(), (true, true), 3),
+            (absent(), Some(Found::NoRules(Way::Inbound)), (true, true), 3),
             (absent(), absent(), (true, false), 4),
             (absent(), Some(Found::Works), (true, true), 4),
             (Some(Found::NotExempt), Some(Found::Works), (true, true), 5),
             (Some(Found::NotExempt), absent(), (true, true), 4),
+            (Some(Found::Open(Way::Inbound)), Some(Found::Works), (true, true), 3),
+            (Some(Found::Works), Some(Found::Unhooked), (true, true), 3),
             // Loopback alone: all that there is counts.
-            (Some(Found::NoRules), Some(Found::NoRules), (false, false), 3),
+            (Some(Found::NoRules(Way::Inbound)), Some(Found::NoRules(Way::Inbound)), (false, false), 3),
         ] {
             let report = judge(v4, v6, used);
             assert_eq!(report.code(), code, "{report:?}");

@@ -6,6 +6,7 @@ mod apply;
 mod args;
 mod check;
 mod command;
+mod hooks;
 mod iptables;
 mod nft;
 mod probe;
@@ -13,7 +14,9 @@ mod routes;
 
 pub use args::Args;
 pub use command::{main, variables_of_run};
-pub use probe::{PROBE_PORT, PROBE_V4, PROBE_V6, answer, complaint, exempt_target, is_exempt_target, is_probe};
+pub use probe::{
+    PROBE_PORT, PROBE_V4, PROBE_V6, answer, complaint, exempt_target, is_exempt_target, is_inbound_probe, is_probe,
+};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 

@@ -5,7 +5,10 @@ use std::fmt::{Display, Write};
 
 use outrigger_api::virtual_address::{IPV4_NETWORK, IPV6_NETWORK};
 
-use super::probe::{EXEMPT_PORT, PROBE_PORT, PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT};
+use super::probe::{
+    EXEMPT_PORT, INBOUND_DROP_PORT, INBOUND_PROBE_PORT, INBOUND_RULES_PORT, OUTBOUND_DROP_PORT, PROBE_PORT, PROBE_V4,
+    PROBE_V6, RULES_PORT, RULES_TARGET_PORT,
+};
 
 use super::{INBOUND_PORT, NEVER_REDIRECTED, OUTBOUND_PORT, Own, RESOLVER_PORT, Rules, routes};
 
@@ -22,7 +25,8 @@ pub(super) fn script(rules: &Rules) -> String {
         routes::commands("replace").iter().for_each(|command| text += &format!("#   {command}\n"));
     }
     text += &removal();
-    let _ = write!(text, "\ntable {TABLE} {{\n{}\n{}}}\n", outbound(rules), inbound(rules));
+    let chains = [outbound(rules), prerouting(), inbound(rules), bypass_outbound(rules), bypass_inbound(rules)];
+    let _ = write!(text, "\ntable {TABLE} {{\n{}}}\n", chains.join("\n"));
     text
 }
 
@@ -35,24 +39,18 @@ fn outbound(rules: &Rules) -> String {
     let mut chain = Chain::new(
         "What is opened here. The first rule that says `return` leaves a connection alone.",
         "outbound",
-        "output",
+        "type nat hook output priority -100; policy accept;",
     );
     chain.beginnings();
     chain.comment("`redirect check` asks here: whether the sidecar answers, and whether these rules are in force.");
-    let (v4, v6) = (PROBE_V4.ip(), PROBE_V6.ip());
-    for (port, to) in [(PROBE_PORT, OUTBOUND_PORT), (RULES_PORT, RULES_TARGET_PORT)] {
-        chain.rule(format_args!("ip daddr {v4} tcp dport {port} redirect to :{to}"));
-        chain.rule(format_args!("ip6 daddr {v6} tcp dport {port} redirect to :{to}"));
-    }
-    chain.comment("The sidecar's own.");
-    match rules.own {
-        Own::Uid(uid) => chain.rule(format_args!("meta skuid {uid} return")),
-        Own::Mark(mark) => chain.rule(format_args!("meta mark {mark} return")),
-    }
-    chain.except("--exclude-uids", "meta skuid", &rules.exclude_uids);
+    chain.probe(PROBE_PORT, format_args!("redirect to :{OUTBOUND_PORT}"));
+    chain.probe(RULES_PORT, format_args!("redirect to :{RULES_TARGET_PORT}"));
+    chain.comment("It asks the inbound rules, too: what arrives over loopback is not asked in prerouting.");
+    chain.probe(INBOUND_PROBE_PORT, "jump inbound");
+    chain.probe(INBOUND_RULES_PORT, "jump inbound");
+    chain.own(rules);
     chain.comment("The sidecar asks here whether it is known: this is for all others.");
-    chain.rule(format_args!("ip daddr {v4} tcp dport {EXEMPT_PORT} redirect to :{OUTBOUND_PORT}"));
-    chain.rule(format_args!("ip6 daddr {v6} tcp dport {EXEMPT_PORT} redirect to :{OUTBOUND_PORT}"));
+    chain.probe(EXEMPT_PORT, format_args!("redirect to :{OUTBOUND_PORT}"));
     if rules.dns {
         chain.comment("--dns: questions about names, to servers on loopback as well.");
         chain.rule(format_args!("udp dport 53 redirect to :{RESOLVER_PORT}"));
@@ -71,9 +69,19 @@ fn outbound(rules: &Rules) -> String {
     chain.end()
 }
 
+fn prerouting() -> String {
+    let mut chain =
+        Chain::new("What others open to here.", "prerouting", "type nat hook prerouting priority -100; policy accept;");
+    chain.rule("jump inbound");
+    chain.end()
+}
+
 fn inbound(rules: &Rules) -> String {
-    let mut chain = Chain::new("What others open to here.", "inbound", "prerouting");
+    let mut chain = Chain::new("Which of it goes to the sidecar.", "inbound", "");
     chain.beginnings();
+    chain.comment("`redirect check` asks here, by way of the outbound chain.");
+    chain.probe(INBOUND_PROBE_PORT, format_args!("redirect to :{INBOUND_PORT}"));
+    chain.probe(INBOUND_RULES_PORT, format_args!("redirect to :{RULES_TARGET_PORT}"));
     chain.comment("What never left this machine.");
     chain.rule("iifname \"lo\" return");
     chain.comment("What this machine forwards for others.");
@@ -86,17 +94,84 @@ fn inbound(rules: &Rules) -> String {
     chain.end()
 }
 
+/// NAT is decided once for each entry of connection tracking, and any packet may begin an entry. This chain looks at the
+/// packets themselves, so that a connection that NAT was never asked about does not get past the sidecar.
+fn bypass_outbound(rules: &Rules) -> String {
+    let mut chain = Chain::new(
+        "What begins a connection past the sidecar, though it should have been redirected: dropped and counted.",
+        "bypass_outbound",
+        "type filter hook output priority 0; policy accept;",
+    );
+    chain.comment("`redirect check` asks here.");
+    chain.probe(OUTBOUND_DROP_PORT, "drop");
+    chain.rule("meta l4proto != tcp return");
+    chain.own(rules);
+    chain.comment("What was redirected, and what stays on this machine.");
+    chain.rule("oifname \"lo\" return");
+    chain.rule("ip daddr 127.0.0.0/8 return");
+    chain.rule("ip6 daddr ::1 return");
+    // Where somebody else's rules have changed the destination meanwhile, the one that was dialled counts.
+    chain.except("--exclude-cidrs", "ip daddr", &rules.exclude_v4);
+    chain.also("ct direction original ct original ip daddr", &rules.exclude_v4);
+    chain.except("--exclude-cidrs", "ip6 daddr", &rules.exclude_v6);
+    chain.also("ct direction original ct original ip6 daddr", &rules.exclude_v6);
+    chain.except("--exclude-outbound-ports", "tcp dport", &rules.exclude_outbound_ports);
+    chain.also("meta l4proto tcp ct direction original ct original proto-dst", &rules.exclude_outbound_ports);
+    chain.comment("A beginning, whatever other flags it has.");
+    chain.rule("tcp flags & (syn | ack) == syn counter drop");
+    chain.comment("Pieces that could hide one: the kernel's own TCP is never in pieces here, a raw socket's may be.");
+    chain.rule("ip frag-off & 0x3fff != 0 counter drop");
+    chain.end()
+}
+
+fn bypass_inbound(rules: &Rules) -> String {
+    let mut chain = Chain::new(
+        "What begins a connection to here past the sidecar: dropped and counted.",
+        "bypass_inbound",
+        "type filter hook input priority 0; policy accept;",
+    );
+    chain.comment("`redirect check` asks here.");
+    chain.probe(INBOUND_DROP_PORT, "drop");
+    chain.comment("What never left this machine.");
+    chain.rule("iifname \"lo\" return");
+    chain.comment("What was redirected, and the sidecar's metrics and health.");
+    let [metrics, health] = NEVER_REDIRECTED;
+    chain.rule(format_args!("tcp dport {{ {INBOUND_PORT}, {metrics}, {health} }} return"));
+    chain.except("--exclude-cidrs", "ip saddr", &rules.exclude_v4);
+    chain.except("--exclude-cidrs", "ip6 saddr", &rules.exclude_v6);
+    chain.except("--exclude-inbound-ports", "tcp dport", &rules.exclude_inbound_ports);
+    chain.also("meta l4proto tcp ct direction original ct original proto-dst", &rules.exclude_inbound_ports);
+    chain.comment("A beginning, whatever other flags it has. Packets come here in one piece.");
+    chain.rule("tcp flags & (syn | ack) == syn counter drop");
+    chain.end()
+}
+
 /// A chain's text as it grows.
 struct Chain {
     text: String,
 }
 
 impl Chain {
+    /// Without a hook it is asked only where another one jumps to it.
     fn new(about: &str, name: &str, hook: &str) -> Chain {
-        let text = format!(
-            "    # {about}\n    chain {name} {{\n        type nat hook {hook} priority -100; policy accept;\n\n"
-        );
-        Chain { text }
+        let hook = if hook.is_empty() { String::new() } else { format!("        {hook}\n\n") };
+        Chain { text: format!("    # {about}\n    chain {name} {{\n{hook}") }
+    }
+
+    /// For a port at both addresses of `redirect check`.
+    fn probe(&mut self, port: u16, what: impl Display) {
+        self.rule(format_args!("ip daddr {} tcp dport {port} {what}", PROBE_V4.ip()));
+        self.rule(format_args!("ip6 daddr {} tcp dport {port} {what}", PROBE_V6.ip()));
+    }
+
+    /// Who is left alone.
+    fn own(&mut self, rules: &Rules) {
+        self.comment("The sidecar's own.");
+        match rules.own {
+            Own::Uid(uid) => self.rule(format_args!("meta skuid {uid} return")),
+            Own::Mark(mark) => self.rule(format_args!("meta mark {mark} return")),
+        }
+        self.except("--exclude-uids", "meta skuid", &rules.exclude_uids);
     }
 
     /// A connection that was there before the rules would otherwise be redirected in its middle, which ends it: the
@@ -115,12 +190,18 @@ impl Chain {
     }
 
     fn except(&mut self, why: &str, what: &str, list: &[impl Display]) {
-        if list.is_empty() {
-            return;
+        if !list.is_empty() {
+            self.comment(why);
         }
-        let list: Vec<String> = list.iter().map(ToString::to_string).collect();
-        self.comment(why);
-        self.rule(format_args!("{what} {{ {} }} return", list.join(", ")));
+        self.also(what, list);
+    }
+
+    /// Another rule for the same list.
+    fn also(&mut self, what: &str, list: &[impl Display]) {
+        if !list.is_empty() {
+            let list: Vec<String> = list.iter().map(ToString::to_string).collect();
+            self.rule(format_args!("{what} {{ {} }} return", list.join(", ")));
+        }
     }
 
     fn end(mut self) -> String {

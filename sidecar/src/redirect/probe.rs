@@ -21,6 +21,27 @@ pub(super) const RULES_TARGET_PORT: u16 = 15004;
 /// sidecar, when it is asked, connects there itself: it must be refused.
 pub(super) const EXEMPT_PORT: u16 = 15005;
 
+/// At the same addresses: the chain of the inbound rules sends it to the inbound listener. What arrives over loopback is not
+/// asked in PREROUTING, so the outbound chain leads connections to these two ports there.
+pub(super) const INBOUND_PROBE_PORT: u16 = 15007;
+/// As [`RULES_PORT`], for the inbound chain.
+pub(super) const INBOUND_RULES_PORT: u16 = 15008;
+
+/// At the same addresses: the two chains that drop connections which were not redirected drop a connection to these ports,
+/// where no program listens. Without those chains it is refused.
+pub(super) const INBOUND_DROP_PORT: u16 = 15009;
+pub(super) const OUTBOUND_DROP_PORT: u16 = 15010;
+
+/// Whether an original destination, seen by the inbound listener, is that of the inbound probe.
+pub fn is_inbound_probe(original: SocketAddr) -> bool {
+    [PROBE_V4, PROBE_V6].map(inbound_probe).contains(&SocketAddr::new(original.ip().to_canonical(), original.port()))
+}
+
+/// The inbound probe of the family of `probe`.
+pub(super) fn inbound_probe(probe: SocketAddr) -> SocketAddr {
+    SocketAddr::new(probe.ip(), INBOUND_PROBE_PORT)
+}
+
 /// Whether an original destination, seen by the outbound listener, is the probe's. Such a connection is told [`answer`]
 /// and closed, before policy and limits, and not counted.
 pub fn is_probe(original: SocketAddr) -> bool {
@@ -72,6 +93,9 @@ mod tests {
         assert_eq!(complaint(PROBE_V4), "outrigger-sidecar not-exempt 127.15.0.1:15002\n");
         assert_eq!(exempt_target(PROBE_V6).to_string(), "[::1]:15005");
         assert!(is_exempt_target(exempt_target(PROBE_V4)) && !is_exempt_target(PROBE_V4));
+        assert!(is_inbound_probe("[::1]:15007".parse().unwrap()) && !is_inbound_probe(PROBE_V6));
+        assert!(is_inbound_probe("[::ffff:127.15.0.1]:15007".parse().unwrap()));
+        assert!(!is_inbound_probe("127.0.0.1:15007".parse().unwrap()));
         let mapped = "[::ffff:127.15.0.1]:15002".parse().unwrap();
         assert_eq!(answer(mapped), answer(PROBE_V4));
     }

@@ -2,23 +2,27 @@
 # Outrigger: brings this network namespace's TCP connections to the sidecar, by iptables and ip6tables.
 #   sh FILE          puts the rules in force; twice is as once
 #   sh FILE remove   takes exactly them away
-# All rules are in the chains OUTRIGGER_OUTBOUND and OUTRIGGER_INBOUND of the table nat, into which one jump each leads.
+# All rules are in chains of their own, into which one jump each leads: OUTRIGGER_OUTBOUND and OUTRIGGER_INBOUND in the table
+# nat, and what drops connections that got past them, OUTRIGGER_BYPASS_IN in mangle (where others' ACCEPT does not come
+# first) and OUTRIGGER_BYPASS_OUT in filter.
+#   iptables -t mangle -nvL OUTRIGGER_BYPASS_IN; iptables -nvL OUTRIGGER_BYPASS_OUT     how many were dropped
 set -eu
 
 # The jump into a chain of ours, unless it is there.
 jump() {
-    "$1" -w 30 -t nat -C "$2" -j "$3" 2>/dev/null || echo "-I $2 -j $3"
+    "$1" -w 30 -t "$2" -C "$3" -j "$4" 2>/dev/null || echo "-I $3 -j $4"
 }
 
-# Rules come on stdin. Naming a chain of ours empties it; --noflush leaves everybody else's alone. What is there is asked
-# before iptables-restore begins: it may hold a lock from its first line on.
+# apply PROGRAM TABLE BUILT-IN OURS [BUILT-IN OURS], rules on stdin. Naming a chain of ours empties it; --noflush leaves
+# everybody else's alone. What is there is asked before iptables-restore begins: it may hold a lock from its first line on.
 apply() {
     jumps=$(
-        jump "$1" OUTPUT OUTRIGGER_OUTBOUND
-        jump "$1" PREROUTING OUTRIGGER_INBOUND
+        jump "$1" "$2" "$3" "$4"
+        [ $# = 4 ] || jump "$1" "$2" "$5" "$6"
     )
     {
-        printf '%s\n' '*nat' ':OUTRIGGER_OUTBOUND - [0:0]' ':OUTRIGGER_INBOUND - [0:0]'
+        printf '%s\n' "*$2" ":$4 - [0:0]"
+        [ $# = 4 ] || printf '%s\n' ":$6 - [0:0]"
         cat
         printf '%s\n' "$jumps" COMMIT
     } | "$1-restore" -w 30 --noflush
@@ -26,16 +30,23 @@ apply() {
 
 # A jump and the chain to which it leads.
 gone() {
-    ! "$1" -w 30 -t nat -C "$2" -j "$3" 2>/dev/null || echo "-D $2 -j $3"
-    ! "$1" -w 30 -t nat -n -L "$3" >/dev/null 2>&1 || printf '%s\n' "-F $3" "-X $3"
+    ! "$1" -w 30 -t "$2" -C "$3" -j "$4" 2>/dev/null || echo "-D $3 -j $4"
+    ! "$1" -w 30 -t "$2" -n -L "$4" >/dev/null 2>&1 || printf '%s\n' "-F $4" "-X $4"
 }
 
+taken() {
+    [ -z "$3" ] || printf '%s\n' "*$2" "$3" COMMIT | "$1-restore" -w 30 --noflush
+}
+
+# What drops goes before what redirects.
 remove() {
+    taken "$1" mangle "$(gone "$1" mangle INPUT OUTRIGGER_BYPASS_IN)"
+    taken "$1" filter "$(gone "$1" filter OUTPUT OUTRIGGER_BYPASS_OUT)"
     ours=$(
-        gone "$1" OUTPUT OUTRIGGER_OUTBOUND
-        gone "$1" PREROUTING OUTRIGGER_INBOUND
+        gone "$1" nat OUTPUT OUTRIGGER_OUTBOUND
+        gone "$1" nat PREROUTING OUTRIGGER_INBOUND
     )
-    [ -z "$ours" ] || printf '%s\n' '*nat' "$ours" COMMIT | "$1-restore" -w 30 --noflush
+    taken "$1" nat "$ours"
 }
 
 # Kernels without IPv6 have nothing to redirect there.
@@ -70,13 +81,16 @@ esac
 
 no_routes
 
-apply iptables <<'RULES'
+apply iptables nat OUTPUT OUTRIGGER_OUTBOUND PREROUTING OUTRIGGER_INBOUND <<'RULES'
 # What is opened here. The first rule that says RETURN leaves a connection alone.
 # Connections that were there before these rules go on.
 -A OUTRIGGER_OUTBOUND -p tcp ! --syn -j RETURN
 # `redirect check` asks here: whether the sidecar answers, and whether these rules are in force.
 -A OUTRIGGER_OUTBOUND -d 127.15.0.1 -p tcp --dport 15002 -j REDIRECT --to-ports 15001
 -A OUTRIGGER_OUTBOUND -d 127.15.0.1 -p tcp --dport 15003 -j REDIRECT --to-ports 15004
+# It asks the inbound rules, too: what arrives over loopback is not asked in PREROUTING.
+-A OUTRIGGER_OUTBOUND -d 127.15.0.1 -p tcp --dport 15007 -j OUTRIGGER_INBOUND
+-A OUTRIGGER_OUTBOUND -d 127.15.0.1 -p tcp --dport 15008 -j OUTRIGGER_INBOUND
 # The sidecar's own.
 -A OUTRIGGER_OUTBOUND -m mark --mark 1337 -j RETURN
 # The sidecar asks here whether it is known: this is for all others.
@@ -86,6 +100,9 @@ apply iptables <<'RULES'
 -A OUTRIGGER_OUTBOUND -p tcp -j REDIRECT --to-ports 15001
 # What others open to here.
 -A OUTRIGGER_INBOUND -p tcp ! --syn -j RETURN
+# `redirect check` asks here, by way of the outbound chain.
+-A OUTRIGGER_INBOUND -d 127.15.0.1 -p tcp --dport 15007 -j REDIRECT --to-ports 15006
+-A OUTRIGGER_INBOUND -d 127.15.0.1 -p tcp --dport 15008 -j REDIRECT --to-ports 15004
 # What never left this machine, and what it forwards for others.
 -A OUTRIGGER_INBOUND -i lo -j RETURN
 -A OUTRIGGER_INBOUND -m addrtype ! --dst-type LOCAL -j RETURN
@@ -94,15 +111,47 @@ apply iptables <<'RULES'
 -A OUTRIGGER_INBOUND -p tcp --dport 15021 -j RETURN
 -A OUTRIGGER_INBOUND -p tcp -j REDIRECT --to-ports 15006
 RULES
+apply iptables mangle INPUT OUTRIGGER_BYPASS_IN <<'RULES'
+# What begins a connection to here past the sidecar: dropped and counted.
+# `redirect check` asks here.
+-A OUTRIGGER_BYPASS_IN -d 127.15.0.1 -p tcp --dport 15009 -j DROP
+# What never left this machine.
+-A OUTRIGGER_BYPASS_IN -i lo -j RETURN
+# What was redirected.
+-A OUTRIGGER_BYPASS_IN -p tcp --dport 15006 -j RETURN
+# The sidecar's metrics and health.
+-A OUTRIGGER_BYPASS_IN -p tcp --dport 15020 -j RETURN
+-A OUTRIGGER_BYPASS_IN -p tcp --dport 15021 -j RETURN
+# A beginning, whatever other flags it has. Packets come here in one piece.
+-A OUTRIGGER_BYPASS_IN -p tcp --tcp-flags SYN,ACK SYN -j DROP
+RULES
+apply iptables filter OUTPUT OUTRIGGER_BYPASS_OUT <<'RULES'
+# What begins a connection past the sidecar, though it should have been redirected: dropped and counted.
+# `redirect check` asks here.
+-A OUTRIGGER_BYPASS_OUT -d 127.15.0.1 -p tcp --dport 15010 -j DROP
+-A OUTRIGGER_BYPASS_OUT ! -p tcp -j RETURN
+# The sidecar's own.
+-A OUTRIGGER_BYPASS_OUT -m mark --mark 1337 -j RETURN
+# What was redirected, and what stays on this machine.
+-A OUTRIGGER_BYPASS_OUT -o lo -j RETURN
+-A OUTRIGGER_BYPASS_OUT -d 127.0.0.0/8 -j RETURN
+# A beginning, whatever other flags it has.
+-A OUTRIGGER_BYPASS_OUT -p tcp --tcp-flags SYN,ACK SYN -j DROP
+# Pieces that could hide one: the kernel's own TCP is never in pieces here, a raw socket's may be.
+-A OUTRIGGER_BYPASS_OUT -p tcp -f -j DROP
+RULES
 
 has_v6 || exit 0
-apply ip6tables <<'RULES'
+apply ip6tables nat OUTPUT OUTRIGGER_OUTBOUND PREROUTING OUTRIGGER_INBOUND <<'RULES'
 # What is opened here. The first rule that says RETURN leaves a connection alone.
 # Connections that were there before these rules go on.
 -A OUTRIGGER_OUTBOUND -p tcp ! --syn -j RETURN
 # `redirect check` asks here: whether the sidecar answers, and whether these rules are in force.
 -A OUTRIGGER_OUTBOUND -d ::1 -p tcp --dport 15002 -j REDIRECT --to-ports 15001
 -A OUTRIGGER_OUTBOUND -d ::1 -p tcp --dport 15003 -j REDIRECT --to-ports 15004
+# It asks the inbound rules, too: what arrives over loopback is not asked in PREROUTING.
+-A OUTRIGGER_OUTBOUND -d ::1 -p tcp --dport 15007 -j OUTRIGGER_INBOUND
+-A OUTRIGGER_OUTBOUND -d ::1 -p tcp --dport 15008 -j OUTRIGGER_INBOUND
 # The sidecar's own.
 -A OUTRIGGER_OUTBOUND -m mark --mark 1337 -j RETURN
 # The sidecar asks here whether it is known: this is for all others.
@@ -112,6 +161,9 @@ apply ip6tables <<'RULES'
 -A OUTRIGGER_OUTBOUND -p tcp -j REDIRECT --to-ports 15001
 # What others open to here.
 -A OUTRIGGER_INBOUND -p tcp ! --syn -j RETURN
+# `redirect check` asks here, by way of the outbound chain.
+-A OUTRIGGER_INBOUND -d ::1 -p tcp --dport 15007 -j REDIRECT --to-ports 15006
+-A OUTRIGGER_INBOUND -d ::1 -p tcp --dport 15008 -j REDIRECT --to-ports 15004
 # What never left this machine, and what it forwards for others.
 -A OUTRIGGER_INBOUND -i lo -j RETURN
 -A OUTRIGGER_INBOUND -m addrtype ! --dst-type LOCAL -j RETURN
@@ -119,4 +171,31 @@ apply ip6tables <<'RULES'
 -A OUTRIGGER_INBOUND -p tcp --dport 15020 -j RETURN
 -A OUTRIGGER_INBOUND -p tcp --dport 15021 -j RETURN
 -A OUTRIGGER_INBOUND -p tcp -j REDIRECT --to-ports 15006
+RULES
+apply ip6tables mangle INPUT OUTRIGGER_BYPASS_IN <<'RULES'
+# What begins a connection to here past the sidecar: dropped and counted.
+# `redirect check` asks here.
+-A OUTRIGGER_BYPASS_IN -d ::1 -p tcp --dport 15009 -j DROP
+# What never left this machine.
+-A OUTRIGGER_BYPASS_IN -i lo -j RETURN
+# What was redirected.
+-A OUTRIGGER_BYPASS_IN -p tcp --dport 15006 -j RETURN
+# The sidecar's metrics and health.
+-A OUTRIGGER_BYPASS_IN -p tcp --dport 15020 -j RETURN
+-A OUTRIGGER_BYPASS_IN -p tcp --dport 15021 -j RETURN
+# A beginning, whatever other flags it has. Packets come here in one piece.
+-A OUTRIGGER_BYPASS_IN -p tcp --tcp-flags SYN,ACK SYN -j DROP
+RULES
+apply ip6tables filter OUTPUT OUTRIGGER_BYPASS_OUT <<'RULES'
+# What begins a connection past the sidecar, though it should have been redirected: dropped and counted.
+# `redirect check` asks here.
+-A OUTRIGGER_BYPASS_OUT -d ::1 -p tcp --dport 15010 -j DROP
+-A OUTRIGGER_BYPASS_OUT ! -p tcp -j RETURN
+# The sidecar's own.
+-A OUTRIGGER_BYPASS_OUT -m mark --mark 1337 -j RETURN
+# What was redirected, and what stays on this machine.
+-A OUTRIGGER_BYPASS_OUT -o lo -j RETURN
+-A OUTRIGGER_BYPASS_OUT -d ::1 -j RETURN
+# A beginning, whatever other flags it has.
+-A OUTRIGGER_BYPASS_OUT -p tcp --tcp-flags SYN,ACK SYN -j DROP
 RULES
