@@ -3,6 +3,7 @@
 
 use outrigger_api::snapshot::MtlsMode;
 
+use crate::connection::Arrival;
 use crate::outcome::{Error, Reason, Stage};
 
 /// The proof that policy was asked and agreed. Only this module makes one.
@@ -10,26 +11,19 @@ use crate::outcome::{Error, Reason, Stage};
 #[must_use = "forwarding needs it"]
 pub struct Permit(());
 
-/// How the downstream of an inbound connection came.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Arrival {
-    /// Mutual TLS with a proved identity.
-    Mutual,
-    Plaintext,
-    /// TLS of the application's own, which passes unparsed.
-    ForeignTls,
-    /// The workload itself, from within this process.
-    Own,
-}
-
 /// May this connection come in?
 pub fn admit(mode: MtlsMode, arrival: Arrival) -> Result<Permit, Error> {
     match (mode, arrival) {
         // Nothing is on a wire, so no mode has anything to ask of it.
         (MtlsMode::Strict | MtlsMode::Permissive | MtlsMode::Disable, Arrival::Own) => Ok(Permit(())),
         (MtlsMode::Strict | MtlsMode::Permissive, Arrival::Mutual) => Ok(Permit(())),
-        (MtlsMode::Permissive | MtlsMode::Disable, Arrival::Plaintext | Arrival::ForeignTls) => Ok(Permit(())),
+        (MtlsMode::Permissive | MtlsMode::Disable, Arrival::Plaintext | Arrival::ForeignTls | Arrival::Undecided) => {
+            Ok(Permit(()))
+        }
         (MtlsMode::Strict, Arrival::Plaintext) => Err(refuse("plaintext on a STRICT port")),
+        (MtlsMode::Strict, Arrival::Undecided) => {
+            Err(refuse("the port became STRICT before the client had said anything"))
+        }
         (MtlsMode::Strict, Arrival::ForeignTls) => Err(refuse("TLS that is not the mesh's on a STRICT port")),
         (MtlsMode::Disable, Arrival::Mutual) => Err(refuse("mutual TLS on a port where it is disabled")),
     }
@@ -50,7 +44,7 @@ mod tests {
 
     #[test]
     fn strict_takes_mutual_tls_only() {
-        for arrival in [Arrival::Mutual, Arrival::Plaintext, Arrival::ForeignTls] {
+        for arrival in [Arrival::Mutual, Arrival::Plaintext, Arrival::ForeignTls, Arrival::Undecided] {
             assert_eq!(admit(MtlsMode::Strict, arrival).is_ok(), arrival == Arrival::Mutual, "{arrival:?}");
             assert!(admit(MtlsMode::Permissive, arrival).is_ok(), "{arrival:?}");
             assert_eq!(admit(MtlsMode::Disable, arrival).is_ok(), arrival != Arrival::Mutual, "{arrival:?}");

@@ -149,6 +149,8 @@ impl Peer {
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
     certificate: CertificateDer<'static>,
+    /// The certificate as a file: in `STATE/ca/trust` it is one more root of the mesh.
+    pub pem: String,
 }
 
 impl Authority {
@@ -157,16 +159,18 @@ impl Authority {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        let certificate = params.self_signed(&key).unwrap().der().clone();
-        Authority { issuer: Issuer::new(params, key), certificate }
+        let certificate = params.self_signed(&key).unwrap();
+        let (pem, certificate) = (certificate.pem(), certificate.der().clone());
+        Authority { issuer: Issuer::new(params, key), certificate, pem }
     }
 
     /// The mesh's own, with the keys of its state directory: for certificates that it would never make.
     pub fn of(mesh: &Mesh) -> Authority {
         let read = |name: &str| std::fs::read_to_string(mesh.path("control-plane/ca").join(name)).unwrap();
         let key = KeyPair::from_pem(&read("intermediate.key")).unwrap();
-        let certificate = CertificateDer::from_pem_slice(read("intermediate.pem").as_bytes()).unwrap();
-        Authority { issuer: Issuer::from_ca_cert_der(&certificate, key).unwrap(), certificate }
+        let pem = read("intermediate.pem");
+        let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+        Authority { issuer: Issuer::from_ca_cert_der(&certificate, key).unwrap(), certificate, pem }
     }
 
     /// A leaf as the mesh's own look, for these URIs; `change` may make it another.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use outrigger_sidecar::config::Limits;
 use outrigger_tests::application::Backend;
 use outrigger_tests::process::{self, Process, Program};
-use outrigger_tests::{Application, Connection, End, Mesh, MeshOptions, Sidecar, eventually, under_test, wire};
+use outrigger_tests::{Application, Connection, End, Mesh, MeshOptions, Peer, Sidecar, eventually, under_test, wire};
 use tokio::sync::Mutex;
 
 /// What measures memory runs alone.
@@ -446,5 +446,59 @@ async fn idle_connections_keep_nobody_out_of_health_and_metrics() {
         let asked = tokio::time::timeout(Duration::from_secs(9), wire::ask(address, request)).await;
         let answer = asked.unwrap_or_else(|_| panic!("{path} at {address} was not answered"));
         assert_eq!(answer.status, 200, "{path}: {}", answer.text());
+    }
+}
+
+/// Strangers who take all places that they get.
+#[tokio::test]
+async fn strangers_keep_neither_the_mesh_nor_the_application_out() {
+    const PLACES: usize = 40;
+    for strict in [true, false] {
+        let mesh = Mesh::start(if strict { MeshOptions::default() } else { MeshOptions::permissive() }).await;
+        let (app, stock) = (Application::start("catalog").await, Application::start("stock").await);
+        mesh.service("catalog.shop", 80, app.port(), Some("http"));
+        mesh.service("stock.shop", 80, stock.port(), Some("http"));
+        let _stock = mesh.sidecar("stock-1").label("app", "stock").inbound(stock.address()).start().await;
+        let builder = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app.address()).outbound("stock:80");
+        let sidecar = builder.workers(2).limits(|limits| limits.connections = PLACES).start().await;
+        let mut strangers = Vec::new();
+        for _ in 0..3 * PLACES {
+            let mut stranger = Connection::open(sidecar.inbound()).await;
+            if strict {
+                // The beginning of a ClientHello.
+                let _ = stranger.try_send(b"\x16\x03\x01\x02\x00\x01").await;
+            } else {
+                // Idle between requests: who comes later is served all the same.
+                assert_eq!(stranger.ask(GET).await.status, 200);
+            }
+            strangers.push(stranger);
+        }
+        let open = async || {
+            let workers = sidecar.admin_get("/connections").await;
+            workers.as_array().unwrap().iter().map(|worker| worker["connections"].as_array().unwrap().len()).sum()
+        };
+        let count: usize = eventually("the first have gone", async || {
+            let count = open().await;
+            (count <= PLACES).then_some(count)
+        })
+        .await;
+        assert!(count >= PLACES / 2, "{count} are open: they go when others come, not before");
+        // The application's own way out, and the mesh's way in.
+        let mut outbound = Vec::new();
+        for _ in 0..PLACES / 4 {
+            let mut client = Connection::open(sidecar.outbound()).await;
+            assert_eq!(client.ask(GET).await.status, 200);
+            outbound.push(client);
+        }
+        let peer = Peer::issue(&mesh, "shop", "cart", "cart-1").await;
+        let mut mutual = Vec::new();
+        for _ in 0..PLACES / 2 {
+            let mut client = peer.connect(sidecar.inbound(), &[outrigger_tests::peer::H1]).await.unwrap();
+            assert_eq!(client.ask(GET).await.status, 200);
+            mutual.push(client);
+        }
+        for client in outbound.iter_mut().chain(&mut mutual) {
+            assert_eq!(client.ask(GET).await.status, 200, "who belongs here is not closed for others");
+        }
     }
 }

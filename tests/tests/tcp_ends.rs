@@ -182,3 +182,52 @@ fn unsent(connection: &Connection) -> i32 {
     assert_eq!(done, 0);
     bytes
 }
+
+/// How a side closes is its own affair. It is a failure when it loses what the other side said.
+#[tokio::test]
+async fn a_close_that_loses_nothing_has_no_reason() {
+    let pair = pair(Some("tcp")).await;
+    let count = async |reason: &str| {
+        let near = pair.near.metrics().await.sum("outrigger_tcp_connections_closed_total", &[("reason", reason)]);
+        let far = pair.far.metrics().await.sum("outrigger_tcp_connections_closed_total", &[("reason", reason)]);
+        (near, far)
+    };
+    // A client or a server that goes: in order, by a reset, or in order and then by the reset with which a closed socket
+    // answers what still comes.
+    let mut expected = 0.0;
+    for from_client in [true, false] {
+        for how in ["reset", "end", "end and then reset"] {
+            let (client, app) = pair.open().await;
+            let (mut from, mut to) = if from_client { (client, app) } else { (app, client) };
+            from.send(b"last words").await;
+            assert_eq!(to.take(10).await, b"last words");
+            match how {
+                "reset" => from.reset(),
+                "end" => {
+                    from.finish().await;
+                    to.expect_end().await;
+                    to.finish().await;
+                    from.expect_end().await;
+                }
+                _ => {
+                    drop(from);
+                    to.expect_end().await;
+                    to.send(b"for nobody").await;
+                    // The other end is told by a write, or by the socket itself.
+                    eventually("the reset comes back", async || to.tcp().take_error().unwrap()).await;
+                }
+            }
+            drop(to);
+            expected += 1.0;
+            eventually(how, async || (count("").await == (expected, expected)).then_some(())).await;
+        }
+    }
+    // Bytes of the server that the client does not take any more.
+    let (client, mut app) = pair.open().await;
+    let block = vec![7; 64 * 1024];
+    while let Ok(sent) = tokio::time::timeout(Duration::from_millis(500), app.try_send(&block)).await {
+        sent.unwrap();
+    }
+    client.reset();
+    eventually("both say so", async || (count("client_closed").await == (1.0, 1.0)).then_some(())).await;
+}

@@ -489,7 +489,7 @@ async fn an_answer_that_breaks_off_is_not_a_success() {
 }
 
 #[tokio::test]
-async fn a_connection_that_is_reset_says_who_did_it() {
+async fn a_connection_that_a_side_closes_has_no_reason_and_one_that_fails_has() {
     let app = Backend::start().await;
     let pair = pair(app.address(), Some(Protocol::Tcp)).await;
     let mut client = Connection::open(pair.near.outbound()).await;
@@ -498,7 +498,7 @@ async fn a_connection_that_is_reset_says_who_did_it() {
     served.take(5).await;
     client.reset();
     assert_eq!(served.take_to_end().await.1, End::Reset);
-    pair.both("tcp", &[("reason", "client_closed")], &[(CLOSED, 1.0)]).await;
+    pair.both("tcp", &[("reason", "")], &[(CLOSED, 1.0)]).await;
 
     let refused = self::pair(nobody().await, Some(Protocol::Tcp)).await;
     let mut client = Connection::open(refused.near.outbound()).await;

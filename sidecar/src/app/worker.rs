@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use crate::connect::dial::{Dialer, OwnListeners};
 use crate::connect::worker::{Shared, Worker};
-use crate::connection::{Command, Direction, Registered, Table};
+use crate::connection::{Command, Direction, Entry, Registered, Table};
 use crate::net::SocketOptions;
 use crate::outcome::{Error, Reason, Stage};
 use crate::{inbound, outbound};
@@ -88,10 +88,7 @@ async fn serve(start: Start) -> io::Result<()> {
     worker.dialer.set_door(Box::new(move |application, alpn, stream| {
         let worker = itself.upgrade().ok_or_else(ended)?;
         let caller = SocketAddr::new(application.ip(), 0);
-        let registered = worker.table.enter(Direction::Inbound, caller).ok_or_else(|| {
-            worker.telemetry.connection_refused();
-            Error::own(Stage::Connect, Reason::Overloaded, "no place for a connection of the workload to itself")
-        })?;
+        let registered = worker.table.enter_own(caller);
         tokio::task::spawn_local(inbound::serve_own(worker, application, alpn, stream, Rc::new(registered)));
         Ok(())
     }));
@@ -132,9 +129,9 @@ async fn serve(start: Start) -> io::Result<()> {
     let to_the_end = async {
         drain.reached(DrainState::Draining).await;
         // Told early, these move their streams elsewhere and lose none.
-        worker.table.ask_all(Command::Finish, |_, about| about.protocol == "http2");
+        worker.table.ask_all(Command::Finish, Entry::is_http2);
         drain.reached(DrainState::Closing).await;
-        worker.table.ask_all(Command::Finish, |_, _| true);
+        worker.table.ask_all(Command::Finish, |_| true);
         drain.reached(DrainState::Done).await;
     };
     tokio::select! {

@@ -1,7 +1,7 @@
 //! Opens one connection to one endpoint: TCP, then mutual TLS where the endpoint was registered with an identity.
 //! There is no way from here to plaintext when TLS fails.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
@@ -12,9 +12,10 @@ use tokio::sync::Semaphore;
 
 use super::own_dials::OwnDials;
 use crate::config::limits::Limits;
-use crate::net::{self, SocketOptions, Stream};
+use crate::connection::Proof;
+use crate::net::{self, Cut, SocketOptions, Stream};
 use crate::outcome::{Error, Reason, Retry, Stage};
-use crate::tls::{MeshAlpn, Peer, Tls};
+use crate::tls::{MeshAlpn, Peer, Purpose, Tls};
 
 /// Where and how to connect.
 #[derive(Clone, Debug)]
@@ -72,6 +73,10 @@ pub struct Dialer {
     own_listeners: OwnListeners,
     own_dials: OwnDials,
     door: OnceCell<Door>,
+    /// Every connection to another sidecar, pooled ones and those in use, with what its peer proved.
+    proved: RefCell<Vec<(Cut, Proof)>>,
+    /// Ended ones are looked for when there are so many.
+    clean_at: Cell<usize>,
 }
 
 /// The addresses on which this sidecar itself listens; known once all are open.
@@ -120,6 +125,8 @@ impl Dialer {
             own_listeners,
             own_dials,
             door: OnceCell::new(),
+            proved: RefCell::default(),
+            clean_at: Cell::new(64),
         })
     }
 
@@ -152,9 +159,36 @@ impl Dialer {
         matches!(connecting.await, Ok(Ok(_)))
     }
 
-    /// The generation of the trust bundle in force; pooled connections of an older one are not used again.
-    pub fn generation(&self) -> u64 {
-        self.tls.current().map_or(0, |material| material.credential().bundle().generation())
+    /// The number of the certificate and trust bundle in force; pooled connections that were made with earlier ones carry
+    /// nothing new.
+    pub fn material(&self) -> u64 {
+        self.tls.current().map_or(0, |material| material.number())
+    }
+
+    fn keep_proof(&self, stream: &mut Stream, peer: &Peer) {
+        let Some(cut) = stream.cut() else { return };
+        let mut proved = self.proved.borrow_mut();
+        if proved.len() >= self.clean_at.get() {
+            proved.retain(|(cut, _)| cut.is_open());
+            self.clean_at.set((2 * proved.len()).max(64));
+        }
+        proved.push((cut, peer.proof.clone()));
+    }
+
+    /// Cuts the connections whose peers' chains the roots in force do not verify any more; says how many. `bundles` is
+    /// [`Tls::bundles`], read before.
+    pub fn judge(&self, bundles: u64) -> usize {
+        let mut cut = 0;
+        self.proved.borrow_mut().retain_mut(|(stream, proof)| {
+            if stream.is_open() && proof.bundle != bundles && !self.tls.believes(proof, Purpose::Server) {
+                stream.now();
+                cut += 1;
+                return false;
+            }
+            proof.bundle = bundles;
+            stream.is_open()
+        });
+        cut
     }
 
     /// Every failure is safe to retry: no byte of a request has been sent.
@@ -203,7 +237,9 @@ impl Dialer {
         match tokio::time::timeout(self.handshake_timeout, handshake).await {
             Ok(Ok((stream, peer))) => {
                 let own_not_after = Some(material.credential().not_after());
-                Ok(Dialled { stream: stream.into(), peer: Some(peer), own_not_after })
+                let mut stream = Stream::from(stream);
+                self.keep_proof(&mut stream, &peer);
+                Ok(Dialled { stream, peer: Some(peer), own_not_after })
             }
             Ok(Err(error)) => {
                 // An endpoint that proves nothing is not the one that was meant: no fault of the caller's.
@@ -223,6 +259,11 @@ impl Dialer {
 }
 
 impl Dialled {
+    /// Compared with [`Dialer::material`]; 0 without TLS.
+    pub fn material(&self) -> u64 {
+        self.peer.as_ref().map_or(0, |peer| peer.material)
+    }
+
     /// When a pooled connection must no longer be used: the end of the peer's certificate or of our own, with which
     /// the peer knows us, whichever is first.
     pub fn retire_at(&self) -> Option<SystemTime> {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use outrigger_runtime::drain::{DrainHandle, Hold};
 
 use crate::connection::{Command, Entry, State};
+use crate::telemetry::HttpRecord;
 
 /// The list itself; cloning shares it.
 #[derive(Clone, Default)]
@@ -214,23 +215,37 @@ impl Drop for Stream {
     }
 }
 
-/// Marks a connection as busy while requests run on it; the drain waits for each.
+/// Marks a connection as busy while requests run on it; the drain waits for each. A request that ends because its
+/// connection is closed by this sidecar has the reason of that.
 pub struct Busy {
     entry: Arc<Entry>,
+    record: Option<Rc<HttpRecord>>,
     running: Rc<Cell<usize>>,
     _hold: Hold,
 }
 
 impl Busy {
-    pub fn begin(entry: &Arc<Entry>, running: &Rc<Cell<usize>>, drain: &DrainHandle) -> Busy {
+    pub fn begin(entry: &Arc<Entry>, record: &Rc<HttpRecord>, running: &Rc<Cell<usize>>, drain: &DrainHandle) -> Busy {
         running.set(running.get() + 1);
         entry.begin_request();
-        Busy { entry: entry.clone(), running: running.clone(), _hold: drain.hold() }
+        Busy { entry: entry.clone(), record: Some(record.clone()), running: running.clone(), _hold: drain.hold() }
+    }
+}
+
+impl Busy {
+    /// The record has ended; the connection is busy a little longer.
+    pub fn recorded(self) -> Busy {
+        let mut busy = self;
+        busy.record = None;
+        busy
     }
 }
 
 impl Drop for Busy {
     fn drop(&mut self) {
+        if let (Some(record), Some(reason)) = (&self.record, self.entry.closed_for()) {
+            record.cut(reason);
+        }
         let left = self.running.get().saturating_sub(1);
         self.running.set(left);
         if left == 0 {

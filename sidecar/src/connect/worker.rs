@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use outrigger_api::identity::SpiffeId;
-use outrigger_api::snapshot::{Endpoint, EndpointTls, Key, MtlsMode, OutboundMode, Workload};
+use outrigger_api::snapshot::{Endpoint, EndpointTls, Key, OutboundMode, Workload};
 
 use super::backend::Backend;
 use super::dial::{Dialer, Target};
@@ -18,11 +18,13 @@ use super::own_dials::OwnDials;
 use super::speculation::Speculation;
 use crate::balance::{Loads, Nanos};
 use crate::config::limits::Limits;
-use crate::connection::{About, Command, Direction, IdleLimits, State, Table};
+use crate::connection::{IdleLimits, Table};
 use crate::discovery::Directory;
 use crate::net;
+use crate::outcome::Reason;
+use crate::policy;
 use crate::telemetry::Telemetry;
-use crate::tls::Tls;
+use crate::tls::{Purpose, Tls};
 
 /// Who this sidecar stands for.
 #[derive(Clone, Debug)]
@@ -79,6 +81,10 @@ pub struct Worker {
     /// When room was looked for last.
     looked: Cell<Option<Instant>>,
     application: RefCell<HashMap<ApplicationKey, Rc<Lane>>>,
+    /// The own workload by which open connections were judged last. Kept, so that its address means no other one.
+    judged_by: RefCell<Option<Arc<Workload>>>,
+    /// [`Tls::bundles`] by which they were.
+    judged_bundles: Cell<u64>,
     /// Addresses that were found to be of this network namespace since the watchdog's last tick.
     here: RefCell<Vec<IpAddr>>,
 }
@@ -119,6 +125,8 @@ impl Worker {
             backends: RefCell::default(),
             looked: Cell::new(None),
             application: RefCell::default(),
+            judged_by: RefCell::default(),
+            judged_bundles: Cell::new(0),
             here: RefCell::default(),
         })
     }
@@ -233,16 +241,17 @@ impl Worker {
         self.here.borrow_mut().clear();
         let now = Instant::now();
         let wall = SystemTime::now();
-        self.table.sweep(&IdleLimits {
+        let limits = IdleLimits {
             head: self.limits.head_timeout,
             client_idle: self.limits.client_idle,
             // The streams come first: they can still answer. What is left then is a downstream that takes nothing.
             stream_idle: self.limits.stream_idle + 4 * self.tick(),
             tunnel_idle: self.limits.tunnel_idle,
-        });
+        };
+        self.table.sweep(&limits, self.tls.clock().now());
         self.streams.sweep(self.limits.stream_idle);
         self.speculation.sweep();
-        self.close_what_strict_forbids();
+        self.judge();
         self.backends.borrow_mut().retain(|_, backend| {
             let idle = backend.sweep(now);
             !(idle && Rc::strong_count(backend) == 1 && now.duration_since(backend.last_used()) > FORGET_AFTER)
@@ -253,18 +262,40 @@ impl Worker {
         });
     }
 
-    /// A port that became STRICT keeps no connection from before on which nobody proved who he is. What is still opening
-    /// is asked at the door.
-    fn close_what_strict_forbids(&self) {
+    /// Judges open connections again, by the facts on which they were let in: all of them when policy or the trust bundle
+    /// has moved, else those that are new since the last tick.
+    fn judge(&self) {
+        let bundles = self.tls.bundles();
+        let other_roots = self.judged_bundles.replace(bundles) != bundles;
+        if other_roots {
+            let cut = self.dialer.judge(bundles);
+            if cut > 0 {
+                tracing::warn!(connections = cut, "closed connections to peers whose root left the trust bundle");
+            }
+        }
         let Some(own) = self.own_workload() else { return };
-        let strict = |about: &About| {
-            let address: Option<SocketAddr> = about.destination.parse().ok();
-            address.is_some_and(|address| own.mtls_mode(address.port()) == MtlsMode::Strict)
-        };
-        self.table.ask_all(Command::Close, |entry, about| {
-            let unproved = about.principal.is_none() && entry.state() != State::Opening;
-            entry.direction == Direction::Inbound && unproved && strict(about)
+        let before = self.judged_by.replace(Some(own.clone()));
+        let changed = other_roots || !before.is_some_and(|before| Arc::ptr_eq(&before, &own));
+        // Connections of one peer share its chain.
+        let mut verdicts: HashMap<*const u8, bool> = HashMap::new();
+        let closed = self.table.judge(changed, |facts| {
+            if let Err(error) = policy::admit(own.mtls_mode(facts.application.port()), facts.arrival) {
+                return Some(error.reason);
+            }
+            let proof = facts.proof.as_mut().filter(|proof| proof.bundle != bundles)?;
+            let leaf = proof.chain.as_ptr().cast::<u8>();
+            if *verdicts.entry(leaf).or_insert_with(|| self.tls.believes(proof, Purpose::Client)) {
+                proof.bundle = bundles;
+                return None;
+            }
+            Some(Reason::PeerCertificate)
         });
+        if closed > 0 {
+            tracing::warn!(
+                connections = closed,
+                "closed inbound connections that policy or the trust bundle no longer allows"
+            );
+        }
     }
 
     /// How often the watchdog looks: often enough for the shortest limit, at most once a second.

@@ -4,9 +4,10 @@
 use outrigger_api::name::Protocol;
 use rustls::server::Accepted;
 
+use crate::connection::Arrival;
 use crate::net::Stream;
 use crate::outcome::{Error, Reason, Stage};
-use crate::policy::{self, Arrival};
+use crate::policy;
 use crate::protocol::peek;
 use crate::protocol::silence::{self, First, Moment};
 use crate::tls::{self, Hello};

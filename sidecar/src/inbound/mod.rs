@@ -3,8 +3,10 @@
 //! boxed: a connection's task is as large as its largest part for as long as it lives.
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::rc::Rc;
-use std::time::{Duration, SystemTime};
+use std::task::{Context, Poll};
+use std::time::SystemTime;
 
 use outrigger_api::name::Protocol;
 use outrigger_api::snapshot::{MtlsMode, Workload};
@@ -12,10 +14,10 @@ use rustls::server::Accepted;
 use tokio::io::AsyncWriteExt;
 
 use crate::connect::worker::Worker;
-use crate::connection::Registered;
+use crate::connection::{Arrival, Command, Facts, Proof, Registered, State};
 use crate::net::Stream;
 use crate::outcome::{Error, Reason, Stage};
-use crate::policy::{self, Arrival, Permit};
+use crate::policy::{self, Permit};
 use crate::protocol::detect::Detected;
 use crate::protocol::http::serve;
 use crate::protocol::peek::{self, Peeked};
@@ -35,9 +37,6 @@ pub use redirected::serve_redirected;
 use caller::{Caller, Proved};
 use door::Arrived;
 
-/// How long after the end of the caller's certificate its connection is told to finish.
-const RETIRE_GRACE: Duration = Duration::from_secs(5);
-
 /// Serves one connection of a peer to the application at `application`.
 pub async fn serve(worker: Rc<Worker>, application: SocketAddr, stream: Stream, registered: Rc<Registered>) {
     registered.describe(|about| about.destination = application.to_string());
@@ -46,8 +45,36 @@ pub async fn serve(worker: Rc<Worker>, application: SocketAddr, stream: Stream, 
         return stream.reset_on_close();
     };
     let mut walk = Walk::new(&worker, &own, application, &registered);
-    if let Err((error, stream)) = walk.arrive(stream).await {
+    let served = Watched { arriving: walk.arrive(stream), registered: &registered }.await;
+    if let Err((error, stream)) = served {
         walk.refuse(stream, &error).await;
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// Obeys the watchdog for as long as nothing else of the connection does: until it is known what is served on it.
+    struct Watched<'a, F> {
+        #[pin]
+        arriving: F,
+        registered: &'a Registered,
+    }
+}
+
+impl<F: Future<Output = Result<(), Refused>>> Future for Watched<'_, F> {
+    type Output = Result<(), Refused>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Refused>> {
+        let this = self.project();
+        let arriving = this.arriving.poll(cx);
+        if arriving.is_pending() && this.registered.state() == State::Opening {
+            this.registered.listen(cx.waker());
+            if this.registered.command() == Command::Close {
+                let reason = this.registered.closed_for().unwrap_or(Reason::Draining);
+                let detail = "closed before it was known what it carries";
+                return Poll::Ready(Err((Error::downstream(Stage::Accept, reason, detail), None)));
+            }
+        }
+        arriving
     }
 }
 
@@ -65,6 +92,7 @@ pub async fn serve_own(
     });
     let Some(own) = worker.own_workload() else { return stream.reset_on_close() };
     let mut walk = Walk::new(&worker, &own, application, &registered);
+    walk.let_in(Arrival::Own, None);
     let (identity, workload) = (worker.own.principal.clone(), worker.own.workload.as_str().into());
     walk.caller.peer = Some(Proved { identity, workload, mtls: false });
     let served = match policy::admit(walk.mode, Arrival::Own) {
@@ -107,20 +135,26 @@ impl Walk {
         let opened = match self.mode {
             MtlsMode::Disable => return self.plaintext(stream, None).await,
             MtlsMode::Strict => None,
-            MtlsMode::Permissive => match Box::pin(self.knock(&mut stream)).await {
-                Ok(First::Client(opened)) => opened,
-                Ok(First::Server(opened)) => {
-                    self.note(Unproved::Plaintext);
-                    return self.server_first(stream, opened).await;
+            MtlsMode::Permissive => {
+                self.let_in(Arrival::Undecided, None);
+                let first = Box::pin(self.knock(&mut stream)).await;
+                // That may have taken long.
+                if let Some(own) = self.worker.own_workload() {
+                    self.mode = own.mtls_mode(self.application.port());
                 }
-                Ok(First::Nobody) => return Ok(()),
-                Err(error) => return Err((error, Some(stream))),
-            },
+                match first {
+                    Ok(First::Client(opened)) => opened,
+                    Ok(First::Server(opened)) => {
+                        return match self.admit(Arrival::Plaintext, Unproved::Plaintext) {
+                            Ok(_) => self.server_first(stream, opened).await,
+                            Err(error) => Err((error, Some(stream))),
+                        };
+                    }
+                    Ok(First::Nobody) => return Ok(()),
+                    Err(error) => return Err((error, Some(stream))),
+                }
+            }
         };
-        // That may have taken long.
-        if let Some(own) = self.worker.own_workload() {
-            self.mode = own.mtls_mode(self.application.port());
-        }
         let arrived = match Box::pin(silence::undecided(&self.worker, self.hello(&mut stream))).await {
             Ok(arrived) => arrived,
             Err(error) => return Err((error, Some(stream))),
@@ -151,7 +185,15 @@ impl Walk {
     fn admit(&self, arrival: Arrival, how: Unproved) -> Result<Permit, Error> {
         let admitted = policy::admit(self.mode, arrival);
         self.note(if admitted.is_ok() { how } else { Unproved::Refused });
+        if admitted.is_ok() {
+            self.let_in(arrival, None);
+        }
         admitted
+    }
+
+    /// Records on which facts the connection was let in: they are judged again when policy or the trust bundle moves.
+    fn let_in(&self, arrival: Arrival, proof: Option<Proof>) {
+        self.registered.let_in(Facts { application: self.application, arrival, proof });
     }
 
     fn note(&self, how: Unproved) {
@@ -175,9 +217,9 @@ impl Walk {
             about.principal = Some(peer.identity.to_string());
             about.mtls = true;
         });
+        self.let_in(Arrival::Mutual, Some(peer.proof));
         // The caller stops using the connection by itself when its certificate ends; this is for one that does not.
-        let left = peer.not_after.duration_since(SystemTime::now()).unwrap_or_default();
-        self.registered.retire_after(left + RETIRE_GRACE);
+        self.registered.retire_at(peer.not_after);
         let alpn = peer.alpn;
         self.caller.peer = Some(Proved { identity: peer.identity, workload: peer.workload, mtls: true });
         self.framed(stream, alpn, permit).await

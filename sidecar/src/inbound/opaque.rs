@@ -9,7 +9,7 @@ use crate::connection::State;
 use crate::net::Stream;
 use crate::outcome::{Error, Reason};
 use crate::policy::Permit;
-use crate::protocol::opaque::{self, CopyError, Declared};
+use crate::protocol::opaque::{self, Declared};
 use crate::protocol::sni::{self, Sniffed};
 use crate::telemetry::{self, TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
@@ -66,7 +66,10 @@ impl Walk {
                 Ok(Sniffed::Other) => {}
                 Err(error) => {
                     upstream.reset_on_close();
-                    return record.failed(Reason::ClientClosed, || error.to_string());
+                    if !opaque::is_close(&error) {
+                        record.failed(Reason::ClientClosed, || error.to_string());
+                    }
+                    return;
                 }
             }
         }
@@ -76,9 +79,10 @@ impl Walk {
         let screen = declared.screen(upstream.ahead());
         match opaque::copy(stream, upstream, &self.registered, screen, forth, back).await {
             Ok(()) => {}
-            Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
-            Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
-            Err(CopyError::Http(found)) => record.failed(Reason::ProtocolMismatch, || found.to_owned()),
+            Err(error) => {
+                let (reason, detail) = error.tell();
+                record.failed(reason, || detail);
+            }
         }
     }
 }

@@ -33,6 +33,7 @@ impl Walk {
 
     pub(super) async fn http2(&self, stream: Stream, permit: Permit) -> Result<(), Refused> {
         self.registered.describe(|about| about.protocol = "http2");
+        self.registered.speaks_http2();
         let session = Session::new(&self.worker, &self.registered, true, Strip::Identity);
         let service = self.service(Framing::Http2, permit);
         let client = if self.caller.peer.is_some() { serve::Client::Sidecar } else { serve::Client::One };

@@ -1,10 +1,12 @@
 //! Sockets: listeners and dials with the options that every socket of the mesh has, where a redirected connection was
 //! meant to go, and [`Stream`], the one byte-stream type of the walk.
 
+mod cut;
 mod original_dst;
 mod socket;
 mod stream;
 
+pub use cut::Cut;
 pub use original_dst::OriginalDst;
 pub use socket::{SocketOptions, bind_udp, check_mark, connect, connect_marked, is_absent, is_local, is_taken, listen};
 pub use stream::Stream;

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
@@ -13,6 +14,8 @@ use bytes::{Buf, BytesMut};
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::TcpStream;
+
+use super::cut::{Cut, Handle};
 
 /// A byte stream of the walk.
 #[derive(Debug)]
@@ -40,9 +43,16 @@ enum Io {
     /// The server end of mutual TLS; below it a stream that replays the ClientHello.
     Accepted(Box<tokio_rustls::server::TlsStream<Stream>>),
     /// The client end.
-    Dialled(Box<tokio_rustls::client::TlsStream<Stream>>),
+    Dialled(Box<Dialled>),
     /// One end of a connection within this process.
     Pipe(Pipe),
+}
+
+#[derive(Debug)]
+struct Dialled {
+    /// First, so that it goes before the socket is closed.
+    handle: Option<Rc<Handle>>,
+    tls: tokio_rustls::client::TlsStream<Stream>,
 }
 
 /// Bytes that one end of a pipe may be ahead of the other, in each direction.
@@ -69,7 +79,11 @@ impl From<tokio_rustls::server::TlsStream<Stream>> for Stream {
 
 impl From<tokio_rustls::client::TlsStream<Stream>> for Stream {
     fn from(tls: tokio_rustls::client::TlsStream<Stream>) -> Stream {
-        Stream { ahead: BytesMut::new(), io: Io::Dialled(Box::new(tls)), below: Below::Nothing }
+        Stream {
+            ahead: BytesMut::new(),
+            io: Io::Dialled(Box::new(Dialled { handle: None, tls })),
+            below: Below::Nothing,
+        }
     }
 }
 
@@ -158,9 +172,18 @@ impl Stream {
         match &self.io {
             Io::Tcp(tcp) => Some(tcp),
             Io::Accepted(tls) => tls.get_ref().0.tcp(),
-            Io::Dialled(tls) => tls.get_ref().0.tcp(),
+            Io::Dialled(dialled) => dialled.tls.get_ref().0.tcp(),
             Io::Pipe(_) => None,
         }
+    }
+
+    /// A handle with which a connection that was dialled with TLS can be cut, wherever the stream goes.
+    pub fn cut(&mut self) -> Option<Cut> {
+        let Io::Dialled(dialled) = &mut self.io else { return None };
+        let handle = Handle::of(dialled.tls.get_ref().0.tcp()?);
+        let cut = Handle::cut(&handle);
+        dialled.handle = Some(handle);
+        Some(cut)
     }
 
     /// Waits until the peer's kernel has everything that was written; the caller bounds the time.
@@ -214,12 +237,12 @@ impl Io {
                 }
                 Pin::new(tls.as_mut()).poll_read(cx, buffer)
             }
-            Io::Dialled(tls) => {
-                let (stream, session) = tls.get_mut();
+            Io::Dialled(dialled) => {
+                let (stream, session) = dialled.tls.get_mut();
                 if session.wants_read() && stream.poll_read_ready(cx)?.is_pending() {
                     return Poll::Pending;
                 }
-                Pin::new(tls.as_mut()).poll_read(cx, buffer)
+                Pin::new(&mut dialled.tls).poll_read(cx, buffer)
             }
             Io::Pipe(pipe) => {
                 let before = buffer.filled().len();
@@ -294,7 +317,7 @@ impl AsyncWrite for Stream {
         match &mut self.io {
             Io::Tcp(tcp) => Pin::new(tcp).poll_write(cx, bytes),
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_write(cx, bytes),
-            Io::Dialled(tls) => Pin::new(tls.as_mut()).poll_write(cx, bytes),
+            Io::Dialled(dialled) => Pin::new(&mut dialled.tls).poll_write(cx, bytes),
             Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_write(cx, bytes),
         }
     }
@@ -307,7 +330,7 @@ impl AsyncWrite for Stream {
         match &mut self.io {
             Io::Tcp(tcp) => Pin::new(tcp).poll_write_vectored(cx, slices),
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_write_vectored(cx, slices),
-            Io::Dialled(tls) => Pin::new(tls.as_mut()).poll_write_vectored(cx, slices),
+            Io::Dialled(dialled) => Pin::new(&mut dialled.tls).poll_write_vectored(cx, slices),
             Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_write_vectored(cx, slices),
         }
     }
@@ -320,7 +343,7 @@ impl AsyncWrite for Stream {
         match &mut self.io {
             Io::Tcp(tcp) => Pin::new(tcp).poll_flush(cx),
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_flush(cx),
-            Io::Dialled(tls) => Pin::new(tls.as_mut()).poll_flush(cx),
+            Io::Dialled(dialled) => Pin::new(&mut dialled.tls).poll_flush(cx),
             Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_flush(cx),
         }
     }
@@ -329,7 +352,7 @@ impl AsyncWrite for Stream {
         match &mut self.io {
             Io::Tcp(tcp) => Pin::new(tcp).poll_shutdown(cx),
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_shutdown(cx),
-            Io::Dialled(tls) => Pin::new(tls.as_mut()).poll_shutdown(cx),
+            Io::Dialled(dialled) => Pin::new(&mut dialled.tls).poll_shutdown(cx),
             Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_shutdown(cx),
         }
     }

@@ -13,7 +13,7 @@ use crate::connection::{Registered, State};
 use crate::net::Stream;
 use crate::outcome::{Error, Reason};
 use crate::policy::Permit;
-use crate::protocol::opaque::{self, CopyError, Declared};
+use crate::protocol::opaque::{self, Declared};
 use crate::protocol::sni::{self, Sniffed};
 use crate::telemetry::{TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
@@ -47,6 +47,17 @@ pub(super) struct Opened {
     slot: Rc<Slot>,
     _load: crate::balance::Open,
     _hold: Hold,
+}
+
+impl Opened {
+    /// Counts it as a connection that was carried.
+    pub(super) fn record(&self, worker: &Worker, registered: &Registered, protocol: WireProtocol) -> TcpRecord {
+        let edge = self.view.edge(worker, &self.slot, protocol);
+        let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
+        record.upstream(self.slot.target.address);
+        record.downstream(registered.client);
+        record
+    }
 }
 
 impl AsMut<Stream> for Opened {
@@ -94,10 +105,7 @@ pub(super) async fn copy(
         about.mtls = opened.dialled.peer.is_some();
     });
     registered.enter(State::Tunnel);
-    let edge = opened.view.edge(worker, &opened.slot, protocol);
-    let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
-    record.upstream(opened.slot.target.address);
-    record.downstream(registered.client);
+    let record = opened.record(worker, registered, protocol);
     match sniffed {
         Ok(Sniffed::Tls(name)) => {
             registered.describe(|about| about.sni = name.clone());
@@ -106,7 +114,10 @@ pub(super) async fn copy(
         Ok(Sniffed::Other) => {}
         Err(error) => {
             opened.dialled.stream.reset_on_close();
-            return record.failed(Reason::ClientClosed, || error.to_string());
+            if !opaque::is_close(&error) {
+                record.failed(Reason::ClientClosed, || error.to_string());
+            }
+            return;
         }
     }
     let forth = |count| record.add_received(count);
@@ -115,8 +126,9 @@ pub(super) async fn copy(
     let screen = declared.screen(upstream.ahead());
     match opaque::copy(stream, upstream, registered, screen, forth, back).await {
         Ok(()) => {}
-        Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
-        Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
-        Err(CopyError::Http(found)) => record.failed(Reason::ProtocolMismatch, || found.to_owned()),
+        Err(error) => {
+            let (reason, detail) = error.tell();
+            record.failed(reason, || detail);
+        }
     }
 }

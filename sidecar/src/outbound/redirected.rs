@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::time::Instant;
 
 use outrigger_api::snapshot::Key;
 use tokio::io::AsyncWriteExt;
@@ -14,7 +15,7 @@ use crate::connection::Registered;
 use crate::net::{OriginalDst, Stream};
 use crate::outcome::{Error, Reason, Retry, Stage};
 use crate::policy::{self, Permit};
-use crate::protocol::opaque::{CopyError, Declared};
+use crate::protocol::opaque::{CopyError, Declared, is_close};
 use crate::protocol::peek;
 use crate::protocol::sni::{self, Sniffed};
 use crate::redirect;
@@ -84,11 +85,17 @@ async fn pass(worker: &Rc<Worker>, view: &Rc<View>, mut stream: Stream, register
         Err(error) => {
             opened.dialled.stream.reset_on_close();
             let error = match error {
+                // It closed before either side had said anything: nothing failed.
+                CopyError::Downstream(error) | CopyError::Upstream(error) if is_close(&error) => {
+                    stream.reset_on_close();
+                    return opened.record(worker, registered, WireProtocol::Tcp).finish(Instant::now());
+                }
                 CopyError::Downstream(error) => peek::left(&error),
                 CopyError::Upstream(error) => {
                     Error::upstream(Stage::Forward, Reason::UpstreamReset, Retry::Never, error.to_string())
                 }
                 CopyError::Http(found) => Error::downstream(Stage::Detect, Reason::ProtocolMismatch, found),
+                CopyError::Closed(reason) => Error::own(Stage::Forward, reason, "closed before anything was said"),
             };
             return refuse_connection(worker, Some(view), &stream, &error);
         }

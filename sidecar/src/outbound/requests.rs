@@ -46,6 +46,7 @@ pub(super) async fn http2(
     permit: Permit,
 ) {
     registered.describe(|about| about.protocol = "http2");
+    registered.speaks_http2();
     let session = Session::new(worker, registered, true, Strip::HopByHop);
     let on_refusal = stream_refusals(worker, backend);
     let (backend, inner) = (backend.clone(), session.clone());

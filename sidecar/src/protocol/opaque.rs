@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use super::screen::{Found, Screen};
 use crate::connection::Entry;
 use crate::net::Stream;
+use crate::outcome::Reason;
 
 /// What one read takes at most, and so what one direction may hold back.
 const CHUNK: usize = 64 * 1024;
@@ -37,6 +38,8 @@ struct Half {
     behind: Option<io::Result<()>>,
     /// The reader broke: its end, if one still comes, is none.
     broken: bool,
+    /// The writer failed while it had bytes to take.
+    lost: bool,
 }
 
 #[derive(Default, PartialEq, Eq)]
@@ -55,6 +58,27 @@ pub enum CopyError {
     Upstream(io::Error),
     /// The client's bytes turned out to be HTTP, and the server has got none of what makes them so.
     Http(Found),
+    /// This sidecar closed the connection.
+    Closed(Reason),
+}
+
+impl CopyError {
+    /// The reason and the detail that the record of the connection gets.
+    pub fn tell(self) -> (Reason, String) {
+        match self {
+            CopyError::Downstream(error) => (Reason::ClientClosed, error.to_string()),
+            CopyError::Upstream(error) => (Reason::UpstreamReset, error.to_string()),
+            CopyError::Http(found) => (Reason::ProtocolMismatch, found.to_owned()),
+            CopyError::Closed(reason) => (reason, "this sidecar closed the connection".to_owned()),
+        }
+    }
+}
+
+/// Whether an error says no more than that a side closed its connection: by a reset, or with the other's end still to be
+/// passed on.
+pub fn is_close(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
+    matches!(error.kind(), ConnectionReset | ConnectionAborted | BrokenPipe | NotConnected | UnexpectedEof)
 }
 
 /// What is known of a connection whose bytes are copied.
@@ -96,7 +120,8 @@ impl Drop for Both {
 }
 
 /// Copies until both directions have ended. `forth` counts bytes from downstream to upstream, `back` the others. The
-/// screen, where nobody declared that the bytes are opaque, looks at the client's first.
+/// screen, where nobody declared that the bytes are opaque, looks at the client's first. How a side closes is its own
+/// affair: it is an error only when bytes of the other side, or its own last words, are lost by it.
 pub async fn copy(
     downstream: Stream,
     upstream: Stream,
@@ -130,7 +155,7 @@ pub async fn copy(
     let result = std::future::poll_fn(|cx| {
         entry.listen(cx.waker());
         if entry.command() == crate::connection::Command::Close {
-            return Poll::Ready(Ok(false));
+            return Poll::Ready(entry.closed_for().map_or(Ok(false), |reason| Err(CopyError::Closed(reason))));
         }
         let forth_done = forth.poll(cx, downstream, upstream, from_client);
         let forth_done = match forth_done {
@@ -164,17 +189,28 @@ pub async fn copy(
         }
     })
     .await;
-    let rest = async {
+    if let Ok(ended) = result {
+        *whole = ended;
+        return Ok(());
+    }
+    // Boxed: most connections end in order, and the task of one is as large as its largest part.
+    let rest = Box::pin(async {
         match &result {
-            Ok(ended) => *whole = *ended,
             Err(CopyError::Downstream(_)) => forth.last_words(downstream, upstream, from_client).await,
             Err(CopyError::Upstream(_)) => back.last_words(upstream, downstream, from_server).await,
-            Err(CopyError::Http(_)) => {}
+            Ok(_) | Err(CopyError::Http(_) | CopyError::Closed(_)) => {}
         }
-    };
-    // Who does not take them in time is cut off in the middle.
-    let _ = tokio::time::timeout(LAST_WORDS, rest).await;
-    result.map(|_| ())
+    });
+    // A side that does not take them in time is cut off in the middle.
+    let said = tokio::time::timeout(LAST_WORDS, rest).await.is_ok();
+    match result {
+        Err(CopyError::Downstream(error) | CopyError::Upstream(error))
+            if is_close(&error) && said && !forth.has_lost() && !back.has_lost() =>
+        {
+            Ok(())
+        }
+        result => result.map(|_| ()),
+    }
 }
 
 enum End {
@@ -184,6 +220,11 @@ enum End {
 }
 
 impl Half {
+    /// Bytes were read that the writer did not get.
+    fn has_lost(&self) -> bool {
+        self.lost || self.written < self.held.len()
+    }
+
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -215,12 +256,17 @@ impl Half {
                 self.unflushed = true;
                 let mut written = 0;
                 while written < bytes.len() {
-                    match Pin::new(&mut *writer).poll_write(cx, &bytes[written..]) {
-                        Poll::Ready(Ok(0)) => return Poll::Ready(Err(End::Write(io::ErrorKind::WriteZero.into()))),
-                        Poll::Ready(Ok(n)) => written += n,
-                        Poll::Ready(Err(error)) => return Poll::Ready(Err(End::Write(error))),
+                    let error = match Pin::new(&mut *writer).poll_write(cx, &bytes[written..]) {
+                        Poll::Ready(Ok(0)) => io::ErrorKind::WriteZero.into(),
+                        Poll::Ready(Ok(n)) => {
+                            written += n;
+                            continue;
+                        }
+                        Poll::Ready(Err(error)) => error,
                         Poll::Pending => break,
-                    }
+                    };
+                    self.lost = true;
+                    return Poll::Ready(Err(End::Write(error)));
                 }
                 self.held.extend_from_slice(&bytes[written..]);
                 Poll::Ready(Ok(()))
@@ -229,7 +275,9 @@ impl Half {
                 Poll::Ready(result) => result?,
                 Poll::Pending => {
                     if self.unflushed {
-                        ready!(Pin::new(&mut *writer).poll_flush(cx)).map_err(End::Write)?;
+                        let flushed = ready!(Pin::new(&mut *writer).poll_flush(cx));
+                        self.lost |= flushed.is_err();
+                        flushed.map_err(End::Write)?;
                         self.unflushed = false;
                     }
                     return Poll::Pending;

@@ -198,6 +198,13 @@ impl HttpRecord {
         }
     }
 
+    /// This sidecar closed the connection for this reason; a request that has ended, or failed before, has its own.
+    pub fn cut(&self, reason: Reason) {
+        if !self.response_ended.get() {
+            self.failed(reason, || "this sidecar closed the connection".to_owned());
+        }
+    }
+
     /// The response reached its end: body and trailers went out, or there were none to send (HEAD, 204, 304). A record
     /// that ends without this and without a reason says `client_closed`.
     pub fn response_ended(&self) {

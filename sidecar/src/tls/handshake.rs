@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use outrigger_api::identity::SpiffeId;
@@ -18,6 +19,7 @@ use super::MeshAlpn;
 use super::error::{PeerFault, TlsError};
 use super::leaf::{Leaf, Purpose, verify};
 use super::material::Material;
+use crate::connection::Proof;
 
 /// A handshake that takes longer is given up; connects have a shorter budget of their own.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -33,6 +35,10 @@ pub struct Peer {
     pub alpn: MeshAlpn,
     /// Of the bundle that it was checked against.
     pub generation: u64,
+    /// The number of the Material that made the handshake: a pooled connection of an earlier one carries nothing new.
+    pub material: u64,
+    /// What it is judged by again when the bundle changes.
+    pub proof: Proof,
     pub resumed: bool,
 }
 
@@ -108,11 +114,15 @@ fn refuse_when_expired(material: &Material) -> Result<(), TlsError> {
 /// bundle that is in force now.
 fn check(material: &Material, connection: &CommonState, purpose: Purpose) -> Result<Peer, TlsError> {
     let alpn = connection.alpn_protocol().and_then(MeshAlpn::from_id).ok_or(TlsError::NotMesh)?;
-    let [leaf, intermediates @ ..] = connection.peer_certificates().unwrap_or_default() else {
+    let chain = connection.peer_certificates().unwrap_or_default();
+    let [leaf, intermediates @ ..] = chain else {
         return Err(TlsError::NoCertificate);
     };
     let now = material.now();
     let bundle = material.credential().bundle();
+    // Read before the bundle is: a change in between is seen as one that this connection was not judged by.
+    let in_force = material.in_force();
+    let bundles = in_force.bundles.load(Ordering::Acquire);
     let (facts, generation) = match material.later_bundle() {
         Some(later) => (verify(leaf, intermediates, &later, purpose, now)?, later.generation()),
         None => (Leaf::read(leaf, bundle.trust_domain())?, bundle.generation()),
@@ -124,6 +134,8 @@ fn check(material: &Material, connection: &CommonState, purpose: Purpose) -> Res
         not_after: facts.not_after,
         alpn,
         generation,
+        material: material.number(),
+        proof: Proof { chain: in_force.chains.share(chain), verified: now, bundle: bundles },
         resumed: connection.handshake_kind() == Some(HandshakeKind::Resumed),
     })
 }

@@ -28,7 +28,7 @@ pub struct Leaf {
 
 /// The side on which a certificate is used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Purpose {
+pub enum Purpose {
     Client,
     Server,
 }

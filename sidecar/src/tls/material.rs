@@ -2,6 +2,7 @@
 //! provider, the server's config with its ticket key, the clients' configs with their sessions.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 
@@ -14,6 +15,7 @@ use rustls::sign::SingleCertAndKey;
 use rustls::{ClientConfig, ServerConfig, SupportedCipherSuite};
 
 use super::MeshAlpn;
+use super::chains::Chains;
 use super::clock::Clock;
 use super::credential::{Bundle, Credential};
 use super::error::TlsError;
@@ -58,20 +60,38 @@ pub struct Material {
     credential: Credential,
     server: Arc<ServerConfig>,
     clients: EndpointConfigs,
-    /// The bundle now in force, which may be later than this Material's own.
-    in_force: Arc<ArcSwap<Option<Bundle>>>,
+    in_force: Arc<InForce>,
+    number: u64,
     clock: Clock,
 }
 
+/// What is in force for every handshake and every open connection, whichever Material made it.
+#[derive(Default)]
+pub(super) struct InForce {
+    /// May be later than that of a Material which is still in use.
+    pub(super) bundle: ArcSwap<Option<Bundle>>,
+    /// How many sets of roots there were so far.
+    pub(super) bundles: AtomicU64,
+    /// How many Materials there were so far.
+    pub(super) materials: AtomicU64,
+    pub(super) chains: Chains,
+}
+
 impl Material {
-    pub(super) fn new(
-        credential: Credential,
-        in_force: Arc<ArcSwap<Option<Bundle>>>,
-        clock: Clock,
-    ) -> Result<Material, TlsError> {
+    pub(super) fn new(credential: Credential, in_force: Arc<InForce>, clock: Clock) -> Result<Material, TlsError> {
         let server = Arc::new(server_config(&credential, &clock)?);
         let clients = EndpointConfigs::new(client_template(&credential, &clock)?, credential.bundle().clone());
-        Ok(Material { credential, server, clients, in_force, clock })
+        let number = in_force.materials.fetch_add(1, Ordering::Relaxed) + 1;
+        Ok(Material { credential, server, clients, in_force, number, clock })
+    }
+
+    /// Which one it is: each has a higher number than those before it.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    pub(super) fn in_force(&self) -> &InForce {
+        &self.in_force
     }
 
     pub fn credential(&self) -> &Credential {
@@ -88,7 +108,7 @@ impl Material {
 
     /// The bundle in force, when it is not the one that this Material's handshakes verify with.
     pub(super) fn later_bundle(&self) -> Option<Bundle> {
-        let in_force = self.in_force.load();
+        let in_force = self.in_force.bundle.load();
         (**in_force).clone().filter(|bundle| bundle.generation() != self.credential.bundle().generation())
     }
 

@@ -3,6 +3,7 @@
 //! credentials; nothing here dials, listens or reads a file. Names in certificates other than the SPIFFE id are
 //! never consulted.
 
+mod chains;
 pub(crate) mod clock;
 mod credential;
 mod error;
@@ -22,20 +23,24 @@ pub use credential::{Bundle, Credential, CredentialError};
 pub use error::{PeerFault, TlsError};
 pub use handshake::{Peer, accept, accept_hello, connect};
 pub use hello::{Hello, no_application_protocol_alert, read_hello};
-pub use leaf::Leaf;
+pub use leaf::{Leaf, Purpose};
 pub use material::{Material, provider};
 pub use verifier::ExpectedServer;
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::ArcSwapOption;
 use outrigger_api::name::ServicePort;
 use rustls_pki_types::ServerName;
 use tokio::sync::watch;
 
 use credential::newer_of;
+use material::InForce;
+
+use crate::connection::Proof;
 
 /// What the two sidecars of a connection speak inside TLS. The id selects framing; it is never trusted for policy.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -75,9 +80,9 @@ pub struct Tls(Arc<Shared>);
 struct Shared {
     /// What new handshakes use; absent until the first credential.
     current: ArcSwapOption<Material>,
-    /// The bundle in force, shared with every Material made so far, so that a handshake which began under an older
-    /// one is checked against this one before its first byte.
-    bundle: Arc<ArcSwap<Option<Bundle>>>,
+    /// Shared with every Material made so far, so that a handshake which began under an older bundle is checked against
+    /// the one in force before its first byte.
+    in_force: Arc<InForce>,
     changed: watch::Sender<Option<Arc<Material>>>,
     /// Held while a new Material is built and swapped in: installs come from two tasks.
     install: Mutex<()>,
@@ -88,7 +93,7 @@ impl Tls {
     pub fn new(clock: Clock) -> Tls {
         Tls(Arc::new(Shared {
             current: ArcSwapOption::empty(),
-            bundle: Arc::default(),
+            in_force: Arc::default(),
             changed: watch::Sender::new(None),
             install: Mutex::new(()),
             clock,
@@ -138,11 +143,30 @@ impl Tls {
 
     fn swap(&self, credential: Credential) -> Result<(), TlsError> {
         let bundle = credential.bundle().clone();
-        let material = Arc::new(Material::new(credential, Arc::clone(&self.0.bundle), self.0.clock.clone())?);
-        self.0.bundle.store(Arc::new(Some(bundle)));
+        let material = Arc::new(Material::new(credential, Arc::clone(&self.0.in_force), self.0.clock.clone())?);
+        let in_force = &self.0.in_force;
+        let before = in_force.bundle.swap(Arc::new(Some(bundle.clone())));
+        // Counted behind the swap: a connection that is noted as verified by a count was verified by its roots, or later
+        // ones.
+        if before.as_ref().as_ref().is_none_or(|before| before.roots() != bundle.roots()) {
+            in_force.bundles.fetch_add(1, Ordering::Release);
+        }
         self.0.current.store(Some(Arc::clone(&material)));
         self.0.changed.send_replace(Some(material));
         Ok(())
+    }
+
+    /// Counts the sets of roots that were in force: open connections are judged again when it moves.
+    pub fn bundles(&self) -> u64 {
+        self.0.in_force.bundles.load(Ordering::Acquire)
+    }
+
+    /// Whether the roots in force still verify the chain with which a peer proved its identity. `purpose` is what the
+    /// peer uses it for. Only the roots are judged: when the leaf ends is another matter.
+    pub fn believes(&self, proof: &Proof, purpose: Purpose) -> bool {
+        let in_force = self.0.in_force.bundle.load();
+        let (Some(bundle), [leaf, intermediates @ ..]) = (&**in_force, &*proof.chain) else { return false };
+        leaf::verify(leaf, intermediates, bundle, purpose, proof.verified).is_ok()
     }
 
     /// When the current certificate ends; None while there is none.

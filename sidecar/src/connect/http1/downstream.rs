@@ -60,8 +60,10 @@ impl Downstream {
                 (Command::HeadTimeout, true) => {
                     return Poll::Ready(Err((Reason::RequestHeadTimeout, "the head did not end in time")));
                 }
-                (Command::Finish | Command::HeadTimeout, false) | (Command::Close, _) => return Poll::Ready(Ok(None)),
-                (Command::Run, _) | (Command::Finish, true) => {}
+                (Command::Finish | Command::Refuse | Command::HeadTimeout, false) | (Command::Close, _) => {
+                    return Poll::Ready(Ok(None));
+                }
+                (Command::Run, _) | (Command::Finish | Command::Refuse, true) => {}
             }
             let Poll::Ready(received) = conn.poll_receive(cx) else {
                 conn.rest();

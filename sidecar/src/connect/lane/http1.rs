@@ -26,7 +26,7 @@ use crate::tls::MeshAlpn;
 pub(super) struct Http1 {
     pub(super) conn: Conn,
     pub(super) retire_at: Option<SystemTime>,
-    pub(super) generation: u64,
+    pub(super) material: u64,
 }
 
 pub(super) struct Idle {
@@ -121,12 +121,12 @@ impl Lane {
 
     /// What ended by the wall clock the watchdog takes out.
     fn take_idle(&self, now: Instant, cx: &mut Context<'_>) -> Option<Box<Http1>> {
-        let generation = self.dialer.generation();
+        let material = self.dialer.material();
         let limit = self.idle_limit.get();
         let mut idle = self.idle.borrow_mut();
         while let Some(Idle { mut connection, since }) = idle.pop() {
             if now.saturating_duration_since(since) < limit
-                && (connection.retire_at.is_none() || connection.generation == generation)
+                && (connection.retire_at.is_none() || connection.material == material)
                 && connection.conn.is_silent(cx)
             {
                 return Some(connection);
@@ -145,8 +145,8 @@ impl Lane {
     async fn open_http1(&self) -> Result<Box<Http1>, Error> {
         let dialled = self.dialer.dial(&self.target, MeshAlpn::H1).await?;
         let retire_at = dialled.retire_at();
-        let generation = dialled.peer.as_ref().map_or(0, |peer| peer.generation);
-        Ok(Box::new(Http1 { conn: Conn::new(dialled.stream), retire_at, generation }))
+        let material = dialled.material();
+        Ok(Box::new(Http1 { conn: Conn::new(dialled.stream), retire_at, material }))
     }
 
     /// `Keep-Alive: timeout=N` says when the peer will close: stay below it.

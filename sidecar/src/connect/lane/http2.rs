@@ -32,7 +32,7 @@ pub(super) struct Shared {
     streams: Rc<Streams>,
     marks: Rc<Marks>,
     retire_at: Option<SystemTime>,
-    generation: u64,
+    material: u64,
     /// When it was first seen without a stream.
     idle_since: Option<Instant>,
 }
@@ -161,12 +161,12 @@ impl Lane {
 
     /// A connection that takes one more stream.
     fn find_shared(&self) -> Option<RefMut<'_, Shared>> {
-        let generation = self.dialer.generation();
+        let material = self.dialer.material();
         let (ours, percent) = (self.most_streams() as usize, self.limits.h2_streams_used_percent);
         let untold = self.untold_streams();
         let mut shared = self.shared.borrow_mut();
         // What ended by the wall clock the watchdog takes out.
-        shared.retain_mut(|one| one.is_open() && (one.retire_at.is_none() || one.generation == generation));
+        shared.retain_mut(|one| one.is_open() && (one.retire_at.is_none() || one.material == material));
         RefMut::filter_map(shared, |shared| shared.iter_mut().find(|one| one.has_room(ours, percent, untold))).ok()
     }
 
@@ -218,7 +218,7 @@ impl Lane {
     async fn open_http2(&self) -> Result<Shared, Error> {
         let dialled = self.dialer.dial(&self.target, MeshAlpn::H2).await?;
         let retire_at = dialled.retire_at();
-        let generation = dialled.peer.as_ref().map_or(0, |peer| peer.generation);
+        let material = dialled.material();
         let limits = &self.limits;
         let heard = Rc::new(Cell::new(false));
         let marks = Marks::new(limits.h2_header_list);
@@ -262,7 +262,7 @@ impl Lane {
             }
             if ended { Poll::Ready(()) } else { Poll::Pending }
         }));
-        Ok(Shared { sender, streams, marks, retire_at, generation, idle_since: None })
+        Ok(Shared { sender, streams, marks, retire_at, material, idle_since: None })
     }
 
     fn failed(&self, failure: Failure, retry: Retry) -> Error {
@@ -289,8 +289,8 @@ fn copy(request: &mut Request<RequestBody>, replay: usize) -> (Parts, Option<Req
 }
 
 impl Shared {
-    pub(super) fn is_usable(&mut self, wall: SystemTime, generation: u64) -> bool {
-        self.is_open() && usable(self.retire_at, self.generation, wall, generation)
+    pub(super) fn is_usable(&mut self, wall: SystemTime, material: u64) -> bool {
+        self.is_open() && usable(self.retire_at, self.material, wall, material)
     }
 
     /// Neither ended, nor told by the peer to open no more streams.

@@ -224,26 +224,26 @@ impl Lane {
 
     /// The watchdog's tick: connections that waited too long, are closed, or whose peer's certificate ended, go.
     pub fn sweep(&self, now: Instant, wall: SystemTime) {
-        let generation = self.dialer.generation();
+        let material = self.dialer.material();
         let limit = self.idle_limit.get();
         self.idle.borrow_mut().retain_mut(|idle| {
             now.duration_since(idle.since) < limit
-                && usable(idle.connection.retire_at, idle.connection.generation, wall, generation)
+                && usable(idle.connection.retire_at, idle.connection.material, wall, material)
                 && idle.connection.conn.is_silent(&mut Context::from_waker(Waker::noop()))
         });
         // Dropping the sender of a shared connection lets its streams end first.
         let mut others = false;
         self.shared.borrow_mut().retain_mut(|shared| {
             let keep =
-                shared.is_usable(wall, generation) && (shared.is_wanted(now, self.limits.mesh_pool_idle) || !others);
+                shared.is_usable(wall, material) && (shared.is_wanted(now, self.limits.mesh_pool_idle) || !others);
             others |= keep;
             keep
         });
     }
 }
 
-fn usable(retire_at: Option<SystemTime>, generation: u64, wall: SystemTime, current: u64) -> bool {
-    retire_at.is_none_or(|end| wall < end && generation == current)
+fn usable(retire_at: Option<SystemTime>, material: u64, wall: SystemTime, current: u64) -> bool {
+    retire_at.is_none_or(|end| wall < end && material == current)
 }
 
 /// Whether a request may be sent twice: idempotent (RFC 9110 section 9.2.2), without a body, no upgrade.

@@ -167,8 +167,8 @@ impl ResponseBody {
     pub fn into_busy(self) -> Option<Busy> {
         match self.0 {
             Kind::Local(_) | Kind::Switched(_) | Kind::Reset(_) => None,
-            Kind::Recorded(_, Ending { busy, .. }) => busy,
-            Kind::Upstream(mut upstream) => upstream.busy.take(),
+            Kind::Recorded(_, Ending { busy, .. }) => busy.map(Busy::recorded),
+            Kind::Upstream(mut upstream) => upstream.busy.take().map(Busy::recorded),
         }
     }
 }

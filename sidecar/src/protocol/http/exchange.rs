@@ -89,6 +89,7 @@ impl Exchange {
         let record = Rc::new(HttpRecord::begin(&worker.telemetry, None, request.method(), begun));
         record.describe(request.method(), request.uri(), request.headers(), Some(session.entry.client));
         let (parts, body) = request.into_parts();
+        let busy = Busy::begin(&session.entry, &record, &session.running, &worker.drain);
         let exchange = Exchange {
             session: session.clone(),
             record,
@@ -96,7 +97,7 @@ impl Exchange {
             begun,
             version: parts.version,
             stream: worker.streams.begin(&session.entry, session.http2),
-            busy: Busy::begin(&session.entry, &session.running, &worker.drain),
+            busy,
             upgrade: false,
         };
         (exchange, Outgoing { parts, body })

@@ -111,7 +111,17 @@ pub(super) struct Serving<R> {
 
 enum State {
     Opening { handshake: Handshake<Batched<DownstreamIo>, Bytes>, heard: Rc<Cell<bool>>, finish: bool },
-    Open { connection: h2::server::Connection<Batched<DownstreamIo>, Bytes>, alive: KeepAlive },
+    Open { connection: h2::server::Connection<Batched<DownstreamIo>, Bytes>, alive: KeepAlive, refusing: Refusing },
+}
+
+/// The end of a connection whose peer does not acknowledge that it ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Refusing {
+    No,
+    /// New streams are refused; what runs goes on.
+    NewStreams,
+    /// The last stream has ended: a GOAWAY that waits for nothing was sent.
+    Ended,
 }
 
 impl<R, F> Future for Serving<R>
@@ -141,23 +151,33 @@ where
             if *finish {
                 connection.graceful_shutdown();
             }
-            self.state = State::Open { connection, alive };
+            self.state = State::Open { connection, alive, refusing: Refusing::No };
         }
-        let State::Open { connection, alive } = &mut self.state else { return Poll::Ready(()) };
+        let State::Open { connection, alive, refusing } = &mut self.state else { return Poll::Ready(()) };
         if alive.poll(cx, true).is_ready() {
             return Poll::Ready(());
         }
         loop {
             let Poll::Ready(next) = connection.poll_accept(cx) else {
+                if *refusing == Refusing::NewStreams && !connection.has_streams() {
+                    *refusing = Refusing::Ended;
+                    connection.abrupt_shutdown(h2::Reason::NO_ERROR);
+                    continue;
+                }
                 let refused = self.marks.refused();
                 self.count_refused(refused);
                 return Poll::Pending;
             };
             // How the connection ends is in the records of its requests.
-            let Some(Ok((request, reply))) = next else { return Poll::Ready(()) };
+            let Some(Ok((request, mut reply))) = next else { return Poll::Ready(()) };
             let stream = reply.stream_id().into();
             let before = self.marks.taken_up(stream);
             let malformed = self.marks.take(stream);
+            if *refusing != Refusing::No {
+                // Not processed, so the peer may send it again elsewhere (RFC 9113 section 8.7).
+                reply.send_reset(h2::Reason::REFUSED_STREAM);
+                continue;
+            }
             let only_head = *request.method() == Method::HEAD;
             let (parts, stream) = request.into_parts();
             let incoming = Incoming::new(stream, &parts.headers, self.marks.clone()).malformed(malformed);
@@ -198,6 +218,12 @@ where
         match &mut self.get_mut().state {
             State::Opening { finish, .. } => *finish = true,
             State::Open { connection, .. } => connection.graceful_shutdown(),
+        }
+    }
+
+    fn refuse(self: Pin<&mut Self>) {
+        if let State::Open { refusing: refusing @ Refusing::No, .. } = &mut self.get_mut().state {
+            *refusing = Refusing::NewStreams;
         }
     }
 }

@@ -81,6 +81,9 @@ pub async fn refuse_head(stream: &mut Stream, reason: Reason, proxy: &str) {
 pub(super) trait Connection: Future {
     /// Finish what runs, take nothing new.
     fn finish(self: Pin<&mut Self>);
+
+    /// Take nothing new, whether the peer has acknowledged that or not, and end with the last stream.
+    fn refuse(self: Pin<&mut Self>);
 }
 
 pin_project_lite::pin_project! {
@@ -101,6 +104,8 @@ impl<F: Future> Future for Plain<F> {
 
 impl<F: Future> Connection for Plain<F> {
     fn finish(self: Pin<&mut Self>) {}
+
+    fn refuse(self: Pin<&mut Self>) {}
 }
 
 pin_project_lite::pin_project! {
@@ -124,7 +129,7 @@ impl<C: Connection> Future for Driven<'_, C> {
         entry.listen(cx.waker());
         match entry.command() {
             Command::Close => return Poll::Ready(()),
-            Command::Finish if !*this.finishing => {
+            Command::Finish | Command::Refuse if !*this.finishing => {
                 *this.finishing = true;
                 // An idle HTTP/1 connection closes at once; an HTTP/2 peer may leave the farewell unanswered for long.
                 if !this.session.http2 || entry.state() == State::Busy {
@@ -132,7 +137,10 @@ impl<C: Connection> Future for Driven<'_, C> {
                 }
                 this.connection.as_mut().finish();
             }
-            Command::Run | Command::Finish | Command::HeadTimeout => {}
+            Command::Run | Command::Finish | Command::Refuse | Command::HeadTimeout => {}
+        }
+        if entry.command() == Command::Refuse {
+            this.connection.as_mut().refuse();
         }
         // How it ended is in the records of its requests.
         this.connection.poll(cx).map(|_| ())

@@ -5,8 +5,7 @@ use std::rc::Rc;
 use super::exchange::Session;
 use crate::connection::State;
 use crate::net::Stream;
-use crate::outcome::Reason;
-use crate::protocol::opaque::{self, CopyError};
+use crate::protocol::opaque;
 use crate::telemetry::HttpRecord;
 
 /// Copies until both sides have ended; the record ends with it.
@@ -17,8 +16,9 @@ pub async fn switched(session: Rc<Session>, record: Rc<HttpRecord>, downstream: 
     let back = |count| record.add_response_bytes(count);
     match opaque::copy(downstream, upstream, &session.entry, None, forth, back).await {
         Ok(()) => record.response_ended(),
-        Err(CopyError::Downstream(error)) => record.failed(Reason::ClientClosed, || error.to_string()),
-        Err(CopyError::Upstream(error)) => record.failed(Reason::UpstreamReset, || error.to_string()),
-        Err(CopyError::Http(found)) => record.failed(Reason::ProtocolMismatch, || found.to_owned()),
+        Err(error) => {
+            let (reason, detail) = error.tell();
+            record.failed(reason, || detail);
+        }
     }
 }

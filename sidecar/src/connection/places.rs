@@ -1,0 +1,96 @@
+//! The places of the whole process: how many downstream connections may be open at once, over all workers. Each direction
+//! has a share that the other one cannot take, so that strangers who fill the inbound side do not close the application's
+//! own way out. When places are short, inbound connections on which nobody proved an identity and nothing runs go first,
+//! the longest idle ones of all workers.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::{Direction, Entry, Table};
+use crate::outcome::Reason;
+
+/// A bound over all workers.
+#[derive(Debug)]
+pub struct Places {
+    limit: usize,
+    /// By direction.
+    open: [AtomicUsize; 2],
+    /// Memory is short.
+    refused: AtomicBool,
+    tables: Mutex<Vec<Weak<Table>>>,
+}
+
+/// This many connections of each direction are accepted even when memory is short: they are not what uses it, and an
+/// allocator that gives nothing back must not close a sidecar for ever.
+pub(super) const ALWAYS: usize = 16;
+
+/// One of this many places is kept for the other direction.
+const KEPT: usize = 5;
+
+/// One of this many places is made free at once: looking for the longest idle connection reads every worker's table.
+const BATCH: usize = 64;
+
+impl Places {
+    pub fn new(limit: usize) -> Arc<Places> {
+        Arc::new(Places { limit, open: Default::default(), refused: AtomicBool::new(false), tables: Mutex::default() })
+    }
+
+    pub fn open(&self) -> usize {
+        self.open.iter().map(|open| open.load(Relaxed)).sum()
+    }
+
+    /// Whether connections are refused beyond a few; open ones go on.
+    pub fn refuse(&self, refused: bool) {
+        self.refused.store(refused, Relaxed);
+    }
+
+    pub(super) fn watch(&self, table: &Arc<Table>) {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(table));
+    }
+
+    /// Takes a place of `direction`'s share; false when there is none, also after idle strangers were closed for it.
+    pub(super) fn take(&self, direction: Direction) -> bool {
+        // Memory that is short is not helped by closing one connection for another.
+        self.try_take(direction) || (!self.refused.load(Relaxed) && self.evict() && self.try_take(direction))
+    }
+
+    fn try_take(&self, direction: Direction) -> bool {
+        let (own, other) = match direction {
+            Direction::Inbound => (&self.open[0], &self.open[1]),
+            Direction::Outbound => (&self.open[1], &self.open[0]),
+        };
+        let before = own.fetch_add(1, Relaxed);
+        let fits = if self.refused.load(Relaxed) {
+            before < ALWAYS.min(self.limit)
+        } else {
+            before < self.limit - self.limit / KEPT && before + other.load(Relaxed) < self.limit
+        };
+        if !fits {
+            own.fetch_sub(1, Relaxed);
+        }
+        fits
+    }
+
+    pub(super) fn give_back(&self, direction: Direction) {
+        self.open[direction as usize].fetch_sub(1, Relaxed);
+    }
+
+    /// Closes the longest idle of the inbound connections that proved nothing, and gives their places back at once. True
+    /// when there were any.
+    fn evict(&self) -> bool {
+        let tables: Vec<Arc<Table>> = {
+            let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+            tables.retain(|table| table.strong_count() > 0);
+            tables.iter().filter_map(Weak::upgrade).collect()
+        };
+        let mut strangers: Vec<Arc<Entry>> = tables.iter().flat_map(|table| table.idle_strangers()).collect();
+        let count = (self.limit / BATCH).max(1);
+        if strangers.len() > count {
+            strangers.select_nth_unstable_by_key(count, |entry| (entry.since(), entry.opened));
+            strangers.truncate(count);
+        }
+        // Two workers may have found the same one.
+        strangers.iter().filter(|entry| entry.give_place_back(self)).for_each(|entry| entry.close(Reason::Overloaded));
+        !strangers.is_empty()
+    }
+}
