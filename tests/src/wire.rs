@@ -169,6 +169,16 @@ impl Connection {
         std::mem::replace(&mut self.buffer, rest)
     }
 
+    /// Takes exactly so many bytes into `taken`, in place of what was there.
+    pub async fn try_take(&mut self, count: usize, taken: &mut Vec<u8>) -> Result<(), End> {
+        while self.buffer.len() < count {
+            self.fill("bytes").await?;
+        }
+        taken.clear();
+        taken.extend(self.buffer.drain(..count));
+        Ok(())
+    }
+
     /// Takes up to and with `mark`. Panics when the stream ends before.
     pub async fn take_until(&mut self, mark: &[u8]) -> Vec<u8> {
         match self.try_take_until(mark).await {

@@ -1,5 +1,6 @@
 //! The body of a request on its way to the upstream: counts what passes and drops trailers that nobody may send.
 
+use std::cell::Cell;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -39,6 +40,7 @@ pub struct RequestBody {
     bound: Rc<Bound>,
     /// The request belongs to a login that authenticates its connection.
     binds: bool,
+    ended: Rc<Cell<bool>>,
 }
 
 /// The beginning of a body, for a peer that refuses its stream. The first frame is apart because most requests have one.
@@ -69,6 +71,8 @@ pub struct Client {
     pub bound: Rc<Bound>,
     /// The request belongs to a login that authenticates its connection.
     pub binds: bool,
+    /// The client has ended its direction behind this request.
+    pub ended: Rc<Cell<bool>>,
 }
 
 /// Why a request's body ended early; the request's own fault.
@@ -132,8 +136,8 @@ impl RequestBody {
             let grpc = grpc.then(GrpcFrames::default);
             Streaming { received, record: record.clone(), grpc, trailers, progress: progress() }
         });
-        let Client { interim, bound, binds } = of;
-        RequestBody { streaming, replay: None, spelling, interim, bound, binds }
+        let Client { interim, bound, binds, ended } = of;
+        RequestBody { streaming, replay: None, spelling, interim, bound, binds, ended }
     }
 
     /// The body of the same request once more. Only to be asked of one that is empty.
@@ -145,6 +149,7 @@ impl RequestBody {
             interim: self.interim.clone(),
             bound: self.bound.clone(),
             binds: self.binds,
+            ended: self.ended.clone(),
         }
     }
 
@@ -179,6 +184,11 @@ impl RequestBody {
 
     pub fn spelling(&self) -> Option<&Spelling> {
         self.spelling.as_ref()
+    }
+
+    /// The client has ended its direction behind this request.
+    pub fn client_has_ended(&self) -> bool {
+        self.ended.get()
     }
 
     /// The upstream connections that belong to this request's downstream connection.

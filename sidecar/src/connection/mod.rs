@@ -429,7 +429,7 @@ impl Table {
                 State::Head if idle > limits.head => entry.ask(Command::HeadTimeout),
                 State::Busy if idle > limits.stream_idle => entry.close(Reason::StreamIdleTimeout),
                 State::Tunnel if idle > limits.tunnel_idle => entry.close(Reason::IdleTimeout),
-                State::Tunnel if entry.ticking.load(Relaxed) => entry.waker.wake(),
+                State::Busy | State::Tunnel if entry.ticking.load(Relaxed) => entry.waker.wake(),
                 State::Idle | State::Head | State::Busy | State::Tunnel => {}
             }
         }

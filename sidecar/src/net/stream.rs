@@ -203,6 +203,23 @@ impl Stream {
         }
     }
 
+    /// Whether the kernel has bytes or an end for us that the thread has not looked at yet: what readiness reports is as
+    /// old as the thread's last look. Asked of plain TCP; TLS has records of its own that say nothing.
+    pub fn has_unseen(&self) -> bool {
+        let Io::Tcp(tcp) = &self.io else { return false };
+        !matches!(SockRef::from(tcp).peek(&mut [std::mem::MaybeUninit::uninit()]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Whether the drop of this socket is a reset, behind an end that was sent already. A pipe's other end would take it for
+    /// a reset at once, and notices the drop by itself.
+    pub fn reset_when_dropped(&self, reset: bool) {
+        if let Some(tcp) = self.tcp() {
+            // Failing leaves an orderly close, which only tells the peer less.
+            let _ = SockRef::from(tcp).set_linger(reset.then_some(Duration::ZERO));
+        }
+    }
+
     /// Makes the close of this socket a reset, so that a truncation cannot be taken for an end.
     pub fn reset_on_close(&self) {
         if let Some(tcp) = self.tcp() {

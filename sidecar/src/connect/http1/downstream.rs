@@ -1,7 +1,7 @@
 //! A downstream connection that speaks HTTP/1.1, shared by the loop that serves it and by the body of the request that
 //! is being read from it. Both run on the connection's one task.
 
-use std::cell::{RefCell, RefMut};
+use std::cell::{Cell, RefCell, RefMut};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -17,8 +17,20 @@ use crate::connection::{Command, Entry, State};
 use crate::net::Stream;
 use crate::outcome::Reason;
 
+/// What is known of a client that waits for its answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Presence {
+    Here,
+    /// It has ended its direction and sent nothing that waits to be read. It may still take an answer.
+    Ended,
+    /// Its connection is reset.
+    Gone,
+}
+
 pub struct Downstream {
     conn: RefCell<Conn>,
+    /// The client has ended its direction.
+    ended: Cell<bool>,
     /// Of the request that is being served.
     decoder: RefCell<Decoder>,
     pub entry: Arc<Entry>,
@@ -27,7 +39,8 @@ pub struct Downstream {
 impl Downstream {
     pub fn new(stream: Stream, entry: &Arc<Entry>, limits: &Limits) -> Rc<Downstream> {
         let decoder = RefCell::new(Decoder::new(Length::Exact(0), limits));
-        Rc::new(Downstream { conn: RefCell::new(Conn::new(stream)), decoder, entry: entry.clone() })
+        let conn = RefCell::new(Conn::new(stream));
+        Rc::new(Downstream { conn, ended: Cell::new(false), decoder, entry: entry.clone() })
     }
 
     /// The connection alone, once HTTP is over.
@@ -95,20 +108,34 @@ impl Downstream {
         }
     }
 
-    /// Ready when the client has left while it waits for an answer; what it sends early is kept, up to a bound. While
-    /// its request is being read it is the reader who notices.
-    pub fn poll_left(&self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Looks whether the client still waits for its answer; what it sends early is kept, up to a bound. While its request
+    /// is being read it is the reader who notices. The task is woken when this changes: for a reset behind an end, which
+    /// no readiness reports, at the watchdog's ticks.
+    pub fn presence(&self, cx: &mut Context<'_>) -> Presence {
         if !self.request_has_ended() {
-            return Poll::Pending;
+            return Presence::Here;
         }
         let mut conn = self.conn();
-        while conn.has_room_to_receive() {
-            match ready!(conn.poll_receive(cx)) {
-                Ok(0) | Err(_) => return Poll::Ready(()),
-                Ok(_) => {}
+        while !self.ended.get() {
+            if !conn.has_room_to_receive() {
+                return Presence::Here;
+            }
+            match conn.poll_receive(cx) {
+                Poll::Pending => return Presence::Here,
+                Poll::Ready(Ok(0)) => {
+                    self.ended.set(true);
+                    self.entry.tick();
+                }
+                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Err(_)) => return Presence::Gone,
             }
         }
-        Poll::Pending
+        if conn.stream().take_reset().is_some() {
+            return Presence::Gone;
+        }
+        // Line ends behind a request are no next one (RFC 9112 section 2.2).
+        let waits = conn.received().iter().any(|byte| !matches!(byte, b'\r' | b'\n'));
+        if waits { Presence::Here } else { Presence::Ended }
     }
 
     /// Whether what is queued may leave at the end of the [turn](super::turn).

@@ -10,7 +10,7 @@ pub mod turn;
 
 pub use body::{Decoder, Length};
 pub use conn::Conn;
-pub use downstream::{Downstream, Incoming};
+pub use downstream::{Downstream, Incoming, Presence};
 pub use head::Spelling;
 
 /// Why a message could not be read to its end.

@@ -43,6 +43,8 @@ pub struct Answer {
     request: Option<RequestBody>,
     decoder: Decoder,
     keep_alive: bool,
+    /// Bytes came behind the answer.
+    unasked: bool,
     spelling: Spelling,
     /// When the upstream was heard last, if that was just now: nobody waited since.
     heard: Option<Instant>,
@@ -75,10 +77,14 @@ impl Lane {
             let outcome = poll_fn(|cx| attempt.poll(cx)).await;
             let Attempt { sending, received, .. } = attempt;
             match outcome {
+                Ok(head) if is_reused && is_unasked(&head) && !sending.ended && is_replayable(&request) => {
+                    may_reuse = false;
+                }
                 Ok(head) => return Ok(self.answered(connection, request, sending, head, began)),
                 Err(failure) => {
                     let untouched = connection.conn.sent() == sent_before && request.body().is_empty();
-                    let again = untouched || (!received && is_replayable(&request));
+                    // An upstream that was told of the client's end may close because of that.
+                    let again = untouched || (!received && !sending.ended && is_replayable(&request));
                     if is_reused && again {
                         // Closed under us before the first byte of an answer, and the request is safe to send twice.
                         may_reuse = false;
@@ -113,6 +119,7 @@ impl Lane {
             request,
             decoder: Decoder::new(length, &self.limits),
             keep_alive: keep_alive && !switches,
+            unasked: false,
             spelling,
             heard: Some(at),
         });
@@ -125,9 +132,11 @@ impl Lane {
         let limit = self.idle_limit.get();
         let mut idle = self.idle.borrow_mut();
         while let Some(Idle { mut connection, since }) = idle.pop() {
-            if now.saturating_duration_since(since) < limit
+            let rested = now.saturating_duration_since(since);
+            if rested < limit
                 && (connection.retire_at.is_none() || connection.material == material)
                 && connection.conn.is_silent(cx)
+                && (rested < FRESH || !connection.conn.stream().has_unseen())
             {
                 return Some(connection);
             }
@@ -182,6 +191,10 @@ impl Lane {
     }
 }
 
+/// For how long no server closes an idle connection, or says that it will: so long the word of the thread's last look at
+/// its sockets is enough.
+const FRESH: Duration = Duration::from_millis(10);
+
 enum Failure {
     Request(RequestBroke),
     Upstream(Fault),
@@ -210,12 +223,15 @@ impl<'a> Attempt<'a> {
             out.extend_from_slice(b"transfer-encoding: chunked\r\n");
         }
         out.extend_from_slice(b"\r\n");
-        let sending = Sending { chunked, done: request.body().is_empty(), failed: None };
+        let sending = Sending { chunked, done: request.body().is_empty(), failed: None, ended: false };
         Attempt { conn, request, lane, sending, silent, seen: 0, received: false, interim: 0 }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<ResponseHead, Failure>> {
         self.sending.poll(cx, self.conn, Some(self.request.body_mut())).map_err(Failure::Request)?;
+        if self.request.body().client_has_ended() {
+            self.sending.end_direction(cx, self.conn);
+        }
         if std::mem::take(&mut self.silent) && self.sending.failed.is_none() {
             return Poll::Pending;
         }
@@ -249,6 +265,12 @@ impl<'a> Attempt<'a> {
     }
 }
 
+/// A server that gives up an idle connection may say so (RFC 9110 section 15.5.9), at the very moment when a request is
+/// on its way: then this is not its answer.
+fn is_unasked(head: &ResponseHead) -> bool {
+    head.response.status() == StatusCode::REQUEST_TIMEOUT && !head.keep_alive
+}
+
 fn is_interim(head: &ResponseHead) -> bool {
     head.response.status().is_informational() && head.response.status() != StatusCode::SWITCHING_PROTOCOLS
 }
@@ -260,6 +282,8 @@ struct Sending {
     done: bool,
     /// Sending failed. The upstream may still have answered.
     failed: Option<io::Error>,
+    /// The upstream was told that nothing follows on this connection.
+    ended: bool,
 }
 
 impl Sending {
@@ -297,6 +321,22 @@ impl Sending {
                     return Ok(());
                 }
             }
+        }
+    }
+
+    /// The client has ended its direction behind this request: so does the upstream's see it end.
+    fn end_direction(&mut self, cx: &mut Context<'_>, conn: &mut Conn) {
+        if !self.done || self.ended || self.failed.is_some() {
+            return;
+        }
+        match conn.poll_shutdown(cx) {
+            Poll::Ready(Ok(())) => {
+                self.ended = true;
+                // If nobody waits for the answer any more, the upstream hears it without having to write.
+                conn.stream().reset_when_dropped(true);
+            }
+            Poll::Ready(Err(error)) => self.failed = Some(error),
+            Poll::Pending => {}
         }
     }
 
@@ -372,11 +412,48 @@ impl Answer {
         self.keep_alive &= !broke && self.sending.failed.is_none();
     }
 
+    /// The client has ended its direction behind its request.
+    pub fn end_direction(&mut self, cx: &mut Context<'_>) {
+        self.sending.end_direction(cx, &mut self.connection.conn);
+    }
+
+    /// Some of the request is still to be sent.
+    pub fn is_uploading(&self) -> bool {
+        self.sending.failed.is_none() && (self.request.is_some() || !self.connection.conn.is_flushed())
+    }
+
+    /// Sends the rest of the request when the answer is whole: an application may answer early and still read. Ready
+    /// when all is sent, or when the application ends the connection or the client breaks off.
+    pub fn poll_upload(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.send_on(cx);
+        if !self.is_uploading() {
+            return Poll::Ready(());
+        }
+        if !self.unasked {
+            match ready!(self.connection.conn.poll_receive(cx)) {
+                Ok(0) | Err(_) => {
+                    self.keep_alive = false;
+                    return Poll::Ready(());
+                }
+                Ok(_) => self.unasked = true,
+            }
+        }
+        Poll::Pending
+    }
+
     /// The answer was read to its end: the connection may carry the next request, if both sides are done with this one.
     pub fn release(self) {
         let Answer { mut connection, lane, sending, keep_alive, heard, .. } = self;
         connection.conn.rest();
-        if keep_alive && sending.done && connection.conn.is_flushed() && !connection.conn.has_received() {
+        if sending.ended {
+            connection.conn.stream().reset_when_dropped(false);
+        }
+        if keep_alive
+            && sending.done
+            && !sending.ended
+            && connection.conn.is_flushed()
+            && !connection.conn.has_received()
+        {
             lane.put_back(connection, heard.unwrap_or_else(Instant::now));
         }
     }
@@ -387,6 +464,9 @@ impl Answer {
 
     /// After 101: the stream, which is no longer HTTP's.
     pub fn into_stream(self) -> Stream {
+        if self.sending.ended {
+            self.connection.conn.stream().reset_when_dropped(false);
+        }
         self.connection.conn.into_stream()
     }
 }

@@ -133,6 +133,31 @@ impl UpstreamBody {
         }
     }
 
+    /// The client has ended its direction behind its request. On HTTP/2 the end of the request said so.
+    pub fn end_direction(&mut self, cx: &mut Context<'_>) {
+        match self {
+            UpstreamBody::Http1(answer) => answer.end_direction(cx),
+            UpstreamBody::Http2(..) => {}
+        }
+    }
+
+    /// The answer is whole and some of the request is still to be sent, by [`UpstreamBody::poll_upload`]. On HTTP/2
+    /// [`UpstreamBody::release`] sees to it.
+    pub fn is_uploading(&self) -> bool {
+        match self {
+            UpstreamBody::Http1(answer) => answer.is_uploading(),
+            UpstreamBody::Http2(..) => false,
+        }
+    }
+
+    /// Sends the rest of the request. Ready when nothing more can be sent.
+    pub fn poll_upload(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match self {
+            UpstreamBody::Http1(answer) => answer.poll_upload(cx),
+            UpstreamBody::Http2(..) => Poll::Ready(()),
+        }
+    }
+
     /// How the head of an HTTP/1 answer was spelled.
     pub fn spelling(&self) -> Option<&Spelling> {
         match self {

@@ -47,6 +47,8 @@ pub struct Ending {
 pub struct Upstream {
     /// Taken when the answer is whole.
     pub incoming: Option<UpstreamBody>,
+    /// The same, when the answer is whole and the request is not.
+    pub uploading: Option<UpstreamBody>,
     pub record: Rc<HttpRecord>,
     pub grpc: Option<GrpcFrames>,
     /// How its head was spelled.
@@ -163,6 +165,28 @@ impl ResponseBody {
         }
     }
 
+    /// The client has ended its direction behind its request.
+    pub fn end_direction(&mut self, cx: &mut Context<'_>) {
+        if let Kind::Upstream(upstream) = &mut self.0
+            && let Some(incoming) = &mut upstream.incoming
+        {
+            incoming.end_direction(cx);
+        }
+    }
+
+    /// The answer is whole and the request is not, which the upstream may still want to read.
+    pub fn is_uploading(&self) -> bool {
+        matches!(&self.0, Kind::Upstream(upstream) if upstream.uploading.is_some())
+    }
+
+    /// Sends the rest of the request. Ready when all is sent or nothing more can be.
+    pub fn poll_upload(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut self.0 {
+            Kind::Upstream(upstream) => upstream.poll_upload(cx),
+            Kind::Local(_) | Kind::Recorded(..) | Kind::Reset(_) | Kind::Switched(_) => Poll::Ready(()),
+        }
+    }
+
     /// Ends the record; what keeps the downstream connection busy is left.
     pub fn into_busy(self) -> Option<Busy> {
         match self.0 {
@@ -187,7 +211,11 @@ impl Upstream {
     fn end(&mut self) {
         self.record.response_ended();
         if let Some(incoming) = self.incoming.take() {
-            incoming.release();
+            if incoming.is_uploading() {
+                self.uploading = Some(incoming);
+            } else {
+                incoming.release();
+            }
         }
         if let Some(measured) = self.load.take() {
             measured.guard.finish(measured.at, measured.latency, measured.outcome);
@@ -203,6 +231,18 @@ impl Upstream {
         self.incoming = None;
         self.record.grpc_status(reason.row().grpc);
         Ok(Frame::trailers(grpc_trailers(reason)))
+    }
+
+    fn poll_upload(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(uploading) = &mut self.uploading else { return Poll::Ready(()) };
+        // A request on which nothing moves for too long is cut off, which both sides see.
+        if uploading.poll_upload(cx).is_pending() && !self.stream.is_expired(cx) {
+            return Poll::Pending;
+        }
+        if let Some(uploading) = self.uploading.take() {
+            uploading.release();
+        }
+        Poll::Ready(())
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {

@@ -38,6 +38,8 @@ pub struct Session {
     pub interim: Rc<Interim>,
     /// The upstream connections that belong to this downstream connection.
     pub bound: Rc<Bound>,
+    /// The client has ended its direction behind the request that runs.
+    pub ended: Rc<Cell<bool>>,
     running: Rc<Cell<usize>>,
 }
 
@@ -56,6 +58,7 @@ impl Session {
             strip,
             interim: Rc::default(),
             bound: Rc::default(),
+            ended: Rc::default(),
             running: Rc::default(),
         })
     }
@@ -136,7 +139,8 @@ impl Exchange {
             Received::Http1(incoming) => incoming.binds,
             Received::Http2(_) => binds(&outgoing.parts.headers),
         };
-        let client = Client { interim, bound: self.session.bound.clone(), binds };
+        let Session { bound, ended, .. } = &*self.session;
+        let client = Client { interim, bound: bound.clone(), binds, ended: ended.clone() };
         let body = RequestBody::new(outgoing.body, &self.record, grpc, headers::clean_trailers, progress, client);
         Request::from_parts(outgoing.parts, body)
     }
@@ -146,13 +150,14 @@ impl Exchange {
         Patiently { waiting, stream: &self.stream }
     }
 
-    /// What a failed exchange with an upstream was: one that failed because the client broke off its request says
-    /// nothing about the upstream.
+    /// What a failed exchange with an upstream was: one that failed because the client broke off its request, or because
+    /// the upstream closed when it heard that the client had ended its direction, says nothing about the upstream.
     pub fn fault(&self, error: Error) -> Error {
-        if error.side == Side::Downstream || !self.stream.is_broken_off() {
+        let closed = matches!(error.reason, Reason::UpstreamClosed | Reason::UpstreamReset) && self.session.ended.get();
+        if error.side == Side::Downstream || !(closed || self.stream.is_broken_off()) {
             return error;
         }
-        Error::downstream(Stage::Forward, Reason::ClientClosed, "the client broke off its request")
+        Error::downstream(Stage::Forward, Reason::ClientClosed, "the client ended its direction or broke off")
     }
 
     /// Since the request began.
@@ -196,6 +201,7 @@ impl Exchange {
         let spelling = incoming.spelling().cloned();
         let body = ResponseBody::upstream(Box::new(Upstream {
             incoming: Some(incoming),
+            uploading: None,
             record: self.record,
             grpc,
             spelling,

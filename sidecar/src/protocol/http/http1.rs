@@ -19,15 +19,18 @@ use super::exchange::Session;
 use super::interim;
 use super::serve::OnRefusal;
 use crate::connect::http1::head::{self, RequestHead};
-use crate::connect::http1::{Conn, Downstream, Incoming, turn};
+use crate::connect::http1::{Conn, Downstream, Incoming, Presence, turn};
 use crate::connect::request_body::Received;
 use crate::connection::{Command, State};
 use crate::net::Stream;
+use crate::outcome::Reason;
 
 /// How long and how much a connection that is closed is still listened to, so that a client which is sending gets to
 /// read its answer before the close of a socket with unread bytes resets it.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 1024 * 1024;
+
+const CLIENT_CLOSED: u16 = Reason::ClientClosed.row().status;
 
 /// Serves until the connection ends. `respond` is the direction's walk for one request.
 pub(super) async fn serve<F>(
@@ -63,7 +66,11 @@ pub(super) async fn serve<F>(
         let request = request.map(|()| Received::Http1(Incoming::new(&downstream, spelling, binds)));
         let answering = Answering { answer: respond(request), session, downstream: &downstream };
         let Some(response) = answering.await else { return };
-        match answer_with(&downstream, response, asked).await {
+        if session.ended.get() && response.body().is_local() && response.status().as_u16() == CLIENT_CLOSED {
+            // The upstream closed because the client did: the client sees what it would see without us.
+            return;
+        }
+        match answer_with(session, &downstream, response, asked).await {
             Ok(Next::Request) => {}
             Ok(Next::Close) if downstream.request_has_ended() => return close(downstream).await,
             Ok(Next::Close) => return linger(downstream).await,
@@ -104,19 +111,26 @@ impl<F: Future> Future for Answering<'_, F> {
     type Output = Option<F::Output>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<F::Output>> {
-        let this = self.project();
-        let answer = this.answer.poll(cx);
+        let mut this = self.project();
+        let answer = this.answer.as_mut().poll(cx);
         interim::queue(this.session, this.downstream);
         if let Poll::Ready(response) = answer {
             return Poll::Ready(Some(response));
         }
         this.downstream.flush(cx);
-        this.downstream.poll_left(cx).map(|()| None)
+        match this.downstream.presence(cx) {
+            Presence::Here => Poll::Pending,
+            Presence::Gone => Poll::Ready(None),
+            Presence::Ended if this.session.ended.replace(true) => Poll::Pending,
+            // The upstream is to hear of it now.
+            Presence::Ended => this.answer.poll(cx).map(Some),
+        }
     }
 }
 
 /// Sends one answer.
 async fn answer_with(
+    session: &Session,
     downstream: &Downstream,
     response: Response<ResponseBody>,
     asked: Asked,
@@ -140,8 +154,11 @@ async fn answer_with(
         head::write_response(out, asked.old, parts.status, &parts.headers, body.spelling());
         write_framing(out, framing, &parts.headers, close, asked, switched.is_some());
     }
-    let mut writing = Writing { downstream, framing, ended: framing == Framing::None };
+    let mut writing = Writing { session, downstream, framing, ended: framing == Framing::None };
     std::future::poll_fn(|cx| writing.poll(cx, &mut body)).await?;
+    if body.is_uploading() {
+        finish_upload(downstream, &mut body, framing).await?;
+    }
     // The record ends with the last byte that was taken over; the connection stays busy until all have gone out.
     let busy = body.into_busy();
     if !close && downstream.may_wait() {
@@ -154,6 +171,23 @@ async fn answer_with(
     }
     let whole = downstream.request_has_ended() || downstream.skip_request();
     Ok(if close || !whole || downstream.entry.command() != Command::Run { Next::Close } else { Next::Request })
+}
+
+/// The answer came before the request's end. That ends the answer alone: the application may want the rest, and gets it
+/// until it closes (RFC 9112 section 9.6).
+async fn finish_upload(downstream: &Downstream, body: &mut ResponseBody, framing: Framing) -> Result<(), BodyError> {
+    let told = |cx: &mut Context<'_>| match framing {
+        Framing::UntilEnd => downstream.conn().poll_shutdown(cx),
+        Framing::None | Framing::Exact(_) | Framing::Chunked => downstream.conn().poll_flush(cx),
+    };
+    let mut answered = false;
+    std::future::poll_fn(|cx| {
+        if !answered {
+            answered = told(cx).map_err(BodyError::Downstream)?.is_ready();
+        }
+        body.poll_upload(cx).map(Ok)
+    })
+    .await
 }
 
 /// How an answer's end is told to the client.
@@ -202,6 +236,7 @@ fn says_close(headers: &HeaderMap) -> bool {
 
 /// The sending of an answer's body.
 struct Writing<'a> {
+    session: &'a Session,
     downstream: &'a Downstream,
     framing: Framing,
     /// All of it is queued.
@@ -231,10 +266,18 @@ impl Writing<'_> {
                     return Poll::Ready(Err(error));
                 }
                 Poll::Pending => {
-                    if self.flush(cx).map_err(BodyError::Downstream)?.is_ready()
-                        && self.downstream.poll_left(cx).is_ready()
-                    {
-                        return Poll::Ready(Err(BodyError::Downstream(io::ErrorKind::BrokenPipe.into())));
+                    if self.flush(cx).map_err(BodyError::Downstream)?.is_pending() {
+                        return Poll::Pending;
+                    }
+                    match self.downstream.presence(cx) {
+                        Presence::Here => {}
+                        Presence::Ended => {
+                            self.session.ended.set(true);
+                            body.end_direction(cx);
+                        }
+                        Presence::Gone => {
+                            return Poll::Ready(Err(BodyError::Downstream(io::ErrorKind::BrokenPipe.into())));
+                        }
                     }
                     return Poll::Pending;
                 }
