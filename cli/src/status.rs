@@ -4,11 +4,18 @@
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use outrigger_control_plane::admin::view::{Sidecar, Status};
+use outrigger_control_plane::admin::view::{Event, Sidecar, Status};
 use outrigger_runtime::stdout;
 
 use crate::fetch;
-use crate::table::{Align, Table, printable, span};
+use crate::table::{Align, Table, cut, printable, span};
+
+/// Characters of a line.
+const WIDEST: usize = 1_000;
+/// Of each kind of event; `/status` has them all.
+const MAX_EVENTS: usize = 20;
+/// Seconds for which two connections of one sidecar may stand beside each other.
+const RENEWING: u64 = 30;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -76,12 +83,12 @@ fn text(status: &Status, now: u64) -> Vec<String> {
     } else {
         lines.extend(sidecars(&status.sidecars, now));
     }
-    let wrong = wrong(status);
+    let wrong = wrong(status, now);
     if !wrong.is_empty() {
         lines.push(String::new());
         lines.extend(wrong);
     }
-    lines.into_iter().map(printable).collect()
+    lines.into_iter().map(|line| cut(printable(line), WIDEST)).collect()
 }
 
 fn configuration(status: &Status) -> String {
@@ -129,7 +136,7 @@ fn sidecars(sidecars: &[Sidecar], now: u64) -> Vec<String> {
 }
 
 /// Everything that somebody should look at, a line each.
-fn wrong(status: &Status) -> Vec<String> {
+fn wrong(status: &Status, now: u64) -> Vec<String> {
     let mut lines = Vec::new();
     lines.extend(status.config.errors.iter().map(|problem| format!("error    {problem}")));
     lines.extend(status.config.warnings.iter().map(|problem| format!("warning  {problem}")));
@@ -146,7 +153,15 @@ fn wrong(status: &Status) -> Vec<String> {
             "warning  {service}: more than half of its endpoints went at once; the last known are still listed"
         ));
     }
-    for sidecar in &status.sidecars {
+    for (number, sidecar) in status.sidecars.iter().enumerate() {
+        let name = format!("{}.{}", sidecar.instance, sidecar.namespace);
+        lines.extend(sidecar.troubles.iter().map(|trouble| format!("warning  {name}: {trouble}")));
+        // A renewed connection stands beside the one before for a moment.
+        let same = |other: &&Sidecar| (&other.instance, &other.identity) == (&sidecar.instance, &sidecar.identity);
+        let long = |other: &&Sidecar| now.saturating_sub(other.connected_since) > RENEWING;
+        if long(&sidecar) && status.sidecars[..number].iter().filter(long).any(|other| same(&other)) {
+            lines.push(format!("warning  {name} is connected more than once; give each instance its own --name"));
+        }
         for refusal in &sidecar.refusals {
             lines.push(format!(
                 "refused  {}.{} refused {} (version {}): {}",
@@ -154,6 +169,19 @@ fn wrong(status: &Status) -> Vec<String> {
             ));
         }
     }
+    let events = |kind: &'static str, events: &[Event]| -> Vec<String> {
+        let line = |event: &Event| {
+            let ago = span(now.saturating_sub(event.last));
+            let times = if event.count > 1 { format!(", {} times", event.count) } else { String::new() };
+            format!("{kind}{}{times}, {ago} ago", event.what)
+        };
+        let more = events.len().saturating_sub(MAX_EVENTS);
+        let more = (more > 0).then(|| format!("{kind}and {more} more"));
+        events.iter().take(MAX_EVENTS).map(line).chain(more).collect()
+    };
+    lines.extend(events("refused  no certificate for ", &status.refused_joins));
+    lines.extend(events("refused  not registered: ", &status.refused_registrations));
+    lines.extend(events("gone     ", &status.gone));
     lines
 }
 
@@ -198,11 +226,17 @@ mod tests {
                 unacknowledged: 1,
                 connections: None,
                 refusals: vec![view::Refusal { key: "cart.shop:80".into(), version: 7, reason: "no such mode".into() }],
+                troubles: vec!["the collector at http://jaeger:4317 does not take spans: refused".into()],
             }],
             leases: 1,
             config: view::Config { errors: vec![problem("unknown field \"hots\"")], warnings: vec![] },
             stale_services: vec![],
             warnings: vec![],
+            refused_joins: vec![view::Event { what: "10.0.0.5 (web-2): token_replayed".into(), count: 3, last: 880 }],
+            refused_registrations: (0..25)
+                .map(|number| view::Event { what: format!("web-{number}.shop: taken"), count: 1, last: 990 })
+                .collect(),
+            gone: vec![view::Event { what: "pay-1.shop".into(), count: 1, last: 940 }],
         };
         assert!(has_errors(&status));
         let lines = text(&status, 1_000);
@@ -214,5 +248,23 @@ mod tests {
         assert!(all.contains("error    web.yaml:3:5: unknown field \"hots\""), "{all}");
         assert!(all.contains("refused  web-1.shop refused cart.shop:80 (version 7): no such mode"), "{all}");
         assert!(lines.iter().all(|line| line.chars().count() <= 100), "{all}");
+        for line in [
+            "warning  web-1.shop: the collector at http://jaeger:4317 does not take spans: refused",
+            "refused  no certificate for 10.0.0.5 (web-2): token_replayed, 3 times, 2m 0s ago",
+            "refused  not registered: web-0.shop: taken, 10s ago",
+            "refused  not registered: and 5 more",
+            "gone     pay-1.shop, 1m 0s ago",
+        ] {
+            assert!(lines.iter().any(|other| other == line), "{line} in\n{all}");
+        }
+        // Past joins are no errors of now, and two of one name are told once both have stayed.
+        let mut status = status;
+        status.config.errors.clear();
+        status.sidecars[0].refusals.clear();
+        assert!(!has_errors(&status));
+        status.sidecars.push(status.sidecars[0].clone());
+        assert!(text(&status, 1_000).iter().any(|line| line.contains("web-1.shop is connected more than once")));
+        status.sidecars[1].connected_since = 990;
+        assert!(!text(&status, 1_000).iter().any(|line| line.contains("more than once")));
     }
 }

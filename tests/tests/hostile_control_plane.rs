@@ -257,3 +257,32 @@ async fn a_peers_text_is_cut_and_escaped() {
     assert!(shown.starts_with("no\\n2026") && !shown.contains('\n'), "{shown}");
     assert!(shown.chars().count() <= 210, "{}", shown.len());
 }
+
+#[tokio::test]
+async fn status_lists_who_was_refused_and_who_went() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let token = mesh.token("shop", "cart", &[]);
+    let (first, thief) = (Peer::without_certificate(), Peer::without_certificate());
+    first.ask_for_certificate(&mesh, &first.csr(), &token, "cart-1").await.unwrap();
+    for _ in 0..2 {
+        thief.ask_for_certificate(&mesh, &thief.csr(), &token, "cart-1").await.unwrap_err();
+    }
+    let peer = Peer::issue(&mesh, "shop", "web", "web-1").await;
+    drop(streams(peer.channel(mesh.control_plane()).await.unwrap(), "web-1").await);
+    let status = eventually("it has gone", async || {
+        let status = mesh.control_plane_get("/status").await;
+        status["gone"].as_array().is_some_and(|gone| !gone.is_empty()).then_some(status)
+    })
+    .await;
+    let join = &status["refused_joins"][0];
+    assert_eq!(
+        (&join["what"], &join["count"]),
+        (&"127.0.0.1 (cart-1): token_replayed".into(), &2.into()),
+        "{status:#}"
+    );
+    assert!(status["gone"][0]["what"].as_str().unwrap().contains("web-1"), "{status:#}");
+    // Who comes back has not gone.
+    let _back = streams(peer.channel(mesh.control_plane()).await.unwrap(), "web-1").await;
+    let status = mesh.control_plane_get("/status").await;
+    assert!(status["gone"].as_array().unwrap().is_empty(), "{status:#}");
+}

@@ -4,7 +4,7 @@
 pub mod view;
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -18,7 +18,7 @@ use tokio::sync::watch;
 
 use crate::ca::{ServingCertificate, unix_seconds};
 use crate::config::Configuration;
-use crate::distribute::{Control, EdgeKey, EdgeStats, SidecarStatus};
+use crate::distribute::{Control, EdgeKey, EdgeStats, Event, Noted, SidecarStatus, Totals};
 
 /// What the pages are made from.
 #[derive(Clone)]
@@ -26,6 +26,7 @@ pub struct Sources {
     pub control: Arc<Control>,
     pub serving: Arc<ServingCertificate>,
     pub configuration: watch::Receiver<Arc<Configuration>>,
+    pub started: Instant,
 }
 
 pub fn router(sources: Sources) -> Router {
@@ -79,7 +80,8 @@ fn status(sources: &Sources) -> view::Status {
     }
     let sidecar = |sidecar: SidecarStatus| {
         let SidecarStatus { id, version, connected, not_after, subscriptions, unacknowledged, refusals, .. } = sidecar;
-        let connections = reports.connections(&id);
+        let (connections, troubles) = reports.last(&id).unzip();
+        let troubles = troubles.unwrap_or_default();
         let identity = SpiffeId::new(trust_domain, &id.namespace, &id.service_account);
         let refusal = |(key, refusal): (_, crate::distribute::Refusal)| view::Refusal {
             key,
@@ -97,7 +99,14 @@ fn status(sources: &Sources) -> view::Status {
             unacknowledged,
             connections,
             refusals: refusals.into_iter().map(refusal).collect(),
+            troubles,
         }
+    };
+    let recent = |event| {
+        let all = sources.control.recent.all(event, SystemTime::now());
+        let shown =
+            |(what, noted): (String, Noted)| view::Event { what, count: noted.count, last: unix_seconds(noted.last) };
+        all.into_iter().map(shown).collect()
     };
     view::Status {
         version: metrics::VERSION.to_owned(),
@@ -114,6 +123,9 @@ fn status(sources: &Sources) -> view::Status {
         config: view::Config { errors: problems(&configuration.errors), warnings: problems(&configuration.warnings) },
         stale_services: publisher.stale_services().iter().map(ToString::to_string).collect(),
         warnings,
+        refused_joins: recent(Event::JoinRefused),
+        refused_registrations: recent(Event::RegistrationRefused),
+        gone: recent(Event::SidecarGone),
     }
 }
 
@@ -127,8 +139,32 @@ fn problems(problems: &[Problem]) -> Vec<view::Problem> {
 
 fn stats(sources: &Sources) -> view::Stats {
     let now = tokio::time::Instant::now().into_std();
-    let edges = sources.control.reports.edges(now);
-    view::Stats { edges: edges.into_iter().map(|(key, stats)| edge(key, &stats)).collect() }
+    let Control { reports, publisher, .. } = &*sources.control;
+    view::Stats {
+        edges: reports.edges(now).into_iter().map(|(key, stats)| edge(key, &stats)).collect(),
+        totals: reports.totals(now).into_iter().map(|(key, totals)| total(key, &totals, now)).collect(),
+        sidecars: publisher.connected(),
+        reporting: reports.reporting(),
+        uptime: sources.started.elapsed().as_secs(),
+    }
+}
+
+fn direction(inbound: bool) -> view::Direction {
+    if inbound { view::Direction::Inbound } else { view::Direction::Outbound }
+}
+
+fn total(key: EdgeKey, totals: &Totals, now: std::time::Instant) -> view::Total {
+    view::Total {
+        source_workload: key.source_workload,
+        source_namespace: key.source_namespace,
+        destination_service: key.destination_service,
+        direction: direction(key.inbound),
+        protocol: key.protocol,
+        mtls: key.mtls,
+        requests: totals.requests,
+        failures: totals.failures,
+        quiet: now.saturating_duration_since(totals.last).as_secs(),
+    }
 }
 
 fn edge(key: EdgeKey, stats: &EdgeStats) -> view::Edge {
@@ -140,7 +176,7 @@ fn edge(key: EdgeKey, stats: &EdgeStats) -> view::Edge {
         destination_workload: key.destination_workload,
         destination_namespace: key.destination_namespace,
         destination_identity: key.destination_principal,
-        direction: if key.inbound { view::Direction::Inbound } else { view::Direction::Outbound },
+        direction: direction(key.inbound),
         protocol: key.protocol,
         mtls: key.mtls,
         requests_per_second: stats.requests_per_second,

@@ -16,6 +16,24 @@ pub struct Status {
     pub stale_services: Vec<String>,
     /// What is probably not as it was meant.
     pub warnings: Vec<String>,
+    /// Who was refused a certificate within the last hour, and why.
+    #[serde(default)]
+    pub refused_joins: Vec<Event>,
+    /// Who was not registered within the last hour, and why.
+    #[serde(default)]
+    pub refused_registrations: Vec<Event>,
+    /// Sidecars that went within the last hour and did not come back.
+    #[serde(default)]
+    pub gone: Vec<Event>,
+}
+
+/// Something that happened, perhaps several times.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    pub what: String,
+    pub count: u64,
+    /// When for the last time.
+    pub last: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -47,6 +65,9 @@ pub struct Sidecar {
     /// Its open connections; None: it has not reported yet.
     pub connections: Option<u64>,
     pub refusals: Vec<Refusal>,
+    /// What it says is wrong with itself, such as a collector that does not answer.
+    #[serde(default)]
+    pub troubles: Vec<String>,
 }
 
 /// An update that a sidecar refused; it goes on with what it had.
@@ -82,6 +103,32 @@ impl std::fmt::Display for Problem {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Stats {
     pub edges: Vec<Edge>,
+    /// What each edge has counted, also those on which nothing happens now.
+    #[serde(default)]
+    pub totals: Vec<Total>,
+    /// Sidecars that are connected, and instances that have reported within a minute.
+    #[serde(default)]
+    pub sidecars: usize,
+    #[serde(default)]
+    pub reporting: usize,
+    /// Seconds for which this control plane has been counting.
+    #[serde(default)]
+    pub uptime: u64,
+}
+
+/// An edge since the control plane started, or since an hour without traffic.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Total {
+    pub source_workload: String,
+    pub source_namespace: String,
+    pub destination_service: String,
+    pub direction: Direction,
+    pub protocol: String,
+    pub mtls: bool,
+    pub requests: u64,
+    pub failures: u64,
+    /// Seconds since its last report.
+    pub quiet: u64,
 }
 
 /// The golden signals of one edge over the last ten seconds, as one side saw it.

@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use outrigger_api::identity::{DEFAULT_TRUST_DOMAIN, IdentityError, TrustDomain};
 use outrigger_api::resource::Resources;
@@ -24,7 +24,7 @@ use crate::admin;
 use crate::ca::token::{self, TokenKey};
 use crate::ca::{Authority, AuthorityError, Redemptions, ServingCertificate};
 use crate::config::{Args, Directory, JournalError, State, StateError, StateLock};
-use crate::distribute::{Catalog, Control, Lines, Metrics, Publisher, Reports, Server};
+use crate::distribute::{Catalog, Control, Lines, Metrics, Publisher, Recent, Reports, Server};
 use crate::registry::{Registry, SavedLease};
 use virtual_addresses::{Keeper, configure};
 
@@ -136,12 +136,17 @@ impl ControlPlane {
             _directory: directory,
             _lock: lock,
         };
-        control_plane.spawn(server, admin_listener, admin::Sources { control, serving, configuration }, keeper);
+        control_plane.spawn(
+            server,
+            admin_listener,
+            admin::Sources { control, serving, configuration, started: Instant::now() },
+            keeper,
+        );
         Ok(control_plane)
     }
 
     fn spawn(&mut self, server: Server, admin_listener: TcpListener, sources: admin::Sources, keeper: Keeper) {
-        let admin::Sources { control, serving, configuration } = sources.clone();
+        let admin::Sources { control, serving, configuration, .. } = sources.clone();
         self.tasks.spawn(async move {
             if let Err(error) = server.serve().await {
                 tracing::error!("the gRPC listener ended: {error}");
@@ -241,6 +246,7 @@ fn open(args: &Args, state: &State, directory: &Directory, stop: watch::Receiver
         reports: Reports::default(),
         metrics,
         lines: Lines::default(),
+        recent: Recent::default(),
         streams: AtomicU64::new(1),
         stop,
     };

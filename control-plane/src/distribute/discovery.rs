@@ -14,6 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::publisher::{Subscriber, Topic};
+use super::recent::Event;
 use super::server::{Control, Shared};
 use super::tls::{Peer, PeerCertificate};
 use crate::registry::InstanceId;
@@ -96,6 +97,7 @@ async fn watch(
         let _ = updates.send(Err(Status::resource_exhausted(error.to_string()))).await;
         return;
     }
+    control.recent.forget(Event::SidecarGone, &subscriber.id.to_string());
     let account = || Some(certificate.identity.to_string());
     if let Some(line) = control.lines.admit(("connected", account()), Instant::now()) {
         tracing::info!(instance = %subscriber.id, suppressed = line.suppressed, "sidecar connected");
@@ -108,6 +110,10 @@ async fn watch(
         }
     };
     control.publisher.disconnect(&subscriber);
+    // A stream that another one has replaced is nobody who went.
+    if !control.publisher.is_connected(&subscriber.id) {
+        control.recent.note(Event::SidecarGone, subscriber.id.to_string(), SystemTime::now());
+    }
     if let Some(line) = control.lines.admit(("disconnected", account()), Instant::now()) {
         tracing::info!(instance = %subscriber.id, suppressed = line.suppressed, "sidecar disconnected");
     }

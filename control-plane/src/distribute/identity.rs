@@ -6,11 +6,13 @@ use std::time::{Duration, SystemTime};
 
 use outrigger_api::identity::SpiffeId;
 use outrigger_api::name;
+use outrigger_api::peer_text::PeerText;
 use outrigger_api::wire::identity_server::Identity;
 use outrigger_api::wire::{IssueRequest, IssueResponse};
 use tonic::{Code, Request, Response, Status};
 
 use super::index::leaf_lifetime_seconds;
+use super::recent::Event;
 use super::server::{Control, Shared};
 use super::tls::Peer;
 use crate::ca::token::{Claims, TokenError};
@@ -54,10 +56,13 @@ impl Identity for Shared {
             return Err(Status::internal("internal: the connection has no peer"));
         };
         let by_token = !request.get_ref().proof.trim().is_empty();
+        let workload = PeerText(&request.get_ref().workload).to_string();
         let issued = issue(control, &peer, request.into_inner(), SystemTime::now()).await;
         issued.map(Response::new).map_err(|refusal| {
             let Refusal { code, word, message } = refusal;
             control.metrics.issue_refused.with_label_values(&[word]).inc();
+            let what = format!("{} ({workload}): {word}", peer.address.ip());
+            control.recent.note(Event::JoinRefused, what, SystemTime::now());
             if let Some(line) = control.line(word) {
                 let suppressed = line.suppressed;
                 tracing::warn!(peer = %peer.address, by_token, reason = word, suppressed, "no certificate issued: {message}");

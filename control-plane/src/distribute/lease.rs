@@ -13,6 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::discovery::{client_certificate, granted, instance_of};
+use super::recent::Event;
 use super::server::{Control, Shared};
 use super::tls::{Peer, PeerCertificate};
 use crate::registry::{InstanceId, LeasedPort, Registration};
@@ -116,6 +117,8 @@ fn register(
         }
         Err(refusal) => {
             control.metrics.leases_refused.inc();
+            let what = format!("{id}: {}", PeerText(&refusal));
+            control.recent.note(Event::RegistrationRefused, what, std::time::SystemTime::now());
             if let Some(line) = control.line("registration_refused") {
                 let suppressed = line.suppressed;
                 tracing::warn!(instance = %id, suppressed, "registration refused: {refusal}");

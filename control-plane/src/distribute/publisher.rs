@@ -322,6 +322,10 @@ impl Publisher {
         sidecars
     }
 
+    pub fn is_connected(&self, id: &InstanceId) -> bool {
+        self.lock().subscribers.values().any(|subscriber| subscriber.id == *id)
+    }
+
     pub fn connected(&self) -> usize {
         self.lock().subscribers.len()
     }

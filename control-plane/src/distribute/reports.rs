@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use outrigger_api::peer_text::{LONGEST, PeerText};
 use outrigger_api::wire::{Edge, ReportRequest};
 
 use crate::registry::InstanceId;
@@ -28,6 +29,8 @@ const MAX_INSTANCES: usize = 1_000;
 /// Of one service account, and of all.
 const MAX_ACCOUNT_BYTES: usize = 16 << 20;
 const MAX_BYTES: usize = 128 << 20;
+/// Of one instance.
+const MAX_TROUBLES: usize = 4;
 /// Names are DNS names.
 const MAX_NAME: usize = 253;
 const MAX_PRINCIPAL: usize = 1_024;
@@ -86,6 +89,7 @@ struct Account {
 struct Instance {
     last: Instant,
     connections: u64,
+    troubles: Vec<String>,
     reports: VecDeque<Received>,
 }
 
@@ -108,7 +112,7 @@ struct Counts {
 /// What an edge's key, an edge of a report and an instance take, in bytes and about.
 const KEY: usize = size_of::<(Arc<EdgeKey>, Totals)>();
 const EDGE: usize = size_of::<(Arc<EdgeKey>, Counts)>();
-const INSTANCE: usize = MAX_NAME + size_of::<Instance>() + 4 * size_of::<Received>();
+const INSTANCE: usize = MAX_NAME + size_of::<Instance>() + 4 * size_of::<Received>() + MAX_TROUBLES * 4 * LONGEST;
 
 /// Since the control plane started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -228,11 +232,11 @@ impl Reports {
             .collect()
     }
 
-    /// The open connections that an instance last reported.
-    pub fn connections(&self, id: &InstanceId) -> Option<u64> {
+    /// The open connections that an instance last reported, and what is wrong with it.
+    pub fn last(&self, id: &InstanceId) -> Option<(u64, Vec<String>)> {
         let inner = self.inner();
         let account = inner.accounts.get(&(id.namespace.clone(), id.service_account.clone()))?;
-        account.instances.get(&id.name).map(|instance| instance.connections)
+        account.instances.get(&id.name).map(|instance| (instance.connections, instance.troubles.clone()))
     }
 
     /// How many instances have reported within a minute.
@@ -277,10 +281,16 @@ impl Account {
         }
         edges.shrink_to_fit();
         self.bytes += edges.len() * EDGE + INSTANCE;
-        let instance =
-            self.instances.entry(name).or_insert(Instance { last: now, connections: 0, reports: VecDeque::new() });
+        let instance = self.instances.entry(name).or_insert(Instance {
+            last: now,
+            connections: 0,
+            troubles: Vec::new(),
+            reports: VecDeque::new(),
+        });
         instance.last = now;
         instance.connections = report.connections;
+        instance.troubles =
+            report.troubles.iter().take(MAX_TROUBLES).map(|trouble| PeerText(trouble).to_string()).collect();
         instance.reports.push_back(Received { at: now, seconds, edges });
     }
 

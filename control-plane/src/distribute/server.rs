@@ -27,6 +27,7 @@ use tonic::transport::server::Connected;
 
 use super::metrics::Metrics;
 use super::publisher::Publisher;
+use super::recent::Recent;
 use super::reports::Reports;
 use super::tls::{self, Peer, Standing, WorkloadVerifier};
 use crate::ca::token::TokenKey;
@@ -71,6 +72,7 @@ pub struct Control {
     pub metrics: Arc<Metrics>,
     /// For log lines that a peer can cause as often as it likes.
     pub lines: Lines,
+    pub recent: Recent,
     /// The number of the next stream, of whatever service.
     pub streams: AtomicU64,
     /// True: every stream ends.

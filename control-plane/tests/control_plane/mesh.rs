@@ -244,7 +244,8 @@ async fn a_sidecar_is_told_of_itself_and_of_changed_files() {
     let first = own(&watch.next().await.unwrap());
     assert_eq!(first.decode().unwrap().default_mtls_mode, snapshot::MtlsMode::Permissive);
     let bundle = first.trust_bundle.unwrap();
-    assert_eq!((bundle.root_der.len(), bundle.generation), (1, 1));
+    let generation = bundle.generation;
+    assert_eq!(bundle.root_der.len(), 1);
     fixture.write(
         "strict.yaml",
         "apiVersion: outrigger.dev/v1alpha1\nkind: PeerAuthentication\nmetadata: {name: mesh, namespace: \
@@ -260,7 +261,8 @@ async fn a_sidecar_is_told_of_itself_and_of_changed_files() {
     std::fs::copy(other_control_plane.trust_bundle_path(), trust.join("old.pem")).unwrap();
     control_plane.reload();
     let bundle = own(&watch.next().await.unwrap()).trust_bundle.unwrap();
-    assert_eq!((bundle.root_der.len(), bundle.generation), (2, 2));
+    assert_eq!(bundle.root_der.len(), 2);
+    assert!(bundle.generation > generation, "{} after {generation}", bundle.generation);
     other_control_plane.shutdown().await;
     control_plane.shutdown().await;
 }

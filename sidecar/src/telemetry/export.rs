@@ -4,8 +4,8 @@
 //! and dropped.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
@@ -59,6 +59,7 @@ enum Message {
 pub(super) struct SpanQueue {
     sender: mpsc::Sender<Message>,
     target: watch::Sender<Option<Target>>,
+    trouble: Arc<Mutex<Option<String>>>,
 }
 
 impl SpanQueue {
@@ -66,11 +67,20 @@ impl SpanQueue {
     pub(super) fn start(metrics: Arc<Metrics>, mark: Option<u32>) -> Result<SpanQueue, ExportError> {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (target, targets) = watch::channel(None);
+        let trouble = Arc::<Mutex<Option<String>>>::default();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let exporting =
-            Exporting { receiver, targets, metrics, mark, exporter: None, batch: Vec::new(), failing: false };
+        let exporting = Exporting {
+            receiver,
+            targets,
+            metrics,
+            mark,
+            exporter: None,
+            batch: Vec::new(),
+            failing: false,
+            trouble: trouble.clone(),
+        };
         std::thread::Builder::new().name("span-export".to_owned()).spawn(move || runtime.block_on(exporting.run()))?;
-        Ok(SpanQueue { sender, target })
+        Ok(SpanQueue { sender, target, trouble })
     }
 
     /// Sends what comes from now on to `target`; None drops it.
@@ -80,6 +90,11 @@ impl SpanQueue {
             *current = target;
             changed
         });
+    }
+
+    /// What is wrong with the collector now.
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// False when the queue is full and the span is lost.
@@ -117,6 +132,8 @@ struct Exporting {
     batch: Vec<SpanData>,
     /// True after a failed export, so that each outage is logged once.
     failing: bool,
+    /// The same for `outrigger status`.
+    trouble: Arc<Mutex<Option<String>>>,
 }
 
 impl Exporting {
@@ -156,9 +173,14 @@ impl Exporting {
         }
     }
 
+    fn tell(&self, trouble: Option<String>) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+    }
+
     fn retarget(&mut self) {
         let target = self.targets.borrow_and_update().clone();
         self.failing = false;
+        self.tell(None);
         self.exporter = target.and_then(|target| match exporter(&target, self.mark) {
             Ok(exporter) => Some(exporter),
             Err(error) => {
@@ -185,7 +207,9 @@ impl Exporting {
         };
         match failure {
             None => {
-                self.failing = false;
+                if std::mem::take(&mut self.failing) {
+                    self.tell(None);
+                }
                 self.metrics.spans_exported.fetch_add(count, Ordering::Relaxed);
             }
             Some(error) => {
@@ -194,6 +218,7 @@ impl Exporting {
                     let endpoint = self.targets.borrow().as_ref().map(|target| target.endpoint.clone());
                     let endpoint = endpoint.unwrap_or_default();
                     tracing::warn!("the collector at {endpoint} does not take spans, {count} dropped: {error}");
+                    self.tell(Some(format!("the collector at {endpoint} does not take spans: {error}")));
                 }
             }
         }

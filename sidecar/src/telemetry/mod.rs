@@ -245,6 +245,7 @@ impl Telemetry {
             edges: report::fitting(self.metrics.edges.all().iter().filter_map(|edge| report::window(edge)).collect()),
             certificate_not_after: self.metrics.certificate_not_after.load(Ordering::Relaxed),
             connections: 0,
+            troubles: self.spans.get().and_then(SpanQueue::trouble).into_iter().collect(),
         }
     }
 
