@@ -153,7 +153,7 @@ impl Reason {
                 503,
                 14,
                 "proxy_internal_response",
-                "This sidecar has no certificate or no snapshot yet; see /ready.",
+                "This sidecar is not ready (/ready says why), or the control plane is away and this destination was never met.",
             ),
             Reason::NotRegistered => row(
                 "not_registered",

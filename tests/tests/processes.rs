@@ -101,6 +101,18 @@ async fn a_mesh_of_processes_survives_a_killed_control_plane() {
     plane.signal("KILL");
     plane.wait(ENDS).await;
     assert_eq!(wire::get(outbound, "/").await.status, 200);
+    // What is wrong is said in words that name it.
+    near.says("the control plane closed the connection").await;
+    assert!(!near.stderr().contains("h2 protocol error"), "{}", near.stderr());
+    let unmet = "GET http://other.shop/ HTTP/1.1\r\nHost: other.shop\r\nConnection: close\r\n\r\n";
+    let answer = wire::ask(near.address("http-proxy").await, unmet).await;
+    assert_eq!((answer.status, answer.reason().as_str()), (503, "not_ready"));
+    assert!(
+        answer.text().contains("the control plane is away and this destination was never met"),
+        "{}",
+        answer.text()
+    );
+    near.says("the control plane cannot be reached, and other.shop:80 was never met before").await;
     let mut plane = control_plane(directory.path(), &grpc);
     plane.ready().await;
     assert_eq!(std::fs::read(directory.path().join("state/trust-bundle.pem")).unwrap(), bundle);

@@ -86,7 +86,11 @@ impl Backend {
             // A name is known by its addresses, and nobody dials a name.
             Known::Unregistered | Known::Named(_) => View::passthrough(worker, &self.key, previous.as_deref()),
             Known::Pending => {
-                let detail = format!("the control plane has not said yet who {} is", self.key);
+                let detail = if *worker.directory.connected().borrow() {
+                    format!("the control plane has not said yet who {} is", self.key)
+                } else {
+                    format!("the control plane cannot be reached, and {} was never met before", self.key)
+                };
                 Err(Error::own(Stage::Lookup, Reason::NotReady, detail))
             }
             Known::Untold => {

@@ -17,6 +17,7 @@ use tonic::{Status, Streaming};
 
 use super::Lease;
 use super::reconnect::reconnect_after;
+use crate::identity::answered;
 
 const ANSWER: Duration = Duration::from_secs(10);
 /// How long the end of a withdrawn stream is waited for.
@@ -93,7 +94,7 @@ impl Leasing {
                 Stage::Opening(opening) => match opening.as_mut().await {
                     Ok(open) if self.withdraw => self.stage = open.withdraw(),
                     Ok(open) => self.stage = Stage::Open(open),
-                    Err(status) => return self.lost(format!("{:?}: {}", status.code(), status.message())),
+                    Err(status) => return self.lost(answered(&status)),
                 },
                 Stage::Open(open) => match open.answers.message().await {
                     Ok(Some(LeaseResponse { refusal, services })) if refusal.is_empty() => {
@@ -105,7 +106,7 @@ impl Leasing {
                         return LeaseEvent::Refused { reason: refusal };
                     }
                     Ok(None) => return self.lost("the control plane ended the stream".to_owned()),
-                    Err(status) => return self.lost(format!("{:?}: {}", status.code(), status.message())),
+                    Err(status) => return self.lost(answered(&status)),
                 },
                 Stage::Withdrawing(answers, limit) => {
                     let more = tokio::select! {

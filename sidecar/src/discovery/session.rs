@@ -16,7 +16,7 @@ use tonic::transport::Channel;
 
 use super::lease::{LeaseEvent, Leasing};
 use super::{DiscoverySettings, Lease};
-use crate::identity::{DialError, dial};
+use crate::identity::{DialError, answered, dial};
 use crate::tls::{Clock, Credential};
 
 const ANSWER: Duration = Duration::from_secs(10);
@@ -31,7 +31,7 @@ pub(super) enum SessionError {
     Dial(#[from] DialError),
     #[error("the control plane did not answer within {0:?}")]
     Late(Duration),
-    #[error("the control plane refused: {:?}: {}", .0.code(), .0.message())]
+    #[error("{}", answered(.0))]
     Refused(Box<tonic::Status>),
     #[error("the control plane does not take this sidecar's certificate (TLS alert {0:?})")]
     CertificateRefused(rustls::AlertDescription),

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use outrigger_api::identity::SpiffeId;
+use outrigger_api::peer_text::PeerText;
 use outrigger_api::wire::CONTROL_PLANE_ALPN;
 use rustls::client::Resumption;
 use rustls::sign::SingleCertAndKey;
@@ -44,6 +45,15 @@ pub enum DialError {
     Tls { address: String, error: TlsError },
     #[error("{address} does not speak HTTP/2: {message}")]
     Http2 { address: String, message: String },
+}
+
+/// What the control plane answered, for people. A status that has a cause was made on this side: the connection broke, and
+/// what HTTP/2 calls that says nothing to anybody.
+pub fn answered(status: &tonic::Status) -> String {
+    if std::error::Error::source(status).is_some() {
+        return "the control plane closed the connection".to_owned();
+    }
+    format!("the control plane refused: {:?}: {}", status.code(), PeerText(status.message()))
 }
 
 /// A channel and what its connection died of.

@@ -11,7 +11,7 @@ mod trouble;
 #[cfg(test)]
 pub(crate) mod test_control_plane;
 
-pub use channel::{DialError, Dialled, dial};
+pub use channel::{DialError, Dialled, answered, dial};
 pub use state::{StateError, replace_file};
 
 use std::path::PathBuf;

@@ -30,7 +30,7 @@ pub(super) enum IssueError {
     Dial(#[from] DialError),
     #[error("the control plane did not answer within {0:?}")]
     Late(Duration),
-    #[error("{}", .0.message())]
+    #[error("{}", super::answered(.0))]
     Refused(Box<tonic::Status>),
     #[error("the control plane does not take this sidecar's certificate (TLS alert {0:?})")]
     CertificateRefused(AlertDescription),

@@ -3,9 +3,10 @@
 
 use std::time::SystemTime;
 
+use outrigger_api::peer_text::PeerText;
 use tonic::Code;
 
-use super::channel::DialError;
+use super::channel::{DialError, answered};
 use super::request::IssueError;
 use super::{IdentitySettings, Trouble};
 use crate::tls::clock::show;
@@ -113,7 +114,7 @@ fn unbelieved(fault: &PeerFault, settings: &IdentitySettings, now: SystemTime) -
 
 /// The control plane's refusal: its messages begin with a word and a colon.
 fn refused(status: &tonic::Status, settings: &IdentitySettings, now: SystemTime) -> Trouble {
-    let message = status.message();
+    let message = &PeerText(status.message()).to_string();
     let word = message.split_once(':').map(|(word, _)| word).filter(|word| is_reason(word));
     let Some(word) = word else {
         let (reason, advice) = if passing(status.code()) {
@@ -121,7 +122,7 @@ fn refused(status: &tonic::Status, settings: &IdentitySettings, now: SystemTime)
         } else {
             ("issue_refused", "see the control plane's log".into())
         };
-        return Trouble { reason: reason.to_owned(), hint: format!("{:?}: {message}; {advice}", status.code()) };
+        return Trouble { reason: reason.to_owned(), hint: format!("{}; {advice}", answered(status)) };
     };
     let file = settings.token_file.as_deref().map_or_else(|| "--token-file".into(), |path| path.to_string_lossy());
     let advice = match word {
