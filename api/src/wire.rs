@@ -18,6 +18,14 @@ pub use generated::*;
 /// The ALPN id of the control plane's port.
 pub const CONTROL_PLANE_ALPN: &[u8] = b"h2";
 
+/// With which both ends of a connection to the control plane export what a late renewal signs (identity.proto).
+pub const LATE_RENEWAL_LABEL: &[u8] = b"EXPORTER-outrigger-late-renewal";
+
+/// What the key of a certificate that ended signs to renew it.
+pub fn late_renewal_message(exported: &[u8; 32], csr_der: &[u8]) -> Vec<u8> {
+    [b"outrigger late renewal\0".as_slice(), exported, csr_der].concat()
+}
+
 /// Why a message was refused. The text goes back in `Ack.refusal`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {

@@ -54,6 +54,7 @@ fn good_files_mean_what_they_say() {
     let mesh = all.mesh;
     assert_eq!(mesh.trust_domain.as_ref().unwrap().as_str(), "example.org");
     assert_eq!(mesh.leaf_lifetime_seconds, Some(5400));
+    assert_eq!(mesh.renew_grace_seconds, Some(43_200));
     assert_eq!(mesh.key_algorithm, KeyAlgorithm::Ed25519);
     assert_eq!(mesh.outbound, OutboundTraffic::RegistryOnly);
     assert_eq!(mesh.tracing.otlp_endpoint.as_deref(), Some("http://jaeger:4317"));

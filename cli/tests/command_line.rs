@@ -51,10 +51,21 @@ fn exit_codes_and_streams() {
 fn a_token_is_alone_on_stdout() {
     let state = tempfile::tempdir().unwrap();
     let path = state.path().to_str().unwrap();
+    // As a control plane leaves it.
+    std::fs::write(state.path().join("trust-domain"), "outrigger.local\n").unwrap();
     let create = |namespace: &str| {
         let mut arguments = vec!["token", "create", "--state", path, "--namespace", namespace];
         arguments.extend(["--service-account", "web", "--label", "app=web", "--label", "version=2"]);
-        arguments.extend(["--uses", "3", "--ttl", "10m"]);
+        arguments.extend([
+            "--uses",
+            "3",
+            "--ttl",
+            "10m",
+            "--address",
+            "10.0.0.7,fd00::/64",
+            "--address",
+            "10.1.0.0/16",
+        ]);
         outrigger(&arguments)
     };
     let output = create("shop");

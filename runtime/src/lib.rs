@@ -9,6 +9,7 @@ pub mod logging;
 pub mod memory;
 pub mod metrics;
 pub mod open_files;
+pub mod ownership;
 pub mod places;
 pub mod process_metrics;
 pub mod settings;

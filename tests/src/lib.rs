@@ -4,6 +4,7 @@
 
 pub mod application;
 pub mod arrows;
+pub mod claim;
 pub mod collector;
 pub mod dns;
 pub mod eventually;

@@ -9,7 +9,8 @@ use std::time::{Duration, SystemTime};
 
 use outrigger_api::resource::Labels;
 use outrigger_control_plane::app::ControlPlane;
-use outrigger_control_plane::ca::token;
+use outrigger_control_plane::ca::Grant;
+use outrigger_control_plane::ca::token::{self, Asked};
 use outrigger_control_plane::config::{Args, State};
 use outrigger_runtime::logging;
 use tokio::sync::{Notify, oneshot};
@@ -239,9 +240,24 @@ impl Mesh {
         uses: u32,
         ttl: Duration,
     ) -> String {
+        self.token_for(namespace, service_account, labels, &[], uses, ttl)
+    }
+
+    /// As [`Mesh::token_with`], with addresses that its holder may register.
+    pub fn token_for(
+        &self,
+        namespace: &str,
+        service_account: &str,
+        labels: &[(&str, &str)],
+        addresses: &[&str],
+        uses: u32,
+        ttl: Duration,
+    ) -> String {
         let labels: Labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let addresses = addresses.iter().map(|text| token::parse_address(text).expect("an address")).collect();
         let state = State::open(&self.path("control-plane")).unwrap();
-        token::create(&state, namespace, service_account, &labels, uses, ttl, SystemTime::now()).unwrap()
+        let asked = Asked { namespace, service_account, grant: Grant { labels, addresses }, uses, ttl };
+        token::create(&state, &asked, SystemTime::now()).unwrap()
     }
 
     /// A sidecar to be started: instance `name`, in namespace `shop` and with the service account `name` up to its last

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use hyper_util::rt::TokioIo;
 use outrigger_api::wire::identity_client::IdentityClient;
-use outrigger_api::wire::{IssueRequest, IssueResponse};
+use outrigger_api::wire::{IssueRequest, IssueResponse, LATE_RENEWAL_LABEL, LateRenewal, late_renewal_message};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    KeyUsagePurpose, SanType, SigningKey,
 };
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
@@ -37,9 +37,13 @@ pub struct Peer {
 impl Peer {
     /// A certificate from the mesh's own control plane.
     pub async fn issue(mesh: &Mesh, namespace: &str, service_account: &str, name: &str) -> Peer {
-        let token = mesh.token(namespace, service_account, &[]);
+        Peer::issue_by(mesh, &mesh.token(namespace, service_account, &[]), name).await
+    }
+
+    /// The same for the token.
+    pub async fn issue_by(mesh: &Mesh, token: &str, name: &str) -> Peer {
         let mut peer = Peer::without_certificate();
-        let issued = peer.ask_for_certificate(mesh, &peer.csr(), &token, name).await.unwrap();
+        let issued = peer.ask_for_certificate(mesh, &peer.csr(), token, name).await.unwrap();
         peer.chain = issued.chain_der.into_iter().map(CertificateDer::from).collect();
         peer
     }
@@ -65,8 +69,43 @@ impl Peer {
         name: &str,
     ) -> Result<IssueResponse, tonic::Status> {
         let mut client = IdentityClient::new(self.channel(mesh.control_plane()).await?);
-        let request = IssueRequest { csr_der: csr.to_vec(), proof: proof.to_owned(), workload: name.to_owned() };
+        let (csr_der, proof, workload) = (csr.to_vec(), proof.to_owned(), name.to_owned());
+        let request = IssueRequest { csr_der, proof, workload, late: None };
         client.issue(request).await.map(tonic::Response::into_inner)
+    }
+
+    /// `Identity.Issue` with the own certificate as one that has ended. `sign` gets what has to be signed, and a connection
+    /// of its own without a client certificate carries it.
+    pub async fn renew_late(
+        &self,
+        mesh: &Mesh,
+        csr: &[u8],
+        name: &str,
+        sign: impl FnOnce(&[u8]) -> Vec<u8>,
+    ) -> Result<IssueResponse, tonic::Status> {
+        let config = Arc::new(Peer::without_certificate().client_config(&["h2"]));
+        let address = mesh.control_plane();
+        let stream = TcpStream::connect(address).await.unwrap();
+        let connector = tokio_rustls::TlsConnector::from(config);
+        let stream = connector.connect(ServerName::IpAddress(address.ip().into()), stream).await.unwrap();
+        let exported = stream.get_ref().1.export_keying_material([0; 32], LATE_RENEWAL_LABEL, Some(&[])).unwrap();
+        let signature = sign(&late_renewal_message(&exported, csr));
+        let mut stream = Some(TokioIo::new(stream));
+        let dial = tower::service_fn(move |_| {
+            let stream = stream.take().ok_or_else(|| std::io::Error::other("dialled once"));
+            async move { stream }
+        });
+        let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+        let channel = soon("the control plane answers", endpoint.connect_with_connector(dial)).await.unwrap();
+        let late = LateRenewal { chain_der: self.chain.iter().map(|der| der.to_vec()).collect(), signature };
+        let (csr_der, workload) = (csr.to_vec(), name.to_owned());
+        let request = IssueRequest { csr_der, proof: String::new(), workload, late: Some(late) };
+        IdentityClient::new(channel).issue(request).await.map(tonic::Response::into_inner)
+    }
+
+    /// The own key's signature.
+    pub fn sign(&self, message: &[u8]) -> Vec<u8> {
+        self.key.sign(message).unwrap()
     }
 
     /// gRPC to the control plane.

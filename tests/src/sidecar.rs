@@ -46,7 +46,7 @@ impl<'a> SidecarBuilder<'a> {
             trust_domain: TrustDomain::new(TRUST_DOMAIN).unwrap(),
             workload: account.to_owned(),
             labels: BTreeMap::new(),
-            workload_address: None,
+            workload_address: Vec::new(),
             ports: Vec::new(),
             inbound: Vec::new(),
             outbound: Vec::new(),
@@ -92,7 +92,9 @@ impl<'a> SidecarBuilder<'a> {
     pub fn inbound(mut self, app: SocketAddr) -> Self {
         let listen = SocketAddr::new(app.ip(), 0);
         self.config.inbound.push(Inbound { listen, app });
-        self.config.workload_address.get_or_insert(app.ip());
+        if self.config.workload_address.is_empty() {
+            self.config.workload_address.push(app.ip());
+        }
         if !self.config.ports.iter().any(|port| port.port == app.port()) {
             self.config.ports.push(DeclaredPort { port: app.port(), protocol: None });
         }
@@ -210,8 +212,12 @@ impl<'a> SidecarBuilder<'a> {
     fn write_token(&mut self) {
         let labels: Vec<(&str, &str)> =
             self.config.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        let granted: Vec<String> = self.config.workload_address.iter().map(ToString::to_string).collect();
+        let granted: Vec<&str> = granted.iter().map(String::as_str).collect();
+        let hour = Duration::from_secs(3600);
+        let (namespace, account) = (&self.config.namespace, &self.config.service_account);
         let token = match &self.token {
-            Token::Fresh => Some(self.mesh.token(&self.config.namespace, &self.config.service_account, &labels)),
+            Token::Fresh => Some(self.mesh.token_for(namespace, account, &labels, &granted, 1, hour)),
             Token::Text(text) => Some(text.clone()),
             Token::None => None,
         };

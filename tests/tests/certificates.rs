@@ -295,3 +295,160 @@ async fn a_request_for_more_than_the_proof_gives_is_refused() {
     // Nothing was spent on it.
     assert!(peer.ask_for_certificate(&mesh, &peer.csr(), &token, "cart-1").await.is_ok());
 }
+
+/// Waits until the certificate of a sidecar has ended.
+async fn ended(sidecar: &Sidecar) {
+    within(Duration::from_secs(60), "the certificate ends", async || {
+        let left = sidecar.metrics().await.sum("outrigger_certificate_expiry_seconds", &[]);
+        (left < 0.0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_control_plane_that_was_away_for_longer_than_a_certificate_lives_is_not_missed_after() {
+    let pair = pair(Some(Duration::from_secs(10))).await;
+    pair.mesh.stop_control_plane().await;
+    ended(&pair.near).await;
+    ended(&pair.far).await;
+    assert_eq!(pair.near.health("/ready").await.0, 503);
+    // The tokens are spent: nothing but the certificates that ended is left to prove with.
+    pair.mesh.start_control_plane().await;
+    pair.near.ready().await;
+    pair.far.ready().await;
+    eventually("a call goes through", async || {
+        (wire::get(pair.near.outbound(), "/").await.status == 200).then_some(())
+    })
+    .await;
+    let issued = pair.mesh.control_plane_get("/status").await;
+    assert_eq!(issued["leases"], 1, "registered again, with its label: {issued}");
+}
+
+#[tokio::test]
+async fn a_sidecar_that_starts_with_a_certificate_that_ended_recovers() {
+    let Pair { near, far, app, mesh } = pair(Some(Duration::from_secs(10))).await;
+    mesh.stop_control_plane().await;
+    ended(&near).await;
+    near.stop().await;
+    far.stop().await;
+    mesh.start_control_plane().await;
+    let far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app.address()).no_token().start().await;
+    // With the token that it has spent beside it.
+    let near = mesh.sidecar("cart-1").outbound("catalog:80").token("outrigger1.e30.AAAA").start().await;
+    eventually("a call goes through", async || (wire::get(near.outbound(), "/").await.status == 200).then_some(()))
+        .await;
+    drop(far);
+}
+
+#[tokio::test]
+async fn after_the_grace_a_token_is_needed_and_that_is_told() {
+    let pair = pair(Some(Duration::from_secs(10))).await;
+    let config = "apiVersion: outrigger.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: default, namespace: \
+                  outrigger-system}\nspec: {leafLifetime: 10s, renewGrace: 0s}\n";
+    pair.mesh.write("mesh-config.yaml", config);
+    pair.mesh.settled().await;
+    pair.mesh.stop_control_plane().await;
+    ended(&pair.near).await;
+    pair.mesh.start_control_plane().await;
+    let body = not_ready(&pair.near, "certificate_expired").await;
+    let hint = body["hint"].as_str().unwrap();
+    assert!(hint.contains("renewGrace") && hint.contains("outrigger token create"), "{hint}");
+    std::fs::write(pair.mesh.path("cart-1.token"), pair.mesh.token("shop", "cart", &[])).unwrap();
+    pair.near.ready().await;
+}
+
+#[tokio::test]
+async fn a_process_that_was_suspended_for_longer_than_its_certificate_lives_recovers() {
+    let options = MeshOptions { leaf_lifetime: Some(Duration::from_secs(10)), ..MeshOptions::default() };
+    let mesh = Mesh::start(options).await;
+    let app = Application::start("catalog").await;
+    mesh.service("catalog.shop", 80, app.port(), Some("http"));
+    let builder = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app.address());
+    let mut far = builder.spawn(outrigger_tests::under_test!()).await;
+    far.ready().await;
+    let near = mesh.sidecar("cart-1").outbound("catalog:80").start().await;
+    assert_eq!(wire::get(near.outbound(), "/").await.status, 200);
+    far.signal("STOP");
+    // Longer than what is left of the certificate that it has.
+    let woken = Instant::now() + Duration::from_secs(11);
+    within(Duration::from_secs(60), "its certificate ends", async || (Instant::now() > woken).then_some(())).await;
+    far.signal("CONT");
+    eventually("it serves again", async || (wire::get(near.outbound(), "/").await.status == 200).then_some(())).await;
+}
+
+#[tokio::test]
+async fn late_renewals_need_the_key_the_record_and_this_connection() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let peer = Peer::issue(&mesh, "shop", "cart", "cart-1").await;
+    let other = Peer::issue(&mesh, "shop", "pay", "pay-1").await;
+    let fresh = Peer::without_certificate();
+    let csr = fresh.csr();
+    let word = |answer: Result<outrigger_api::wire::IssueResponse, tonic::Status>| match answer {
+        Ok(_) => "issued".to_owned(),
+        Err(status) => status.message().split(':').next().unwrap_or_default().to_owned(),
+    };
+    // Signed by another key, over another request, for another connection, or not at all.
+    let mut before = Vec::new();
+    let answer = peer.renew_late(&mesh, &csr, "cart-1", |message| {
+        before = peer.sign(message);
+        other.sign(message)
+    });
+    assert_eq!(word(answer.await), "certificate_proof");
+    let replayed = peer.renew_late(&mesh, &csr, "cart-1", |_| before.clone()).await;
+    assert_eq!(word(replayed), "certificate_proof", "a signature of another connection");
+    let other_request = peer.renew_late(&mesh, &csr, "cart-1", |message| {
+        let mut message = message.to_vec();
+        *message.last_mut().unwrap() ^= 1;
+        peer.sign(&message)
+    });
+    assert_eq!(word(other_request.await), "certificate_proof");
+    assert_eq!(word(peer.renew_late(&mesh, &csr, "cart-1", |_| Vec::new()).await), "certificate_proof");
+    // A chain of another authority, none at all, and one that is rightly signed and on no record.
+    let id = "spiffe://outrigger.local/ns/shop/sa/cart";
+    let foreign = outrigger_tests::peer::Authority::new().leaf(&[id], |_| {});
+    assert_eq!(
+        word(foreign.renew_late(&mesh, &csr, "peer-1", |message| foreign.sign(message)).await),
+        "certificate_proof"
+    );
+    assert_eq!(word(fresh.renew_late(&mesh, &csr, "cart-1", |message| fresh.sign(message)).await), "certificate_proof");
+    let unknown = outrigger_tests::peer::Authority::of(&mesh).leaf(&[id], |leaf| {
+        leaf.not_before = rcgen::date_time_ymd(2026, 1, 1);
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        leaf.not_after = rcgen::date_time_ymd(1970, 1, 1) + now + Duration::from_secs(3600);
+    });
+    assert_eq!(
+        word(unknown.renew_late(&mesh, &csr, "peer-1", |message| unknown.sign(message)).await),
+        "certificate_unknown"
+    );
+    // Another name, and a request for another identity.
+    assert_eq!(word(peer.renew_late(&mesh, &csr, "cart-2", |message| peer.sign(message)).await), "workload_name");
+    // The right one; and once its successor was used, the old key is of no use any more.
+    let issued = peer.renew_late(&mesh, &csr, "cart-1", |message| peer.sign(message)).await.unwrap();
+    let successor = Peer { key: fresh.key, chain: issued.chain_der.into_iter().map(Into::into).collect() };
+    let again = Peer::without_certificate();
+    assert_eq!(
+        word(peer.renew_late(&mesh, &again.csr(), "cart-1", |message| peer.sign(message)).await),
+        "issued",
+        "a lost answer"
+    );
+    outrigger_tests::claim::Lease::open(mesh.control_plane(), &successor).await.unwrap();
+    let late = peer.renew_late(&mesh, &again.csr(), "cart-1", |message| peer.sign(message)).await;
+    assert_eq!(word(late), "certificate_unknown");
+}
+
+#[tokio::test]
+async fn a_typo_in_the_identity_does_not_spend_the_token() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let token = mesh.token("shop", "cart", &[]);
+    for (namespace, account) in [("shop", "crat"), ("shp", "cart")] {
+        let builder = mesh.sidecar("cart-1").namespace(namespace).service_account(account).stateless();
+        let wrong = builder.token(&token).start_unready();
+        let body = not_ready(&wrong, "csr_identity").await;
+        let hint = body["hint"].as_str().unwrap();
+        for part in ["ns/shop/sa/cart", namespace, account, "--service-account", "not spent"] {
+            assert!(hint.contains(part), "{part}: {hint}");
+        }
+        wrong.stop().await;
+    }
+    mesh.sidecar("cart-1").token(&token).start().await;
+}

@@ -108,7 +108,7 @@ async fn a_headless_service_is_all_of_its_endpoints() {
     for number in 1..=3u8 {
         let sidecar = mesh.sidecar(&format!("many-{number}")).label("app", "many").inbound(application.address());
         let address = IpAddr::from([127, 0, 77, number]);
-        endpoints.push(sidecar.config(|config| config.workload_address = Some(address)).start().await);
+        endpoints.push(sidecar.config(|config| config.workload_address = vec![address]).start().await);
     }
     let mut orders = BTreeSet::new();
     eventually("all endpoints, in changing order", async || {

@@ -242,3 +242,55 @@ async fn a_broken_policy_is_told_by_validate_and_status_and_by_their_exit_codes(
     eventually("status ends with 1", async || (status().0 == 1).then_some(())).await;
     assert!(!status().1.contains(strict), "the last good text is in force");
 }
+
+#[test]
+fn a_state_that_others_can_change_is_refused_and_the_fix_is_named() {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    std::fs::create_dir(path("config")).unwrap();
+    std::fs::write(path("bundle.pem"), "").unwrap();
+    let (config, bundle) = (path("config").display().to_string(), path("bundle.pem").display().to_string());
+    let open = |name: &str| {
+        std::fs::create_dir(path(name)).unwrap();
+        std::fs::set_permissions(path(name), std::fs::Permissions::from_mode(0o777)).unwrap();
+        path(name).display().to_string()
+    };
+    let given_away = |name: &str| {
+        std::fs::create_dir(path(name)).unwrap();
+        chown(path(name), Some(12_345), None).ok().map(|()| path(name).display().to_string())
+    };
+    let cases = [(Some(open("open")), "chmod go-w"), (given_away("away"), "chown -R 0")];
+    for (state, fix) in cases {
+        let Some(state) = state else {
+            println!("DID NOT RUN: only root can give files away");
+            continue;
+        };
+        let flags =
+            ["--config", &config, "--state", &state, "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];
+        let (code, stdout, stderr) = run(Program::ControlPlane, &flags);
+        assert_eq!((code, stdout.as_str()), (2, ""), "{stderr}");
+        assert!(stderr.contains(&format!("{fix} {state}")), "{stderr}");
+        let flags =
+            ["run", "--control-plane", "127.0.0.1:1", "--trust-bundle", &bundle, "--name", "a", "--namespace", "b"];
+        let (code, stdout, stderr) =
+            run(Program::Sidecar, &[&flags[..], &["--service-account", "c", "--state", &state]].concat());
+        assert_eq!((code, stdout.as_str()), (2, ""), "{stderr}");
+        assert!(stderr.contains(&format!("{fix} {state}")), "{stderr}");
+        assert_eq!(std::fs::read_dir(&state).unwrap().count(), 0, "nothing is written to it");
+    }
+}
+
+#[test]
+fn a_token_for_a_state_that_is_none_is_refused_and_makes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let typo = directory.path().join("sate");
+    for state in [&typo, &directory.path().to_owned()] {
+        let state = state.display().to_string();
+        let flags = ["token", "create", "--state", &state, "--namespace", "shop", "--service-account", "cart"];
+        let (code, stdout, stderr) = run(Program::Outrigger, &flags);
+        assert_eq!((code, stdout.as_str()), (2, ""), "{stderr}");
+        assert!(stderr.contains("--state") && stderr.contains(&state), "{stderr}");
+    }
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+}

@@ -78,8 +78,9 @@ async fn a_service_that_appears_is_reached_and_one_that_goes_is_not() {
     let pair = pair().await;
     let stock = pair.near.address("outbound:stock.shop:80");
     assert_eq!(wire::get(stock, "/").await.reason(), "not_registered");
-    let other = pair.mesh.sidecar("stock-1").label("app", "stock").inbound(pair.app.address()).start().await;
-    pair.mesh.service("stock.shop", 80, pair.app.port(), Some("http"));
+    let app = Application::start("stock").await;
+    let other = pair.mesh.sidecar("stock-1").label("app", "stock").inbound(app.address()).start().await;
+    pair.mesh.service("stock.shop", 80, app.port(), Some("http"));
     within(SOON, "the new service", async || (wire::get(stock, "/").await.status == 200).then_some(())).await;
     pair.mesh.remove("service-stock.shop.yaml");
     within(SOON, "the service is gone", async || {

@@ -18,6 +18,8 @@ pub struct MeshConfig {
     pub trust_domain: Option<TrustDomain>,
     /// `leafLifetime`, whole seconds, at least 10 s; None: 24 h.
     pub leaf_lifetime_seconds: Option<u64>,
+    /// `renewGrace`, whole seconds; None: 7 days.
+    pub renew_grace_seconds: Option<u64>,
     pub key_algorithm: KeyAlgorithm,
     pub outbound: OutboundTraffic,
     pub tracing: Tracing,
@@ -93,6 +95,11 @@ const SHORTEST_LEAF_SECONDS: u64 = 10;
 /// The intermediate that signs leaves lives no longer.
 const LONGEST_LEAF_SECONDS: u64 = 90 * 24 * 60 * 60;
 
+/// How long after its end a certificate may still renew itself, unless `renewGrace` says otherwise.
+pub const DEFAULT_RENEW_GRACE_SECONDS: u64 = 7 * 24 * 60 * 60;
+/// So long a control plane keeps what it knows of a certificate after its end.
+pub const LONGEST_RENEW_GRACE_SECONDS: u64 = 90 * 24 * 60 * 60;
+
 /// `spec` as written.
 #[derive(Deserialize, Default)]
 #[serde(default, rename_all = "camelCase")]
@@ -100,6 +107,7 @@ pub(super) struct RawMeshConfig {
     trust_domain: Option<String>,
     trust_bundles: Option<IgnoredAny>,
     leaf_lifetime: Option<WrittenDuration>,
+    renew_grace: Option<WrittenDuration>,
     key_algorithm: Option<KeyAlgorithm>,
     outbound: RawOutbound,
     default_action: Option<DefaultAction>,
@@ -176,6 +184,10 @@ impl RawMeshConfig {
             let checked = leaf_lifetime(lifetime);
             checked.map_err(|message| findings.error(&path.key("leafLifetime"), message)).ok()
         });
+        let renew_grace_seconds = self.renew_grace.and_then(|WrittenDuration(grace)| {
+            let checked = renew_grace(grace);
+            checked.map_err(|message| findings.error(&path.key("renewGrace"), message)).ok()
+        });
         if self.metrics.max_series == Some(0) {
             let path = path.key("metrics").key("maxSeries");
             findings.error(&path, "0 would leave no metric at all: expected at least 1".to_owned());
@@ -187,6 +199,7 @@ impl RawMeshConfig {
         MeshConfig {
             trust_domain,
             leaf_lifetime_seconds,
+            renew_grace_seconds,
             key_algorithm: self.key_algorithm.unwrap_or_default(),
             outbound: self.outbound.mode.unwrap_or_default(),
             tracing: self.tracing.check(&path.key("tracing"), findings),
@@ -248,6 +261,17 @@ fn leaf_lifetime(lifetime: Duration) -> Result<u64, String> {
     Ok(seconds)
 }
 
+fn renew_grace(grace: Duration) -> Result<u64, String> {
+    let seconds = grace.as_secs();
+    if grace.subsec_nanos() != 0 {
+        return Err("expected whole seconds".to_owned());
+    }
+    if seconds > LONGEST_RENEW_GRACE_SECONDS {
+        return Err(format!("{seconds}s is too long: expected at most {}h", LONGEST_RENEW_GRACE_SECONDS / 3600));
+    }
+    Ok(seconds)
+}
+
 /// `http://HOST:PORT`, with nothing behind it but a slash. HOST is a name, an IPv4 or a bracketed IPv6 address.
 fn is_otlp_endpoint(text: &str) -> bool {
     let Some(authority) = text.strip_prefix("http://").map(|rest| rest.strip_suffix('/').unwrap_or(rest)) else {
@@ -299,6 +323,16 @@ mod tests {
         }
         for milliseconds in [0, 9_000, 10_500, 7_776_001_000] {
             assert!(leaf_lifetime(Duration::from_millis(milliseconds)).is_err(), "{milliseconds}");
+        }
+    }
+
+    #[test]
+    fn graces() {
+        for seconds in [0, 1, 604_800, 7_776_000] {
+            assert_eq!(renew_grace(Duration::from_secs(seconds)), Ok(seconds));
+        }
+        for milliseconds in [500, 10_500, 7_776_001_000] {
+            assert!(renew_grace(Duration::from_millis(milliseconds)).is_err(), "{milliseconds}");
         }
     }
 }

@@ -26,7 +26,10 @@ mod tree;
 mod workload;
 
 pub use load::{MAX_FILE_BYTES, parse};
-pub use mesh_config::{AccessLogMode, Defaults, KeyAlgorithm, LoadBalancerType, MeshConfig, OutboundTraffic, Tracing};
+pub use mesh_config::{
+    AccessLogMode, DEFAULT_RENEW_GRACE_SECONDS, Defaults, KeyAlgorithm, LONGEST_RENEW_GRACE_SECONDS, LoadBalancerType,
+    MeshConfig, OutboundTraffic, Tracing,
+};
 pub use peer_authentication::{PeerAuthentication, Selector};
 pub use problem::{Parsed, Problem, SourceFile};
 pub use service::{LOAD_BALANCER, SERVICE_ACCOUNTS, Service, ServicePort, TargetPort};

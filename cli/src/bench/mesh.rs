@@ -7,7 +7,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use outrigger_control_plane::ca::token;
+use outrigger_control_plane::ca::Grant;
+use outrigger_control_plane::ca::token::{self, Asked};
 use outrigger_control_plane::config::State;
 
 use super::child::{Child, Layout};
@@ -105,7 +106,9 @@ struct Ports {
 fn join_token(state: &Path, name: &str) -> anyhow::Result<String> {
     let labels = [("app".to_owned(), name.to_owned())].into_iter().collect();
     let hour = Duration::from_secs(3600);
-    Ok(token::create(&State::open(state)?, NAMESPACE, name, &labels, 1, hour, SystemTime::now())?)
+    let grant = Grant { labels, addresses: Vec::new() };
+    let asked = Asked { namespace: NAMESPACE, service_account: name, grant, uses: 1, ttl: hour };
+    Ok(token::create(&State::open(state)?, &asked, SystemTime::now())?)
 }
 
 fn resources(ports: &Ports) -> String {

@@ -13,7 +13,8 @@ use outrigger_api::identity::{DEFAULT_TRUST_DOMAIN, TrustDomain};
 use outrigger_api::name::ServicePort;
 use outrigger_api::resource::Labels;
 use outrigger_control_plane::app::ControlPlane;
-use outrigger_control_plane::ca::token;
+use outrigger_control_plane::ca::Grant;
+use outrigger_control_plane::ca::token::{self, Asked};
 use outrigger_control_plane::config::{Args, State};
 use outrigger_runtime::logging::{Logs, Settings};
 use outrigger_sidecar::app::Sidecar;
@@ -217,7 +218,7 @@ impl Launch<'_> {
             trust_domain: TrustDomain::new(DEFAULT_TRUST_DOMAIN).map_err(|error| DemoError::Name(error.to_string()))?,
             workload: name.to_owned(),
             labels: labels(name),
-            workload_address: None,
+            workload_address: Vec::new(),
             // The Service says the protocol.
             ports: application.map(|port| DeclaredPort { port, protocol: None }).into_iter().collect(),
             inbound: inbound.into_iter().collect(),
@@ -248,7 +249,9 @@ impl Launch<'_> {
     /// A file with a join token for one workload, as `outrigger token create` would print it.
     fn token(&self, name: &str) -> Result<PathBuf, DemoError> {
         let state = State::open(self.control_plane.state_path()).map_err(token::CreateError::State)?;
-        let token = token::create(&state, NAMESPACE, name, &labels(name), 1, TOKEN_LIFE, SystemTime::now())?;
+        let grant = Grant { labels: labels(name), addresses: Vec::new() };
+        let asked = Asked { namespace: NAMESPACE, service_account: name, grant, uses: 1, ttl: TOKEN_LIFE };
+        let token = token::create(&state, &asked, SystemTime::now())?;
         let path = self.directory.join(format!("{name}.token"));
         let mut file = std::fs::OpenOptions::new();
         let mut file = file.write(true).create_new(true).mode(0o600).open(&path).map_err(DemoError::Directory)?;

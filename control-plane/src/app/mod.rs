@@ -23,7 +23,7 @@ use tokio::task::JoinSet;
 use crate::admin;
 use crate::ca::token::{self, TokenKey};
 use crate::ca::{Authority, AuthorityError, Redemptions, ServingCertificate};
-use crate::config::{Args, Directory, JournalError, State, StateError, StateLock};
+use crate::config::{Args, Directory, JournalError, State, StateError, StateLock, TRUST_DOMAIN};
 use crate::distribute::{Catalog, Control, Lines, Metrics, Publisher, Recent, Reports, Server};
 use crate::registry::{Registry, SavedLease};
 use virtual_addresses::{Keeper, configure};
@@ -80,6 +80,7 @@ impl StartError {
     /// 2 for what the operator's flags and files say, 1 for what the machine does not give.
     pub fn exit_code(&self) -> u8 {
         match self {
+            StartError::State(StateError::Exposed(_)) => 2,
             StartError::State(_) | StartError::Bind { .. } | StartError::Tls(_) | StartError::Metrics(_) => 1,
             StartError::Journal(JournalError::Io { .. } | JournalError::State(_)) => 1,
             StartError::Authority(AuthorityError::State(_) | AuthorityError::Random) => 1,
@@ -247,6 +248,7 @@ fn open(args: &Args, state: &State, directory: &Directory, stop: watch::Receiver
         metrics,
         lines: Lines::default(),
         recent: Recent::default(),
+        open_streams: Arc::default(),
         streams: AtomicU64::new(1),
         stop,
     };
@@ -324,7 +326,7 @@ fn trust_domain(args: &Args, state: &State, resources: &Resources) -> Result<Tru
         (None, Some(chosen)) => chosen.clone(),
         (None, None) => TrustDomain::new(DEFAULT_TRUST_DOMAIN)?,
     };
-    match state.read(token::TRUST_DOMAIN)? {
+    match state.read(TRUST_DOMAIN)? {
         Some(known) if known.trim_ascii() == wanted.as_str().as_bytes() => Ok(wanted),
         Some(known) => Err(StartError::OtherTrustDomain {
             path: state.directory().to_owned(),
@@ -332,7 +334,7 @@ fn trust_domain(args: &Args, state: &State, resources: &Resources) -> Result<Tru
             wanted,
         }),
         None => {
-            state.write(token::TRUST_DOMAIN, format!("{wanted}\n").as_bytes())?;
+            state.write(TRUST_DOMAIN, format!("{wanted}\n").as_bytes())?;
             Ok(wanted)
         }
     }

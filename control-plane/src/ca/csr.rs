@@ -1,6 +1,9 @@
 //! Looks at a certificate signing request that a stranger sent and takes one thing from it, the public key. Whoever
 //! asks for more than the proof gives is refused, not corrected: it is either broken or an attack.
 
+use aws_lc_rs::digest;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use outrigger_api::identity::SpiffeId;
 use rcgen::SubjectPublicKeyInfo;
 use x509_parser::certification_request::X509CertificationRequest;
@@ -39,8 +42,18 @@ impl CsrError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RequestedKey {
     pub(super) key: SubjectPublicKeyInfo,
-    /// SubjectPublicKeyInfo in DER: what tells two keys apart.
-    pub(super) spki: Vec<u8>,
+}
+
+impl RequestedKey {
+    /// What tells this key from others, as [`key_fingerprint`] of the certificate that it will be in.
+    pub fn fingerprint(&self) -> String {
+        key_fingerprint(&rcgen::PublicKeyData::subject_public_key_info(&self.key))
+    }
+}
+
+/// SHA-256 of a SubjectPublicKeyInfo in DER.
+pub fn key_fingerprint(spki: &[u8]) -> String {
+    URL_SAFE_NO_PAD.encode(digest::digest(&digest::SHA256, spki))
 }
 
 /// Checks a request against the identity that its sender proved.
@@ -67,7 +80,7 @@ pub fn check(der: &[u8], identity: &SpiffeId) -> Result<RequestedKey, CsrError> 
             }
         }
     }
-    Ok(RequestedKey { key, spki: spki.to_vec() })
+    Ok(RequestedKey { key })
 }
 
 /// P-256 and Ed25519 as documented, and P-384, which costs nothing to take. Points must be uncompressed.
@@ -135,7 +148,10 @@ mod tests {
             });
             for der in [plain, named] {
                 let requested = check(&der, &identity()).unwrap();
-                assert_eq!(requested.spki, rcgen::PublicKeyData::subject_public_key_info(&key));
+                assert_eq!(
+                    requested.fingerprint(),
+                    key_fingerprint(&rcgen::PublicKeyData::subject_public_key_info(&key))
+                );
             }
         }
     }

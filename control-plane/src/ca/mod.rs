@@ -12,8 +12,8 @@ pub mod token;
 
 pub use bundle::Bundle;
 pub use certificate::{BACKDATE, Validity, unix_seconds};
-pub use csr::{CsrError, MAX_CSR, RequestedKey};
-pub use redemption::{Grant, RedeemError, Redemptions};
+pub use csr::{CsrError, MAX_CSR, RequestedKey, key_fingerprint};
+pub use redemption::{Certified, Grant, RedeemError, Redemptions, Subject};
 pub use serving::ServingCertificate;
 
 use std::path::PathBuf;

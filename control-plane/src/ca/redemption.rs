@@ -1,15 +1,17 @@
-//! Which tokens were redeemed, by whom, and what they granted. A redemption is on disk before a certificate is
+//! Which tokens were redeemed, with which key, and what they granted. A redemption is on disk before a certificate is
 //! issued for it; when the disk refuses, so do we. The same key that asks again gets its answer again (its reply was
 //! lost); anybody else who comes with a spent token is a replay.
+//!
+//! A grant belongs to the key that redeemed the token, and never to a name: another holder of the name has another key.
+//! A renewal hands the grant on to the key of the new certificate. The records are also what the control plane knows of
+//! the certificates that it issued, which a renewal after the certificate's end asks for.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::SystemTime;
 
-use aws_lc_rs::digest;
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use outrigger_api::resource::Labels;
+use ipnet::IpNet;
+use outrigger_api::resource::{LONGEST_RENEW_GRACE_SECONDS, Labels};
 use serde::{Deserialize, Serialize};
 
 use super::certificate::unix_seconds;
@@ -20,7 +22,7 @@ use crate::config::{Journal, JournalError, State};
 const FILE: &str = "redemptions.jsonl";
 /// Spent tokens are remembered this long past their end, so that a clock that is set back revives none.
 const MEMORY_SECONDS: u64 = 7 * 24 * 60 * 60;
-/// How often, in redemptions, to see whether most lines of the file are of no use.
+/// How often, in records, to see whether most lines of the file are of no use.
 const COMPACT_FROM: usize = 1_000;
 
 #[derive(Debug, thiserror::Error)]
@@ -40,14 +42,37 @@ impl RedeemError {
     }
 }
 
-/// What a workload may register: remembered from its last redemption, kept by renewals.
-pub type Grant = Labels;
+/// What the holder of a token may register besides itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Grant {
+    pub labels: Labels,
+    /// Besides the address from which it connects.
+    pub addresses: Vec<IpNet>,
+}
 
-/// One line of the file.
+/// A key and the identity for which it has a certificate.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Subject {
+    /// [`super::key_fingerprint`]
+    pub key: String,
+    pub namespace: String,
+    pub service_account: String,
+}
+
+/// What is on record of a subject.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Certified {
+    pub grant: Grant,
+    /// The redemption from which its certificates come, the same over all renewals.
+    pub lineage: String,
+}
+
+/// One line of the file: a redemption, or with `from` a renewal.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Redemption {
+struct Record {
     #[serde(rename = "jti")]
     token: String,
+    /// End of the token, Unix seconds.
     #[serde(rename = "exp")]
     expiry: u64,
     #[serde(rename = "ns")]
@@ -55,24 +80,47 @@ struct Redemption {
     #[serde(rename = "sa")]
     service_account: String,
     workload: String,
-    /// Hash of the public key.
+    /// Fingerprint of the public key.
     key: String,
     labels: Labels,
+    #[serde(rename = "addr", default, skip_serializing_if = "Vec::is_empty")]
+    addresses: Vec<IpNet>,
+    /// The latest end that the certificate can have, Unix seconds; 0: not known.
+    #[serde(default)]
+    end: u64,
+    /// The key with which the token was redeemed; absent when it is this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    first: Option<String>,
+    /// The key whose certificate was renewed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    from: Option<String>,
 }
 
-type Holder = (String, String, String);
+impl Record {
+    fn subject(&self) -> Subject {
+        self.subject_with(&self.key)
+    }
 
-impl Redemption {
-    fn holder(&self) -> Holder {
-        (self.namespace.clone(), self.service_account.clone(), self.workload.clone())
+    fn subject_with(&self, key: &str) -> Subject {
+        let (namespace, service_account) = (self.namespace.clone(), self.service_account.clone());
+        Subject { key: key.to_owned(), namespace, service_account }
+    }
+
+    fn predecessor(&self) -> Option<Subject> {
+        let from = self.from.as_deref().filter(|from| *from != self.key)?;
+        Some(self.subject_with(from))
+    }
+
+    fn lineage(&self) -> String {
+        format!("{}.{}", self.token, self.first.as_ref().unwrap_or(&self.key))
     }
 }
 
-/// Every redemption that still matters.
+/// Every record that still matters.
 #[derive(Debug)]
 pub struct Redemptions {
-    /// One redemption at a time, from its check to the disk.
-    journal: Mutex<Journal<Redemption>>,
+    /// One record at a time, from its check to the disk.
+    journal: Mutex<Journal<Record>>,
     /// Apart, so that a slow disk delays redemptions and nobody who only reads a grant.
     index: RwLock<Index>,
 }
@@ -83,22 +131,24 @@ impl Redemptions {
         Ok(Redemptions { journal: Mutex::new(journal), index: RwLock::new(Index::of(all)) })
     }
 
-    /// Spends one use of a verified token on a workload and its key; durable when it returns. Waits for the disk.
+    /// Spends one use of a verified token on a workload and its key; durable when it returns. Waits for the disk. `end`:
+    /// the latest end of the certificate that is issued for it.
     pub fn redeem(
         &self,
         claims: &Claims,
         workload: &str,
         key: &RequestedKey,
+        end: SystemTime,
         now: SystemTime,
     ) -> Result<(), RedeemError> {
         let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = URL_SAFE_NO_PAD.encode(digest::digest(&digest::SHA256, &key.spki));
+        let key = key.fingerprint();
         match self.read().look(claims, workload, &key) {
             Spent::Repeated => return Ok(()),
             Spent::Replayed => return Err(RedeemError::Replayed { uses: claims.uses }),
             Spent::No => {}
         }
-        let redemption = Redemption {
+        let record = Record {
             token: claims.id.clone(),
             expiry: claims.expiry,
             namespace: claims.namespace.clone(),
@@ -106,28 +156,80 @@ impl Redemptions {
             workload: workload.to_owned(),
             key,
             labels: claims.labels.clone(),
+            addresses: claims.addresses.clone(),
+            end: unix_seconds(end),
+            first: None,
+            from: None,
         };
-        journal.append(&redemption)?;
-        let count = self.write().add(redemption);
-        // Counting what is useless costs a look at each, so not at each redemption.
+        self.append(&mut journal, record, now)?;
+        Ok(())
+    }
+
+    /// Hands on what a subject was granted to the key of its next certificate; durable when it returns. A subject of which
+    /// nothing is on record has nothing to hand on.
+    pub fn renew(
+        &self,
+        from: &Subject,
+        key: &RequestedKey,
+        end: SystemTime,
+        now: SystemTime,
+    ) -> Result<(), JournalError> {
+        let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut record) = self.read().record(from).cloned() else { return Ok(()) };
+        record.first.get_or_insert_with(|| from.key.clone());
+        record.key = key.fingerprint();
+        record.from = Some(from.key.clone());
+        record.end = unix_seconds(end);
+        self.append(&mut journal, record, now)?;
+        // Whoever renews has what it renews from: its own predecessor is done with.
+        self.saw(from);
+        Ok(())
+    }
+
+    /// What is on record of a subject; None when it never redeemed a token here.
+    pub fn certified(&self, subject: &Subject) -> Option<Certified> {
+        let index = self.read();
+        let record = index.record(subject)?;
+        let grant = Grant { labels: record.labels.clone(), addresses: record.addresses.clone() };
+        Some(Certified { grant, lineage: record.lineage() })
+    }
+
+    /// The subject has shown itself with its certificate, so that no answer with it was lost.
+    pub fn saw(&self, subject: &Subject) {
+        let known = {
+            let index = self.read();
+            index.seen.contains(subject) || index.record(subject).is_none()
+        };
+        if !known {
+            self.write().seen.insert(subject.clone());
+        }
+    }
+
+    /// A later certificate took the place of the subject's, and was used: an old copy of this key proves nothing.
+    pub fn is_superseded(&self, subject: &Subject) -> bool {
+        self.read().is_superseded(subject)
+    }
+
+    fn append(&self, journal: &mut Journal<Record>, record: Record, now: SystemTime) -> Result<(), JournalError> {
+        journal.append(&record)?;
+        let count = self.write().add(record);
+        // Counting what is useless costs a look at each, so not at each record.
         if count.is_multiple_of(COMPACT_FROM) {
-            self.compact(&mut journal, unix_seconds(now));
+            self.compact(journal, unix_seconds(now));
         }
         Ok(())
     }
 
-    /// What a workload may register; None when it never redeemed a token here.
-    pub fn grant(&self, namespace: &str, service_account: &str, workload: &str) -> Option<Grant> {
-        let holder = (namespace.to_owned(), service_account.to_owned(), workload.to_owned());
-        let index = self.read();
-        index.last_of.get(&holder).map(|position| index.all[*position].labels.clone())
-    }
-
-    fn compact(&self, journal: &mut Journal<Redemption>, now: u64) {
+    fn compact(&self, journal: &mut Journal<Record>, now: u64) {
         let Some(kept) = self.read().without_the_useless(now) else { return };
         // A failure leaves a longer file than needed, and nothing else.
         match journal.rewrite(kept.iter()) {
-            Ok(()) => *self.write() = Index::of(kept),
+            Ok(()) => {
+                let mut index = self.write();
+                let seen = std::mem::take(&mut index.seen);
+                *index = Index::of(kept);
+                index.seen = seen.into_iter().filter(|subject| index.record(subject).is_some()).collect();
+            }
             Err(error) => tracing::warn!("cannot shorten {FILE}: {error}"),
         }
     }
@@ -152,49 +254,70 @@ enum Spent {
 #[derive(Debug, Default)]
 struct Index {
     /// Oldest first.
-    all: Vec<Redemption>,
+    all: Vec<Record>,
+    /// Redemptions alone.
     by_token: HashMap<String, Vec<usize>>,
-    last_of: HashMap<Holder, usize>,
+    /// The last record of each.
+    by_subject: HashMap<Subject, usize>,
+    /// Whose renewals went to which keys.
+    successors: HashMap<Subject, Vec<Subject>>,
+    /// Subjects that showed themselves since the start.
+    seen: HashSet<Subject>,
 }
 
 impl Index {
-    fn of(all: Vec<Redemption>) -> Index {
+    fn of(all: Vec<Record>) -> Index {
         let mut index = Index::default();
-        for redemption in all {
-            index.add(redemption);
+        for record in all {
+            index.add(record);
         }
         index
     }
 
     /// Returns how many there are now.
-    fn add(&mut self, redemption: Redemption) -> usize {
+    fn add(&mut self, record: Record) -> usize {
         let position = self.all.len();
-        self.by_token.entry(redemption.token.clone()).or_default().push(position);
-        self.last_of.insert(redemption.holder(), position);
-        self.all.push(redemption);
+        match record.predecessor() {
+            Some(from) => self.successors.entry(from).or_default().push(record.subject()),
+            None if record.from.is_none() => self.by_token.entry(record.token.clone()).or_default().push(position),
+            None => {}
+        }
+        self.by_subject.insert(record.subject(), position);
+        self.all.push(record);
         self.all.len()
+    }
+
+    fn record(&self, subject: &Subject) -> Option<&Record> {
+        self.by_subject.get(subject).map(|position| &self.all[*position])
+    }
+
+    fn is_superseded(&self, subject: &Subject) -> bool {
+        let used = |successor: &Subject| self.seen.contains(successor) || self.successors.contains_key(successor);
+        self.successors.get(subject).is_some_and(|successors| successors.iter().any(used))
     }
 
     fn look(&self, claims: &Claims, workload: &str, key: &str) -> Spent {
         let spent = self.by_token.get(&claims.id).map_or(&[][..], Vec::as_slice);
-        let same_key = spent.iter().map(|position| &self.all[*position]).find(|redemption| redemption.key == key);
+        let same_key = spent.iter().map(|position| &self.all[*position]).find(|record| record.key == key);
         match same_key {
-            Some(redemption) if redemption.workload == workload => Spent::Repeated,
+            Some(record) if record.workload == workload => Spent::Repeated,
             Some(_) => Spent::Replayed,
             None if spent.len() >= claims.uses as usize => Spent::Replayed,
             None => Spent::No,
         }
     }
 
-    /// What is to be kept, when leaving out the rest is worth a rewrite: tokens that could still be replayed, and the
-    /// last grant of each workload.
-    fn without_the_useless(&self, now: u64) -> Option<Vec<Redemption>> {
-        let useful = |(position, redemption): &(usize, &Redemption)| {
-            redemption.expiry.saturating_add(MEMORY_SECONDS) > now
-                || self.last_of.get(&redemption.holder()) == Some(position)
+    /// What is to be kept, when leaving out the rest is worth a rewrite: tokens that could still be replayed, and subjects
+    /// whose certificate is valid or may still be renewed.
+    fn without_the_useless(&self, now: u64) -> Option<Vec<Record>> {
+        let useful = |(position, record): &(usize, &Record)| {
+            let replayable = record.from.is_none() && record.expiry.saturating_add(MEMORY_SECONDS) > now;
+            let subject = record.subject();
+            let grace = if self.is_superseded(&subject) { 0 } else { LONGEST_RENEW_GRACE_SECONDS };
+            let current = self.by_subject.get(&subject) == Some(position);
+            replayable || (current && (record.end == 0 || record.end.saturating_add(grace) > now))
         };
-        let kept: Vec<Redemption> =
-            self.all.iter().enumerate().filter(useful).map(|(_, redemption)| redemption.clone()).collect();
+        let kept: Vec<Record> = self.all.iter().enumerate().filter(useful).map(|(_, record)| record.clone()).collect();
         (self.all.len() - kept.len() >= kept.len().max(COMPACT_FROM / 2)).then_some(kept)
     }
 }
@@ -210,6 +333,7 @@ mod tests {
     use crate::ca::csr;
 
     const NOW: SystemTime = UNIX_EPOCH;
+    const DAY: Duration = Duration::from_secs(86_400);
 
     fn key() -> RequestedKey {
         let key = KeyPair::generate().unwrap();
@@ -219,6 +343,10 @@ mod tests {
         csr::check(der.der(), &SpiffeId::parse("spiffe://td/ns/shop/sa/cart").unwrap()).unwrap()
     }
 
+    fn subject(key: &RequestedKey) -> Subject {
+        Subject { key: key.fingerprint(), namespace: "shop".into(), service_account: "cart".into() }
+    }
+
     fn claims(id: &str, uses: u32) -> Claims {
         Claims {
             audience: "outrigger".into(),
@@ -226,6 +354,7 @@ mod tests {
             namespace: "shop".into(),
             service_account: "cart".into(),
             labels: Labels::from([("token".to_owned(), id.to_owned())]),
+            addresses: vec!["10.0.0.0/24".parse().unwrap()],
             uses,
             expiry: 3600,
             id: id.into(),
@@ -234,6 +363,10 @@ mod tests {
 
     fn word(result: Result<(), RedeemError>) -> &'static str {
         result.map_or_else(|error| error.word(), |()| "issued")
+    }
+
+    fn label(redemptions: &Redemptions, key: &RequestedKey) -> Option<String> {
+        redemptions.certified(&subject(key)).and_then(|known| known.grant.labels.get("token").cloned())
     }
 
     #[test]
@@ -258,12 +391,63 @@ mod tests {
         for (name, claims, workload, key, expected) in steps {
             // Each step after a restart.
             let redemptions = Redemptions::open(&state).unwrap();
-            assert_eq!(word(redemptions.redeem(claims, workload, key, NOW)), expected, "{name}");
+            assert_eq!(word(redemptions.redeem(claims, workload, key, NOW + DAY, NOW)), expected, "{name}");
         }
         let redemptions = Redemptions::open(&state).unwrap();
-        assert_eq!(redemptions.grant("shop", "cart", "cart-1").unwrap()["token"], "double");
-        assert_eq!(redemptions.grant("shop", "cart", "cart-3"), None);
-        assert_eq!(redemptions.grant("shop", "pay", "cart-1"), None);
+        assert_eq!(label(&redemptions, &one).as_deref(), Some("double"));
+        assert_eq!(label(&redemptions, &third), None);
+        let elsewhere = Subject { service_account: "pay".into(), ..subject(&one) };
+        assert_eq!(redemptions.certified(&elsewhere), None);
+    }
+
+    #[test]
+    fn a_grant_follows_the_key_and_its_renewals_and_no_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = State::open(directory.path()).unwrap();
+        let (early, honest, next, last) = (key(), key(), key(), key());
+        let redemptions = Redemptions::open(&state).unwrap();
+        let mut bare = claims("bare", 1);
+        (bare.labels, bare.addresses) = (Labels::new(), Vec::new());
+        redemptions.redeem(&bare, "cart-1", &early, NOW + DAY, NOW).unwrap();
+        redemptions.redeem(&claims("full", 1), "cart-1", &honest, NOW + DAY, NOW).unwrap();
+        redemptions.renew(&subject(&honest), &next, NOW + 2 * DAY, NOW).unwrap();
+        redemptions.renew(&subject(&next), &last, NOW + 3 * DAY, NOW).unwrap();
+        for redemptions in [redemptions, Redemptions::open(&state).unwrap()] {
+            assert_eq!(redemptions.certified(&subject(&early)).unwrap().grant, Grant::default());
+            let [first, second, third] =
+                [&honest, &next, &last].map(|key| redemptions.certified(&subject(key)).unwrap());
+            assert_eq!(first.grant.labels["token"], "full");
+            assert_eq!(third.grant.addresses.len(), 1);
+            assert!(first == second && second == third, "one lineage with one grant");
+            assert_ne!(redemptions.certified(&subject(&early)).unwrap().lineage, third.lineage);
+        }
+        // A later token for the name leaves the early one as it is, and takes nothing from the others.
+        let redemptions = Redemptions::open(&state).unwrap();
+        redemptions.renew(&subject(&early), &key(), NOW + DAY, NOW).unwrap();
+        assert_eq!(label(&redemptions, &early), None);
+        assert_eq!(label(&redemptions, &last).as_deref(), Some("full"));
+    }
+
+    #[test]
+    fn a_key_is_superseded_once_its_successor_was_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = State::open(directory.path()).unwrap();
+        let redemptions = Redemptions::open(&state).unwrap();
+        let (one, lost, two, three) = (key(), key(), key(), key());
+        redemptions.redeem(&claims("t", 1), "cart-1", &one, NOW + DAY, NOW).unwrap();
+        assert!(!redemptions.is_superseded(&subject(&one)));
+        redemptions.renew(&subject(&one), &lost, NOW + DAY, NOW).unwrap();
+        assert!(!redemptions.is_superseded(&subject(&one)), "the answer may have been lost");
+        redemptions.renew(&subject(&one), &two, NOW + DAY, NOW).unwrap();
+        redemptions.saw(&subject(&two));
+        assert!(redemptions.is_superseded(&subject(&one)));
+        assert!(!redemptions.is_superseded(&subject(&two)));
+        redemptions.renew(&subject(&two), &three, NOW + DAY, NOW).unwrap();
+        // After a restart a renewal by the successor is what tells.
+        let redemptions = Redemptions::open(&state).unwrap();
+        assert!(redemptions.is_superseded(&subject(&one)));
+        assert!(!redemptions.is_superseded(&subject(&two)) && !redemptions.is_superseded(&subject(&three)));
+        assert!(!redemptions.is_superseded(&subject(&key())), "nobody knows it");
     }
 
     #[test]
@@ -275,9 +459,10 @@ mod tests {
             journal: Mutex::new(Journal::on_a_full_disk(&state, FILE)),
             index: RwLock::new(Index::default()),
         };
-        assert_eq!(word(full.redeem(&claims("a", 1), "cart-1", &key(), NOW)), "state_write");
-        assert_eq!(full.grant("shop", "cart", "cart-1"), None);
-        assert_eq!(word(redemptions.redeem(&claims("a", 1), "cart-1", &key(), NOW)), "issued");
+        let own = key();
+        assert_eq!(word(full.redeem(&claims("a", 1), "cart-1", &own, NOW + DAY, NOW)), "state_write");
+        assert_eq!(full.certified(&subject(&own)), None);
+        assert_eq!(word(redemptions.redeem(&claims("a", 1), "cart-1", &key(), NOW + DAY, NOW)), "issued");
     }
 
     #[test]
@@ -285,25 +470,29 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let state = State::open(directory.path()).unwrap();
         let (journal, _) = Journal::open(&state, FILE).unwrap();
-        let key = key();
-        let old = |number: usize| Redemption {
-            token: format!("old-{number}"),
+        let old = |number: usize| Record {
+            token: "old".into(),
             expiry: 1,
             namespace: "shop".into(),
             service_account: "cart".into(),
-            workload: format!("cart-{}", number % 10),
-            key: String::new(),
-            labels: Labels::from([("number".to_owned(), number.to_string())]),
+            workload: "cart-1".into(),
+            key: number.to_string(),
+            labels: Labels::from([("token".to_owned(), number.to_string())]),
+            addresses: Vec::new(),
+            end: 2,
+            first: (number > 0).then(|| "0".to_owned()),
+            from: (number > 0).then(|| (number - 1).to_string()),
         };
         let index = Index::of((0..COMPACT_FROM - 1).map(old).collect());
         let redemptions = Redemptions { journal: Mutex::new(journal), index: RwLock::new(index) };
         let later = NOW + Duration::from_secs(2 + MEMORY_SECONDS);
         let mut current = claims("current", 1);
         current.expiry = MEMORY_SECONDS + 3600;
-        redemptions.redeem(&current, "cart-x", &key, later).unwrap();
+        redemptions.redeem(&current, "cart-x", &key(), later + DAY, later).unwrap();
         let redemptions = Redemptions::open(&state).unwrap();
-        assert_eq!(redemptions.read().all.len(), 11, "the last grant of ten workloads and the live token");
-        assert_eq!(redemptions.grant("shop", "cart", "cart-3").unwrap()["number"], "993");
-        assert_eq!(word(redemptions.redeem(&current, "cart-y", &key, later)), "token_replayed");
+        let kept: Vec<String> = redemptions.read().all.iter().map(|record| record.labels["token"].clone()).collect();
+        // The last of them may still be renewed, also with the key before it: nobody has seen the last one's certificate.
+        assert_eq!(kept, ["997", "998", "current"]);
+        assert_eq!(word(redemptions.redeem(&current, "cart-y", &key(), later + DAY, later)), "token_replayed");
     }
 }

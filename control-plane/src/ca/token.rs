@@ -2,23 +2,24 @@
 //! nothing but the state directory; the control plane verifies them with the same key. The form is
 //! `outrigger1.<claims, JSON in base64url>.<HMAC-SHA256 in base64url>`; a token is a secret and is never logged.
 
+use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::hmac;
 use aws_lc_rs::rand::{SecureRandom, SystemRandom};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use ipnet::IpNet;
 use outrigger_api::identity::{ROOT_NAMESPACE, is_account};
 use outrigger_api::name::is_label;
 use outrigger_api::resource::Labels;
 use serde::{Deserialize, Serialize};
 
 use super::certificate::unix_seconds;
-use crate::config::{State, StateError};
+use super::redemption::Grant;
+use crate::config::{State, StateError, TRUST_DOMAIN};
 
 const KEY: &str = "token.key";
-/// The trust domain of this state directory, written by the control plane at its first start.
-pub const TRUST_DOMAIN: &str = "trust-domain";
 const PREFIX: &str = "outrigger1";
 const AUDIENCE: &str = "outrigger";
 /// Far more than any set of labels needs.
@@ -40,7 +41,9 @@ pub enum CreateError {
     Uses,
     #[error("--ttl must be at least 1s")]
     Ttl,
-    #[error("the labels are too long for a token")]
+    #[error("--address {0}: no workload can be reached there")]
+    Address(IpNet),
+    #[error("the labels and addresses are too long for a token")]
     TooLong,
     #[error("{0} holds no key; remove it, and every token that was made with it is void")]
     Key(std::path::PathBuf),
@@ -93,6 +96,9 @@ pub struct Claims {
     /// The labels that its holder may register.
     #[serde(default)]
     pub labels: Labels,
+    /// The addresses that its holder may register besides the one from which it connects.
+    #[serde(rename = "addr", default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpNet>,
     pub uses: u32,
     /// Unix seconds.
     #[serde(rename = "exp")]
@@ -113,16 +119,27 @@ impl std::fmt::Debug for TokenKey {
     }
 }
 
+/// What a token is to say.
+pub struct Asked<'a> {
+    pub namespace: &'a str,
+    pub service_account: &'a str,
+    pub grant: Grant,
+    pub uses: u32,
+    pub ttl: Duration,
+}
+
+/// An address, which is a network of one, or a network in CIDR notation.
+pub fn parse_address(text: &str) -> Option<IpNet> {
+    match text.parse::<IpAddr>() {
+        Ok(ip) => Some(IpNet::from(ip.to_canonical())),
+        Err(_) => text.parse::<IpNet>().ok().map(|network| network.trunc()),
+    }
+}
+
 /// Makes a token. Needs the state directory only, and makes its key when there is none yet.
-pub fn create(
-    state: &State,
-    namespace: &str,
-    service_account: &str,
-    labels: &Labels,
-    uses: u32,
-    ttl: Duration,
-    now: SystemTime,
-) -> Result<String, CreateError> {
+pub fn create(state: &State, asked: &Asked<'_>, now: SystemTime) -> Result<String, CreateError> {
+    let Asked { namespace, service_account, grant: Grant { labels, addresses }, uses, ttl } = asked;
+    let (namespace, service_account, uses, ttl) = (*namespace, *service_account, *uses, *ttl);
     if !is_label(namespace) {
         return Err(CreateError::Namespace(namespace.to_owned()));
     }
@@ -134,6 +151,11 @@ pub fn create(
     }
     if let Some((_, value)) = labels.iter().find(|(key, _)| key.is_empty()) {
         return Err(CreateError::Label(format!("={value}")));
+    }
+    let useless =
+        |network: &&IpNet| network.prefix_len() == network.max_prefix_len() && network.addr().is_unspecified();
+    if let Some(network) = addresses.iter().find(useless) {
+        return Err(CreateError::Address(*network));
     }
     if uses == 0 {
         return Err(CreateError::Uses);
@@ -150,6 +172,7 @@ pub fn create(
         namespace: namespace.to_owned(),
         service_account: service_account.to_owned(),
         labels: labels.clone(),
+        addresses: addresses.clone(),
         uses,
         expiry: unix_seconds(now).saturating_add(ttl.as_secs()),
         id: URL_SAFE_NO_PAD.encode(id),
@@ -231,7 +254,10 @@ mod tests {
 
     fn make(state: &State) -> String {
         let labels = Labels::from([("app".to_owned(), "cart".to_owned())]);
-        create(state, "shop", "cart", &labels, 2, HOUR, NOW).unwrap()
+        let addresses = ["10.0.0.7", "fd00::/64"].map(|text| parse_address(text).unwrap()).to_vec();
+        let grant = Grant { labels, addresses };
+        let asked = Asked { namespace: "shop", service_account: "cart", grant, uses: 2, ttl: HOUR };
+        create(state, &asked, NOW).unwrap()
     }
 
     #[test]
@@ -242,6 +268,7 @@ mod tests {
         let claims = key.verify(&format!("{token}\n"), "outrigger.local", NOW).unwrap();
         assert_eq!((claims.namespace.as_str(), claims.service_account.as_str(), claims.uses), ("shop", "cart", 2));
         assert_eq!(claims.labels["app"], "cart");
+        assert_eq!(claims.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.0.0.7/32", "fd00::/64"]);
         assert_ne!(token, make(&state), "each token is its own");
         assert_eq!(format!("{key:?}"), "TokenKey");
     }
@@ -280,10 +307,31 @@ mod tests {
     }
 
     #[test]
+    fn addresses_are_one_or_a_network() {
+        let cases = [
+            ("10.0.0.7", Some("10.0.0.7/32")),
+            ("10.0.0.7/24", Some("10.0.0.0/24")),
+            ("::ffff:10.0.0.7", Some("10.0.0.7/32")),
+            ("fd00::1", Some("fd00::1/128")),
+            ("fd00::1/64", Some("fd00::/64")),
+            ("10.0.0", None),
+            ("10.0.0.0/33", None),
+            ("cart.test", None),
+            ("", None),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(parse_address(text).map(|network| network.to_string()).as_deref(), expected, "{text}");
+        }
+    }
+
+    #[test]
     fn senseless_grants_are_not_made() {
         let (_directory, state) = state();
         let none = Labels::new();
-        let try_create = |ns, sa, labels: &Labels, uses, ttl| create(&state, ns, sa, labels, uses, ttl, NOW).is_err();
+        let try_create = |namespace, service_account, labels: &Labels, uses, ttl| {
+            let grant = Grant { labels: labels.clone(), addresses: Vec::new() };
+            create(&state, &Asked { namespace, service_account, grant, uses, ttl }, NOW).is_err()
+        };
         assert!(try_create(ROOT_NAMESPACE, "control-plane", &none, 1, HOUR));
         assert!(try_create("No", "cart", &none, 1, HOUR));
         assert!(try_create("shop", "a/b", &none, 1, HOUR));

@@ -7,7 +7,7 @@ mod state;
 
 pub use directory::{Configuration, Directory, Parse};
 pub use journal::{Journal, JournalError};
-pub use state::{State, StateError, StateLock};
+pub use state::{State, StateError, StateLock, TRUST_DOMAIN};
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

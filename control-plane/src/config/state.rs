@@ -7,7 +7,13 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use outrigger_runtime::ownership::{self, Exposed};
+
 const LOCK: &str = "lock";
+/// The trust domain of this directory, written by the control plane at its first start.
+pub const TRUST_DOMAIN: &str = "trust-domain";
+/// Where files lie besides the directory itself.
+const FOLDERS: &[&str] = &["ca", "ca/trust"];
 
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
@@ -18,6 +24,12 @@ pub enum StateError {
          its own --state"
     )]
     Locked { path: PathBuf, holder: String },
+    #[error(transparent)]
+    Exposed(#[from] Exposed),
+    #[error("there is no directory {0}; give the --state of the control plane, which makes it at its first start")]
+    Absent(PathBuf),
+    #[error("{0} is not the state of a control plane; give the --state with which the control plane was started")]
+    Foreign(PathBuf),
 }
 
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
@@ -38,11 +50,25 @@ pub struct StateLock {
 }
 
 impl State {
-    /// Opens the directory and makes it, readable by its owner alone, when it is absent.
+    /// Opens the directory and makes it, readable by its owner alone, when it is absent. One that another user can change
+    /// is refused: that user could put keys there which would be taken for ours.
     pub fn open(root: &Path) -> Result<State, StateError> {
-        let state = State { root: root.to_owned() };
         make_directory(root)?;
-        Ok(state)
+        ownership::check(root, FOLDERS)?;
+        Ok(State { root: root.to_owned() })
+    }
+
+    /// Opens the directory of a control plane that has run, and makes nothing.
+    pub fn of_control_plane(root: &Path) -> Result<State, StateError> {
+        if !root.is_dir() {
+            return Err(StateError::Absent(root.to_owned()));
+        }
+        ownership::check(root, FOLDERS)?;
+        let state = State { root: root.to_owned() };
+        match state.read(TRUST_DOMAIN)? {
+            Some(_) => Ok(state),
+            None => Err(StateError::Foreign(root.to_owned())),
+        }
     }
 
     /// Keeps other control planes out of this directory for as long as the lock lives.
@@ -204,6 +230,33 @@ mod tests {
         assert_eq!(mode(&state.path("ca/root.key")), 0o600);
         assert_eq!(mode(&state.path("ca")), 0o700);
         assert_eq!(mode(&state.path(".")), 0o700);
+    }
+
+    #[test]
+    fn a_directory_that_others_can_change_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = State::open(directory.path()).unwrap();
+        state.write("ca/root.key", b"ours").unwrap();
+        for file in [".", "ca"] {
+            fs::set_permissions(state.path(file), fs::Permissions::from_mode(0o777)).unwrap();
+            let said = State::open(directory.path()).unwrap_err().to_string();
+            assert!(said.contains("mode 0777") && said.contains("chmod go-w"), "{said}");
+            fs::set_permissions(state.path(file), fs::Permissions::from_mode(0o700)).unwrap();
+        }
+        State::open(directory.path()).unwrap();
+    }
+
+    #[test]
+    fn what_no_control_plane_has_used_is_not_its_state_and_stays_as_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let absent = directory.path().join("stat");
+        assert!(State::of_control_plane(&absent).unwrap_err().to_string().contains("there is no directory"));
+        assert!(!absent.exists());
+        let said = State::of_control_plane(directory.path()).unwrap_err().to_string();
+        assert!(said.contains("is not the state of a control plane"), "{said}");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+        State::open(directory.path()).unwrap().write(TRUST_DOMAIN, b"outrigger.local\n").unwrap();
+        State::of_control_plane(directory.path()).unwrap();
     }
 
     #[test]

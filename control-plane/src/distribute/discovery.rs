@@ -13,17 +13,22 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::publisher::{Subscriber, Topic};
+use super::publisher::{ConnectError, Subscriber, Topic};
 use super::recent::Event;
 use super::server::{Control, Shared};
+use super::streams::Place;
 use super::tls::{Peer, PeerCertificate};
 use crate::registry::InstanceId;
 
-/// Keys that one sidecar may subscribe to. More than the 10,000 destinations and the own workload that a sidecar knows
-/// at once: whoever exceeds it loses the stream, and would lose it again after each reconnect.
+/// Keys to which all streams of one redemption may be subscribed. More than the 10,000 destinations and the own workload
+/// that a sidecar knows at once: whoever exceeds it loses the stream, and would lose it again after each reconnect. A key
+/// is two DNS labels at most and a subscription about 1 KiB, so 16 MiB are the end.
 const MAX_SUBSCRIPTIONS: usize = 16_384;
 /// How long a stream may say nothing at its beginning.
 const HELLO: Duration = Duration::from_secs(10);
+/// A stream whose place a newer one took ends this much later: its sidecar drops it by itself meanwhile, and takes its end
+/// for no loss of the connection.
+const REPLACED: Duration = Duration::from_secs(2);
 /// Updates that wait for a sidecar's window; the rest waits as marks.
 const IN_FLIGHT: usize = 16;
 
@@ -33,8 +38,9 @@ impl Discovery for Shared {
 
     async fn watch(&self, request: Request<Streaming<WatchRequest>>) -> Result<Response<Self::WatchStream>, Status> {
         let (peer, certificate) = client_certificate(&request)?;
+        let place = place(&self.0, &certificate)?;
         let (updates, stream) = mpsc::channel(IN_FLIGHT);
-        tokio::spawn(watch(self.0.clone(), peer, certificate, request.into_inner(), updates));
+        tokio::spawn(watch(self.0.clone(), peer, certificate, place, request.into_inner(), updates));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 }
@@ -49,6 +55,16 @@ pub(super) fn client_certificate<T>(request: &Request<T>) -> Result<(Peer, PeerC
     })?;
     peer.check(SystemTime::now())?;
     Ok((peer, certificate))
+}
+
+/// The place of one more stream of a sidecar.
+pub(super) fn place(control: &Control, certificate: &PeerCertificate) -> Result<Place, Status> {
+    let (holder, _) = control.holder(certificate, "");
+    control.open_streams.open(&holder.lineage).ok_or_else(|| {
+        Status::resource_exhausted(
+            "too_many_streams: this sidecar has too many streams open; close those it does not use",
+        )
+    })
 }
 
 /// The instance that a caller stands for. The certificate proves namespace and account; its subject names the workload,
@@ -68,6 +84,7 @@ async fn watch(
     control: Arc<Control>,
     peer: Peer,
     certificate: PeerCertificate,
+    place: Place,
     mut requests: Streaming<WatchRequest>,
     updates: mpsc::Sender<Result<WatchResponse, Status>>,
 ) {
@@ -80,7 +97,7 @@ async fn watch(
     };
     let subscriber = match first {
         Ok(Some(WatchRequest { kind: Some(watch_request::Kind::Hello(hello)) })) => {
-            greet(&control, &certificate, hello)
+            greet(&control, &certificate, &place, hello)
         }
         Ok(Some(_)) => Err(Status::invalid_argument("the first message of a Watch must be hello")),
         Ok(None) => return,
@@ -94,7 +111,15 @@ async fn watch(
         }
     };
     if let Err(error) = control.publisher.connect(&subscriber) {
-        let _ = updates.send(Err(Status::resource_exhausted(error.to_string()))).await;
+        control.recent.note(Event::RegistrationRefused, format!("{}: {error}", subscriber.id), SystemTime::now());
+        if let Some(line) = control.line("stream_refused") {
+            tracing::warn!(instance = %subscriber.id, suppressed = line.suppressed, "stream refused: {error}");
+        }
+        let status = match error {
+            ConnectError::Instance(error) => Status::already_exists(error.to_string()),
+            ConnectError::Account(error) => Status::resource_exhausted(error.to_string()),
+        };
+        let _ = updates.send(Err(status)).await;
         return;
     }
     control.recent.forget(Event::SidecarGone, &subscriber.id.to_string());
@@ -103,11 +128,9 @@ async fn watch(
         tracing::info!(instance = %subscriber.id, suppressed = line.suppressed, "sidecar connected");
     }
     let ended = tokio::select! {
-        status = talk(&control, &certificate.workload, &subscriber, &mut requests, &updates) => status,
+        status = talk(&control, &certificate, &subscriber, &mut requests, &updates) => status,
         status = end => Some(status),
-        () = subscriber.replaced.notified() => {
-            Some(Status::already_exists("newer streams of the same instance have taken this one's place"))
-        }
+        status = replaced(&subscriber) => Some(status),
     };
     control.publisher.disconnect(&subscriber);
     // A stream that another one has replaced is nobody who went.
@@ -122,17 +145,29 @@ async fn watch(
     }
 }
 
-fn greet(control: &Control, certificate: &PeerCertificate, hello: Hello) -> Result<Arc<Subscriber>, Status> {
+fn greet(
+    control: &Control,
+    certificate: &PeerCertificate,
+    place: &Place,
+    hello: Hello,
+) -> Result<Arc<Subscriber>, Status> {
     let id = instance_of(certificate, &hello.workload)?;
+    let (holder, _) = control.holder(certificate, &hello.process);
     let version = PeerText(&hello.version).to_string();
-    let number = control.next_stream();
-    Ok(Arc::new(Subscriber::new(number, id, version, SystemTime::now(), certificate.not_after)))
+    let (number, subscribed, now) = (control.next_stream(), place.subscriptions.clone(), SystemTime::now());
+    Ok(Arc::new(Subscriber::new(number, id, holder, subscribed, version, now, certificate.not_after)))
+}
+
+async fn replaced(subscriber: &Subscriber) -> Status {
+    subscriber.replaced.notified().await;
+    tokio::time::sleep(REPLACED).await;
+    Status::aborted("a newer stream of this sidecar has taken the place of this one")
 }
 
 /// Both directions until one ends. None: the sidecar left.
 async fn talk(
     control: &Control,
-    workload: &str,
+    certificate: &PeerCertificate,
     subscriber: &Arc<Subscriber>,
     requests: &mut Streaming<WatchRequest>,
     updates: &mpsc::Sender<Result<WatchResponse, Status>>,
@@ -147,7 +182,7 @@ async fn talk(
         tokio::select! {
             request = requests.message() => match request {
                 Ok(Some(request)) => {
-                    if let Err(status) = take(control, workload, subscriber, request) {
+                    if let Err(status) = take(control, certificate, subscriber, request) {
                         return Some(status);
                     }
                 }
@@ -164,19 +199,26 @@ async fn talk(
     }
 }
 
-fn take(control: &Control, workload: &str, subscriber: &Arc<Subscriber>, request: WatchRequest) -> Result<(), Status> {
+fn take(
+    control: &Control,
+    certificate: &PeerCertificate,
+    subscriber: &Arc<Subscriber>,
+    request: WatchRequest,
+) -> Result<(), Status> {
     match request.kind {
         None => Err(Status::invalid_argument("a message that this control plane does not know")),
         Some(watch_request::Kind::Hello(_)) => Err(Status::invalid_argument("hello comes once, first")),
         Some(watch_request::Kind::Subscribe(key)) => {
             let (topic, _) = topic(&key, &subscriber.id)?;
-            if subscriber.subscriptions() >= MAX_SUBSCRIPTIONS {
+            if subscriber.subscribed() >= MAX_SUBSCRIPTIONS {
                 let message = format!("more than {MAX_SUBSCRIPTIONS} subscriptions; unsubscribe what is not used");
                 return Err(Status::resource_exhausted(message));
             }
-            let granted =
-                if matches!(topic, Topic::Own(_)) { granted(control, &subscriber.id, workload) } else { None };
-            let subscribed = control.publisher.subscribe(subscriber, &topic, &granted.unwrap_or_default());
+            let granted = match topic {
+                Topic::Own(_) => control.holder(certificate, "").1.labels,
+                Topic::Destination(_) => Labels::new(),
+            };
+            let subscribed = control.publisher.subscribe(subscriber, &topic, &granted);
             subscribed.map_err(|error| Status::resource_exhausted(error.to_string()))
         }
         Some(watch_request::Kind::Unsubscribe(key)) => {
@@ -203,9 +245,4 @@ fn topic(key: &ResourceKey, id: &InstanceId) -> Result<(Topic, String), Status> 
     let text = key.to_string();
     let topic = if key == Key::Own { Topic::Own(id.clone()) } else { Topic::Destination(key) };
     Ok((topic, text))
-}
-
-/// The labels that an instance may register; None when it never redeemed a token here.
-pub(super) fn granted(control: &Control, id: &InstanceId, workload: &str) -> Option<Labels> {
-    control.redemptions.grant(&id.namespace, &id.service_account, workload)
 }

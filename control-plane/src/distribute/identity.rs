@@ -1,5 +1,5 @@
-//! `Identity.Issue`: a certificate for whoever proves who it is, by a join token the first time and by its current
-//! certificate afterwards. Every refusal begins with a word from identity.proto.
+//! `Identity.Issue`: a certificate for whoever proves who it is, by a join token the first time, by its current
+//! certificate afterwards, and by its last one when that has ended. Every refusal begins with a word from identity.proto.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -12,21 +12,22 @@ use outrigger_api::wire::{IssueRequest, IssueResponse};
 use tonic::{Code, Request, Response, Status};
 
 use super::index::leaf_lifetime_seconds;
+use super::late;
 use super::recent::Event;
 use super::server::{Control, Shared};
-use super::tls::Peer;
+use super::tls::{Peer, PeerCertificate};
 use crate::ca::token::{Claims, TokenError};
-use crate::ca::{Issued, RedeemError, RequestedKey, unix_seconds};
+use crate::ca::{Issued, RedeemError, RequestedKey, Subject, unix_seconds};
 
 /// Why nothing was issued: the gRPC code, the word, and a sentence for people.
-struct Refusal {
+pub(super) struct Refusal {
     code: Code,
     word: &'static str,
     message: String,
 }
 
 impl Refusal {
-    fn new(code: Code, word: &'static str, message: impl ToString) -> Refusal {
+    pub(super) fn new(code: Code, word: &'static str, message: impl ToString) -> Refusal {
         Refusal { code, word, message: message.to_string() }
     }
 }
@@ -78,20 +79,24 @@ async fn issue(
     request: IssueRequest,
     now: SystemTime,
 ) -> Result<IssueResponse, Refusal> {
-    let IssueRequest { csr_der, proof, workload } = request;
+    let workload = request.workload.clone();
     let malformed_name = |error| Refusal::new(Code::InvalidArgument, "workload_name", error);
     name::label(&workload).map_err(malformed_name)?;
-    let (identity, claims) = prove(control, peer, &proof, &workload, now)?;
+    let Proved { identity, proof } = prove(control, peer, &request, now)?;
     let requested = control
         .authority
-        .check(&csr_der, &identity)
+        .check(&request.csr_der, &identity)
         .map_err(|error| Refusal::new(Code::InvalidArgument, error.word(), error))?;
-    let proof_kind = if claims.is_some() { "token" } else { "mtls" };
+    let proof_kind = match &proof {
+        Proof::Token(_) => "token",
+        Proof::Certificate(_) => "mtls",
+        Proof::Ended(_) => "late",
+    };
     let lifetime = Duration::from_secs(leaf_lifetime_seconds(&control.publisher.resources()));
-    let (shared, named) = (control.clone(), workload.clone());
+    let shared = control.clone();
     // The redemption waits for the disk, and signing takes a while: not on the thread that serves streams.
     let issued = tokio::task::spawn_blocking(move || {
-        redeem_and_sign(&shared, claims, &requested, &identity, &named, lifetime, now)
+        record_and_sign(&shared, proof, &requested, &identity, &workload, lifetime, now)
     })
     .await
     .map_err(|error| Refusal::new(Code::Internal, "internal", error))??;
@@ -104,33 +109,41 @@ async fn issue(
     })
 }
 
-/// Who is asking. Claims come back when a token is to be redeemed for it.
-fn prove(
-    control: &Control,
-    peer: &Peer,
-    proof: &str,
-    workload: &str,
-    now: SystemTime,
-) -> Result<(SpiffeId, Option<Claims>), Refusal> {
+/// Who is asking, and what shows it.
+struct Proved {
+    identity: SpiffeId,
+    proof: Proof,
+}
+
+enum Proof {
+    /// To be redeemed.
+    Token(Claims),
+    /// That of the connection.
+    Certificate(Subject),
+    /// One that has ended.
+    Ended(Subject),
+}
+
+fn prove(control: &Control, peer: &Peer, request: &IssueRequest, now: SystemTime) -> Result<Proved, Refusal> {
     let trust_domain = control.authority.trust_domain();
-    match &peer.certificate {
-        Some(certificate) if proof.trim().is_empty() => {
+    let is_renewal = request.proof.trim().is_empty();
+    match (&peer.certificate, &request.late) {
+        (Some(certificate), _) if is_renewal => {
             // It was valid in the handshake; the connection may be older than its end.
             if certificate.not_after <= now {
-                let message = "the certificate of this connection has expired; connect again, with a join token";
+                let message = "the certificate of this connection has expired; connect again without it";
                 return Err(Refusal::new(Code::Unauthenticated, "certificate_expired", message));
             }
-            if certificate.workload != workload {
-                let message = format!(
-                    "the current certificate is of workload {:?}; a renewal cannot be for {workload:?}",
-                    certificate.workload
-                );
-                return Err(Refusal::new(Code::InvalidArgument, "workload_name", message));
-            }
-            Ok((certificate.identity.clone(), None))
+            let subject = renewed(certificate, &request.workload)?;
+            Ok(Proved { identity: certificate.identity.clone(), proof: Proof::Certificate(subject) })
         }
-        certificate => {
-            let claims = control.tokens.verify(proof, trust_domain.as_str(), now)?;
+        (None, Some(ended)) if is_renewal => {
+            let certificate = late::prove(control, peer, ended, &request.csr_der, now)?;
+            let subject = renewed(&certificate, &request.workload)?;
+            Ok(Proved { identity: certificate.identity, proof: Proof::Ended(subject) })
+        }
+        (certificate, _) => {
+            let claims = control.tokens.verify(&request.proof, trust_domain.as_str(), now)?;
             let identity = SpiffeId::new(trust_domain, &claims.namespace, &claims.service_account)
                 .map_err(|_| TokenError::Malformed)?;
             if let Some(certificate) = certificate
@@ -139,22 +152,36 @@ fn prove(
                 let message = format!("the token is for {identity}, and the connection is {}'s", certificate.identity);
                 return Err(Refusal::new(Code::PermissionDenied, "token_namespace", message));
             }
-            Ok((identity, Some(claims)))
+            Ok(Proved { identity, proof: Proof::Token(claims) })
         }
     }
 }
 
-fn redeem_and_sign(
+/// A renewal is for the name that the certificate has.
+fn renewed(certificate: &PeerCertificate, workload: &str) -> Result<Subject, Refusal> {
+    if certificate.workload == workload {
+        return Ok(certificate.subject());
+    }
+    let message =
+        format!("the certificate is of workload {:?}; a renewal cannot be for {workload:?}", certificate.workload);
+    Err(Refusal::new(Code::InvalidArgument, "workload_name", message))
+}
+
+fn record_and_sign(
     control: &Control,
-    claims: Option<Claims>,
+    proof: Proof,
     requested: &RequestedKey,
     identity: &SpiffeId,
     workload: &str,
     lifetime: Duration,
     now: SystemTime,
 ) -> Result<Issued, Refusal> {
-    if let Some(claims) = claims {
-        control.redemptions.redeem(&claims, workload, requested, now)?;
+    let end = now + lifetime;
+    match proof {
+        Proof::Token(claims) => control.redemptions.redeem(&claims, workload, requested, end, now)?,
+        Proof::Certificate(subject) | Proof::Ended(subject) => {
+            control.redemptions.renew(&subject, requested, end, now).map_err(RedeemError::from)?;
+        }
     }
     control
         .authority

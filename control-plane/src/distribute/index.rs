@@ -1,20 +1,21 @@
 //! From resources and registry to what a sidecar is told: pure functions over one moment. Called by the publisher for
 //! each key that somebody subscribed to.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use outrigger_api::identity::{SpiffeId, TrustDomain};
 use outrigger_api::name::{self, Protocol, ServiceName};
 use outrigger_api::resource::{
-    AccessLogMode, Labels, LoadBalancerType, Metadata, OutboundTraffic, Resource, Resources, Service, ServicePort,
-    TargetPort,
+    AccessLogMode, DEFAULT_RENEW_GRACE_SECONDS, Labels, LoadBalancerType, Metadata, OutboundTraffic, Resource,
+    Resources, Service, ServicePort, TargetPort,
 };
 use outrigger_api::snapshot::{
     AccessLog, DEFAULT_LEAF_LIFETIME_SECONDS, DEFAULT_MAX_SERIES, Destination, Endpoint, EndpointTls, InboundPort, Key,
     LoadBalancer, MeshSettings, MtlsMode, OutboundMode, Workload,
 };
+use outrigger_api::virtual_address::is_virtual;
 
 use crate::policy;
 use crate::registry::{Instance, InstanceId, LeasedPort, Ports, Registry, VirtualAddresses};
@@ -30,6 +31,8 @@ pub struct Catalog {
     pub resources: Arc<Resources>,
     pub trust_domain: TrustDomain,
     virtual_addresses: VirtualAddresses,
+    /// Every clusterIP.
+    cluster_ips: HashSet<IpAddr>,
     /// By clusterIP or virtual address.
     by_service_ip: HashMap<SocketAddr, name::ServicePort>,
     /// Who has a clusterIP, and who wants the same.
@@ -55,7 +58,13 @@ impl Catalog {
                 }
             }
         }
-        Catalog { resources, trust_domain, virtual_addresses, by_service_ip, contested }
+        let cluster_ips = resources.services.values().flat_map(|service| service.spec.cluster_ips.clone()).collect();
+        Catalog { resources, trust_domain, virtual_addresses, cluster_ips, by_service_ip, contested }
+    }
+
+    /// Whether an address is a clusterIP or a virtual address, which no workload can have.
+    pub fn is_of_service(&self, ip: IpAddr) -> bool {
+        is_virtual(ip) || self.cluster_ips.contains(&ip)
     }
 
     /// What the sidecar of `id` is told of itself. Before it has a lease its labels are those that were granted.
@@ -64,13 +73,12 @@ impl Catalog {
         let labels = instance.map_or(granted, |instance| &instance.labels);
         let modes = policy::mtls_modes(&self.resources, &id.namespace, labels);
         let mut ports: BTreeMap<u16, OwnPort<'_>> = BTreeMap::new();
-        match instance.map(|instance| &instance.ports) {
-            Some(Ports::Leased(leased) | Ports::Intercepted(leased)) => ports.extend(
-                leased.iter().map(|port| (port.application, OwnPort { declared: port.protocol, service: None })),
-            ),
-            Some(Ports::Named(named)) => ports.extend(named.values().map(|port| (*port, OwnPort::default()))),
-            None => {}
+        if let Some(Ports::Named(named)) = instance.map(|instance| &instance.ports) {
+            ports.extend(named.values().map(|port| (*port, OwnPort::default())));
         }
+        // Beside a Workload document it is still the sidecar that knows where its application is.
+        let leased = registry.leased(id).and_then(|leased| leased.leased_ports()).unwrap_or_default();
+        ports.extend(leased.iter().map(|port| (port.application, OwnPort { declared: port.protocol, service: None })));
         for port in modes.ports.keys() {
             ports.entry(*port).or_default();
         }
@@ -122,7 +130,7 @@ impl Catalog {
             return Some(self.virtual_addresses.of(name).iter().flatten().copied().collect());
         }
         let selected = registry.of_namespace(&key.0).filter(|instance| selects(service, instance));
-        let mut ips: Vec<IpAddr> = selected.map(|instance| instance.ip).collect();
+        let mut ips: Vec<IpAddr> = selected.flat_map(|instance| instance.ips()).collect();
         ips.sort();
         ips.dedup();
         Some(ips)
@@ -161,6 +169,24 @@ impl Catalog {
                 }
             }
         }
+        for (name, service) in
+            self.resources.services.values().filter_map(|service| Some((service_name(&service.metadata)?, service)))
+        {
+            warnings
+                .extend(service.spec.ports.iter().filter_map(|port| self.disagreement(registry, &name, service, port)));
+        }
+        for id in registry.hidden() {
+            warnings.push(format!(
+                "Workload {}/{}: a sidecar with its name and service account is connected; the document is in force",
+                id.namespace, id.name
+            ));
+        }
+        for instance in registry.all().filter(|instance| instance.leased_ports().is_some()) {
+            for ip in instance.ips().filter(|ip| self.is_of_service(*ip)) {
+                warnings
+                    .push(format!("{}: its address {ip} is a Service's by now, which gets the traffic", instance.id));
+            }
+        }
         for (address, holder, other) in &self.contested {
             warnings.push(format!(
                 "Service {other}: {address} is the clusterIP of {holder} already, which gets its traffic"
@@ -183,6 +209,40 @@ impl Catalog {
         warnings.sort();
         warnings.dedup();
         warnings
+    }
+
+    /// What the sidecars of a port say of its protocol, when it is not what its callers go by.
+    fn disagreement(
+        &self,
+        registry: &Registry,
+        name: &ServiceName,
+        service: &Resource<Service>,
+        port: &ServicePort,
+    ) -> Option<String> {
+        let selected = registry.of_namespace(&service.metadata.namespace).filter(|instance| selects(service, instance));
+        let chosen: Vec<(&Instance, Target)> =
+            selected.filter_map(|instance| Some((&**instance, target(instance, &port.target_port)?))).collect();
+        let of_service = policy::of_service(port);
+        let said = |protocol: Option<Protocol>| protocol.map_or("nothing".to_owned(), |protocol| protocol.to_string());
+        let (instance, word, expected) = match of_service {
+            Some(declared) => {
+                let other = |(_, target): &&(&Instance, Target)| target.protocol.is_some_and(|word| word != declared);
+                let (instance, target) = chosen.iter().find(other)?;
+                (instance, target.protocol, format!("the Service says {declared}, by which callers go"))
+            }
+            None => {
+                let first = chosen.iter().find(|(_, target)| target.protocol.is_some())?.1.protocol;
+                let (other, target) = chosen.iter().find(|(_, target)| target.protocol != first)?;
+                let word = said(first);
+                (other, target.protocol, format!("another sidecar says {word}; callers go by no declared protocol"))
+            }
+        };
+        Some(format!(
+            "Service {name}, port {}: the sidecar of {} says {} and {expected}; set the port's appProtocol, or mend --port",
+            port.port,
+            instance.id,
+            said(word)
+        ))
     }
 
     fn services_in<'a, 'n>(&'a self, namespace: &'n str) -> impl Iterator<Item = &'a Resource<Service>> + use<'a, 'n> {
@@ -230,15 +290,20 @@ impl Catalog {
             Some((name, service, service.spec.ports.iter().find(serves)?))
         });
         let chosen = [(&**instance, target)];
-        match found {
-            Some((name, service, of)) => Some(self.assemble(name, of.port, Some((service, of)), &chosen)),
+        let mut destination = match found {
+            Some((name, service, of)) => self.assemble(name, of.port, Some((service, of)), &chosen),
             None => {
                 let namespace = &instance.id.namespace;
                 let name = ServiceName::new(&instance.workload, namespace)
                     .or_else(|_| ServiceName::new(&instance.id.name, namespace));
-                Some(self.assemble(name.ok()?, port, None, &chosen))
+                self.assemble(name.ok()?, port, None, &chosen)
             }
+        };
+        // The one of its addresses that was dialled, which may be of another family than the preferred one.
+        for endpoint in &mut destination.endpoints {
+            endpoint.address.set_ip(address.ip());
         }
+        Some(destination)
     }
 
     fn assemble(
@@ -248,14 +313,14 @@ impl Catalog {
         service: Option<(&Resource<Service>, &ServicePort)>,
         chosen: &[(&Instance, Target)],
     ) -> Destination {
-        let declared = chosen.iter().find_map(|(_, target)| target.protocol);
+        let said = chosen.iter().map(|(_, target)| target.protocol);
         let application_port = chosen.first().map(|(_, target)| target.application);
         let annotated =
             service.and_then(|(service, _)| load_balancer(service.metadata.annotations.get(LOAD_BALANCER)?));
         Destination {
             service: name,
             port,
-            protocol: policy::protocol(&self.resources, declared, service.map(|(_, port)| port), application_port),
+            protocol: policy::called_protocol(&self.resources, service.map(|(_, port)| port), said, application_port),
             load_balancer: annotated
                 .unwrap_or_else(|| default_load_balancer(self.resources.mesh.defaults.load_balancer)),
             endpoints: chosen.iter().filter_map(|(instance, target)| self.endpoint(instance, *target)).collect(),
@@ -372,6 +437,11 @@ fn default_load_balancer(configured: LoadBalancerType) -> LoadBalancer {
         LoadBalancerType::RoundRobin => LoadBalancer::RoundRobin,
         LoadBalancerType::Random => LoadBalancer::Random,
     }
+}
+
+/// Seconds after its end in which a certificate may still renew itself.
+pub fn renew_grace_seconds(resources: &Resources) -> u64 {
+    resources.mesh.renew_grace_seconds.unwrap_or(DEFAULT_RENEW_GRACE_SECONDS)
 }
 
 /// Seconds that a leaf lives.

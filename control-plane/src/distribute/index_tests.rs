@@ -1,10 +1,10 @@
 use std::net::IpAddr;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use outrigger_api::resource::{PeerAuthentication, Selector, Workload as WorkloadSpec};
 
 use super::*;
-use crate::registry::Registration;
+use crate::registry::{Holder, Registration};
 
 fn labels(text: &str) -> Labels {
     text.split(',')
@@ -74,9 +74,8 @@ impl Moment {
         let id = lease_id(account, last);
         let ports = vec![LeasedPort { application: 8080, mesh: 18080, protocol }];
         let ip = [10, 0, 0, last].into();
-        let registration =
-            Registration { workload: "cart".into(), labels: labels(text), ip, ports, transparent: false };
-        self.registry.register(&id, last.into(), &registration).unwrap();
+        let registration = Registration { labels: labels(text), ..registration("cart", ip, ports) };
+        self.registry.register(&id, last.into(), &registration, Instant::now()).unwrap();
         self
     }
 
@@ -102,6 +101,19 @@ impl Moment {
             format!("{} {tls}", endpoint.address)
         };
         self.find(key).unwrap().endpoints.iter().map(describe).collect()
+    }
+}
+
+/// Of a redemption of its own.
+fn registration(workload: &str, ip: IpAddr, ports: Vec<LeasedPort>) -> Registration {
+    Registration {
+        holder: Holder { lineage: ip.to_string(), process: String::new() },
+        workload: workload.into(),
+        labels: Labels::new(),
+        ip,
+        other_ips: Vec::new(),
+        ports,
+        transparent: false,
     }
 }
 
@@ -228,8 +240,8 @@ fn intercepted(mut moment: Moment, name: &str, last: u8, ports: Vec<LeasedPort>)
     let id = lease_id(name, last);
     let labels = labels(&format!("app={name}"));
     let ip = [10, 0, 0, last].into();
-    let registration = Registration { workload: name.into(), labels, ip, ports, transparent: true };
-    moment.registry.register(&id, last.into(), &registration).unwrap();
+    let registration = Registration { labels, transparent: true, ..registration(name, ip, ports) };
+    moment.registry.register(&id, last.into(), &registration, Instant::now()).unwrap();
     moment
 }
 
@@ -261,7 +273,7 @@ fn a_transparent_sidecar_serves_every_port_at_its_own_number() {
         let found = moment.find(address).unwrap();
         (found.service.to_string(), found.port, found.protocol)
     };
-    assert_eq!(named("10.0.0.1:8080"), ("cart.shop".to_owned(), 80, Some(Protocol::Grpc)));
+    assert_eq!(named("10.0.0.1:8080"), ("cart.shop".to_owned(), 80, Some(Protocol::Http)));
     assert_eq!(named("10.0.0.1:4242"), ("cart.shop".to_owned(), 4242, None), "under its workload's name");
 
     let own = moment.catalog().own_workload(&moment.registry, &lease_id("cart", 1), &Labels::new());
@@ -309,23 +321,62 @@ fn services_on_one_port_are_told_apart_by_their_addresses() {
 }
 
 #[test]
-fn a_shared_address_is_told_apart_by_the_mesh_port() {
+fn a_shared_address_is_told_apart_by_its_ports() {
     let mut moment = Moment::default();
-    for (name, application, mesh) in [("a", 9001, 9002), ("b", 9002, 9003)] {
+    for (name, application, mesh, taken) in [("a", 9001, 9002, true), ("b", 9002, 9003, false), ("c", 9004, 9003, true)]
+    {
         let id = InstanceId { namespace: "shop".into(), service_account: name.into(), name: name.into() };
         let ports = vec![LeasedPort { application, mesh, protocol: None }];
-        let registration = Registration {
-            workload: name.into(),
-            labels: Labels::new(),
-            ip: [127, 0, 0, 1].into(),
-            ports,
-            transparent: false,
-        };
-        moment.registry.register(&id, 1, &registration).unwrap();
+        let registration = registration(name, [127, 0, 0, 1].into(), ports);
+        let registered = moment.registry.register(&id, 1, &registration, Instant::now());
+        assert_eq!(registered.is_ok(), taken, "{name}: {registered:?}");
     }
     assert_eq!(moment.endpoints("127.0.0.1:9002"), ["127.0.0.1:9002 a"]);
     assert_eq!(moment.endpoints("127.0.0.1:9001"), ["127.0.0.1:9002 a"]);
-    assert_eq!(moment.endpoints("127.0.0.1:9003"), ["127.0.0.1:9003 b"]);
+    assert_eq!(moment.endpoints("127.0.0.1:9003"), ["127.0.0.1:9003 c"]);
+}
+
+#[test]
+fn an_instance_with_two_addresses_is_one_endpoint_and_found_at_both() {
+    let mut moment = Moment::default().service("cart", "app=cart", &[], http());
+    let ports = vec![LeasedPort { application: 8080, mesh: 18080, protocol: None }];
+    let other_ips = vec!["fd00::1".parse().unwrap()];
+    let registration =
+        Registration { labels: labels("app=cart"), other_ips, ..registration("cart", [10, 0, 0, 1].into(), ports) };
+    moment.registry.register(&lease_id("cart", 1), 1, &registration, Instant::now()).unwrap();
+    assert_eq!(moment.endpoints("cart:80"), ["10.0.0.1:18080 cart"]);
+    assert_eq!(moment.endpoints("10.0.0.1:8080"), ["10.0.0.1:18080 cart"]);
+    assert_eq!(moment.endpoints("[fd00::1]:8080"), ["[fd00::1]:18080 cart"]);
+    moment.resources.services.get_mut(&("shop".into(), "cart".into())).unwrap().spec.headless = true;
+    moment.resources.services.get_mut(&("shop".into(), "cart".into())).unwrap().spec.cluster_ips.clear();
+    let addresses = moment.catalog().addresses(&moment.registry, &ServiceName::new("cart", "shop").unwrap()).unwrap();
+    assert_eq!(addresses, ["10.0.0.1".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]);
+}
+
+#[test]
+fn a_sidecar_does_not_decide_how_a_service_is_called() {
+    let unnamed = || vec![port(None, 80, TargetPort::Number(8080))];
+    let (http_word, tcp, grpc) = (Some(Protocol::Http), Some(Protocol::Tcp), Some(Protocol::Grpc));
+    let cases = [
+        ("the Service says it", http(), vec![None, tcp], http_word, Some("says tcp and the Service says http")),
+        ("and its sidecars agree", http(), vec![None, http_word], http_word, None),
+        ("the Service says nothing", unnamed(), vec![grpc, grpc], grpc, None),
+        ("and one of two speaks", unnamed(), vec![None, tcp], None, Some("says nothing and another sidecar says tcp")),
+        ("and two speak", unnamed(), vec![grpc, tcp], None, Some("says tcp and another sidecar says grpc")),
+    ];
+    for (name, ports, sidecars, expected, warning) in cases {
+        let mut moment = Moment::default().service("cart", "app=cart", &[], ports);
+        for (last, protocol) in (1..).zip(sidecars) {
+            moment = moment.lease(&format!("cart{last}"), last, "app=cart", protocol);
+        }
+        assert_eq!(moment.find("cart:80").unwrap().protocol, expected, "{name}");
+        assert_eq!(moment.find("10.96.0.1:80").unwrap().protocol, expected, "{name}");
+        let warnings = moment.catalog().warnings(&moment.registry);
+        match warning {
+            Some(text) => assert!(warnings.iter().any(|line| line.contains(text)), "{name}: {warnings:?}"),
+            None => assert!(warnings.is_empty(), "{name}: {warnings:?}"),
+        }
+    }
 }
 
 #[test]

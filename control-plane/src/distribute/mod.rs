@@ -4,12 +4,14 @@
 mod discovery;
 mod identity;
 mod index;
+mod late;
 mod lease;
 mod metrics;
 mod publisher;
 mod recent;
 mod reports;
 mod server;
+mod streams;
 mod telemetry;
 mod tls;
 

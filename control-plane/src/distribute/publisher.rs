@@ -29,8 +29,6 @@ use scope::Scope;
 const COALESCE: Duration = Duration::from_millis(10);
 const MAX_COALESCE: Duration = Duration::from_millis(500);
 
-/// Of one instance: the stream in use, the one that replaces it after a renewal, and one that is slow to end.
-const MAX_INSTANCE_STREAMS: usize = 3;
 /// Of one service account: far more replicas than one has, and what they know together. 60 MiB.
 const MAX_ACCOUNT_STREAMS: usize = 2_000;
 const MAX_ACCOUNT_SUBSCRIPTIONS: usize = 65_536;
@@ -42,6 +40,15 @@ pub enum AccountLimit {
     Streams,
     #[error("more than {MAX_ACCOUNT_SUBSCRIPTIONS} subscriptions of one service account")]
     Subscriptions,
+}
+
+/// Why a stream is not taken in.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConnectError {
+    #[error(transparent)]
+    Instance(#[from] RegisterError),
+    #[error(transparent)]
+    Account(#[from] AccountLimit),
 }
 
 /// What a subscription is about, the same value for all who share it.
@@ -70,6 +77,8 @@ struct Inner {
     subscribers: HashMap<u64, Arc<Subscriber>>,
     /// Streams and subscriptions, by namespace and service account.
     accounts: HashMap<(String, String), Held>,
+    /// The stream of each instance.
+    streams: HashMap<InstanceId, u64>,
     /// Until then sidecars are still coming back after a restart: see [`Publisher::settle_for`].
     settles: Option<tokio::time::Instant>,
 }
@@ -109,6 +118,7 @@ impl Publisher {
             version,
             subscribers: HashMap::new(),
             accounts: HashMap::new(),
+            streams: HashMap::new(),
             settles: None,
         };
         Publisher { inner: Mutex::new(inner), changed: Notify::new(), leases_changed: Notify::new(), metrics }
@@ -173,7 +183,13 @@ impl Publisher {
         registration: &Registration,
     ) -> Result<Vec<ServiceName>, RegisterError> {
         let mut inner = self.lock();
-        for changed in inner.registry.register(id, stream, registration)? {
+        let now = tokio::time::Instant::now().into_std();
+        let mut ips = std::iter::once(&registration.ip).chain(&registration.other_ips);
+        let registered = match ips.find(|ip| inner.catalog.is_of_service(**ip)) {
+            Some(ip) => Err(RegisterError::AddressOfService { ip: *ip }),
+            None => inner.registry.register(id, stream, registration, now),
+        };
+        for changed in registered? {
             self.lease_changed(&mut inner, &changed);
         }
         let instance = inner.registry.get(id).cloned();
@@ -183,7 +199,7 @@ impl Publisher {
 
     pub fn withdraw(&self, id: &InstanceId, stream: u64) {
         let mut inner = self.lock();
-        if inner.registry.withdraw(id, stream) {
+        if inner.registry.withdraw(id, stream, tokio::time::Instant::now().into_std()) {
             self.lease_changed(&mut inner, id);
         }
     }
@@ -216,20 +232,24 @@ impl Publisher {
 
     // --- subscriptions --------------------------------------------------------------------------------------
 
-    /// Takes a stream. When its instance has too many, the oldest is told to end.
-    pub fn connect(&self, subscriber: &Arc<Subscriber>) -> Result<(), AccountLimit> {
+    /// Takes a stream in. A newer one of the same sidecar takes the place of the older one, which is told by its `replaced`
+    /// and costs nothing from now on; another sidecar's is refused while the first lives.
+    pub fn connect(&self, subscriber: &Arc<Subscriber>) -> Result<(), ConnectError> {
         let mut inner = self.lock();
+        let before = inner.streams.get(&subscriber.id).and_then(|number| inner.subscribers.get(number)).cloned();
+        if let Some(before) = before {
+            if !before.holder.is_same(&subscriber.holder) {
+                return Err(RegisterError::InstanceExists(subscriber.id.clone()).into());
+            }
+            inner.disconnect(&before);
+            before.replaced.notify_one();
+        }
         let held = inner.accounts.entry(account_of(subscriber)).or_default();
         if held.streams >= MAX_ACCOUNT_STREAMS {
-            return Err(AccountLimit::Streams);
+            return Err(AccountLimit::Streams.into());
         }
         held.streams += 1;
-        let same = inner.subscribers.values().filter(|other| other.id == subscriber.id);
-        let mut same: Vec<&Arc<Subscriber>> = same.collect();
-        if same.len() >= MAX_INSTANCE_STREAMS {
-            same.sort_by_key(|other| other.number);
-            same[0].replaced.notify_one();
-        }
+        inner.streams.insert(subscriber.id.clone(), subscriber.number);
         inner.subscribers.insert(subscriber.number, subscriber.clone());
         Ok(())
     }
@@ -237,17 +257,19 @@ impl Publisher {
     /// Gives back what [`Publisher::connect`] took.
     pub fn disconnect(&self, subscriber: &Subscriber) {
         let mut inner = self.lock();
-        inner.subscribers.remove(&subscriber.number);
-        let topics = subscriber.topics();
-        inner.give_back(subscriber, 1, topics.len());
-        for topic in topics {
-            inner.leave(&topic, subscriber.number);
+        inner.disconnect(subscriber);
+        if !inner.streams.contains_key(&subscriber.id) {
+            inner.registry.drained(&subscriber.id, tokio::time::Instant::now().into_std());
         }
     }
 
     /// Subscribes; the answer is there at once, for [`Publisher::message`].
     pub fn subscribe(&self, subscriber: &Arc<Subscriber>, topic: &Topic, granted: &Labels) -> Result<(), AccountLimit> {
         let mut inner = self.lock();
+        // A stream that was replaced a moment ago.
+        if !inner.subscribers.contains_key(&subscriber.number) {
+            return Ok(());
+        }
         if !subscriber.has(topic) {
             let held = inner.accounts.entry(account_of(subscriber)).or_default();
             if held.subscriptions >= MAX_ACCOUNT_SUBSCRIPTIONS {
@@ -323,7 +345,7 @@ impl Publisher {
     }
 
     pub fn is_connected(&self, id: &InstanceId) -> bool {
-        self.lock().subscribers.values().any(|subscriber| subscriber.id == *id)
+        self.lock().streams.contains_key(id)
     }
 
     pub fn connected(&self) -> usize {
@@ -382,6 +404,21 @@ impl Inner {
                 Some(destination) => watch_response::Resource::Destination((&destination).into()),
                 None => watch_response::Resource::Unregistered(wire::Unregistered {}),
             },
+        }
+    }
+
+    fn disconnect(&mut self, subscriber: &Subscriber) {
+        if self.subscribers.remove(&subscriber.number).is_none() {
+            return;
+        }
+        if self.streams.get(&subscriber.id) == Some(&subscriber.number) {
+            self.streams.remove(&subscriber.id);
+        }
+        let topics = subscriber.topics();
+        self.give_back(subscriber, 1, topics.len());
+        for topic in topics {
+            self.leave(&topic, subscriber.number);
+            subscriber.left(&topic);
         }
     }
 

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
 
+use outrigger_api::wire::LATE_RENEWAL_LABEL;
 use outrigger_api::wire::discovery_server::DiscoveryServer;
 use outrigger_api::wire::identity_server::IdentityServer;
 use outrigger_api::wire::registry_server::RegistryServer;
@@ -29,9 +30,11 @@ use super::metrics::Metrics;
 use super::publisher::Publisher;
 use super::recent::Recent;
 use super::reports::Reports;
-use super::tls::{self, Peer, Standing, WorkloadVerifier};
+use super::streams::Streams;
+use super::tls::{self, Peer, PeerCertificate, Standing, WorkloadVerifier};
 use crate::ca::token::TokenKey;
-use crate::ca::{Authority, Redemptions, ServingCertificate};
+use crate::ca::{Authority, Certified, Grant, Redemptions, ServingCertificate};
+use crate::registry::Holder;
 
 /// From accept to the first byte of the ClientHello.
 const FIRST_BYTE: Duration = Duration::from_secs(3);
@@ -50,6 +53,8 @@ const STRANGER_STREAMS: u32 = 4;
 const ENDED_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the certificate of an open stream is judged again.
 const JUDGED_EVERY: Duration = Duration::from_secs(2);
+/// Of what a process calls itself.
+const MAX_PROCESS: usize = 64;
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 /// The largest that is honest is a registration of a thousand ports, or a certificate request with its token.
 const MAX_REQUEST: usize = 64 * 1024;
@@ -73,6 +78,7 @@ pub struct Control {
     /// For log lines that a peer can cause as often as it likes.
     pub lines: Lines,
     pub recent: Recent,
+    pub open_streams: Arc<Streams>,
     /// The number of the next stream, of whatever service.
     pub streams: AtomicU64,
     /// True: every stream ends.
@@ -86,6 +92,17 @@ impl Control {
     /// Whether a line about `what` may be written now.
     pub fn line(&self, what: &'static str) -> Option<Admitted> {
         self.lines.admit((what, None), Instant::now())
+    }
+
+    /// Which sidecar speaks with this certificate, and what it may register.
+    pub(super) fn holder(&self, certificate: &PeerCertificate, process: &str) -> (Holder, Grant) {
+        let subject = certificate.subject();
+        self.redemptions.saw(&subject);
+        // Of a certificate that is not on record the key alone is known.
+        let known = self.redemptions.certified(&subject);
+        let Certified { grant, lineage } =
+            known.unwrap_or_else(|| Certified { grant: Grant::default(), lineage: subject.key });
+        (Holder { lineage, process: process.chars().take(MAX_PROCESS).collect() }, grant)
     }
 
     pub fn next_stream(&self) -> u64 {
@@ -304,7 +321,12 @@ impl Handshakes {
             Stranger { eviction: place.eviction(), _place: place, left: STRANGER_BYTES }
         });
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-        let peer = Peer { address, certificate, standing };
+        let mut exported = None;
+        if certificate.is_none() {
+            let bytes = stream.get_ref().1.export_keying_material([0; 32], LATE_RENEWAL_LABEL, Some(&[]));
+            exported = Some(bytes.map_err(io::Error::other)?);
+        }
+        let peer = Peer { address, certificate, standing, exported };
         Ok(Connection { stream, peer, deadline: Box::pin(sleep(life)), stranger })
     }
 }

@@ -23,7 +23,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 
-use crate::ca::{Authority, Bundle, ServingCertificate};
+use crate::ca::{Authority, Bundle, ServingCertificate, Subject, key_fingerprint};
 
 /// Who is at the other end of a connection. In the extensions of each request.
 #[derive(Clone, Debug)]
@@ -32,6 +32,8 @@ pub struct Peer {
     /// None: it showed no certificate.
     pub certificate: Option<PeerCertificate>,
     pub(super) standing: Option<Arc<Standing>>,
+    /// What both ends of the connection export to bind a late renewal to it; None where nobody can ask for one.
+    pub exported: Option<[u8; 32]>,
 }
 
 impl Peer {
@@ -96,6 +98,18 @@ pub struct PeerCertificate {
     /// The subject's common name: which instance.
     pub workload: String,
     pub not_after: SystemTime,
+    /// Fingerprint of its key: what its token granted belongs to that.
+    pub key: String,
+}
+
+impl PeerCertificate {
+    pub fn subject(&self) -> Subject {
+        Subject {
+            key: self.key.clone(),
+            namespace: self.identity.namespace().to_owned(),
+            service_account: self.identity.account().to_owned(),
+        }
+    }
 }
 
 /// Why a certificate is not one of this mesh's workloads.
@@ -163,7 +177,30 @@ pub fn read_certificate(der: &CertificateDer<'_>, trust_domain: &TrustDomain) ->
         .unwrap_or_default()
         .to_owned();
     let not_after = u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or_default();
-    Ok(PeerCertificate { identity, workload, not_after: UNIX_EPOCH + Duration::from_secs(not_after) })
+    let key = key_fingerprint(certificate.public_key().raw);
+    Ok(PeerCertificate { identity, workload, not_after: UNIX_EPOCH + Duration::from_secs(not_after), key })
+}
+
+/// Verifies a chain as it was at the end of its leaf's life, and reads the identity from it.
+pub fn verify_ended(authority: &Authority, chain: &[CertificateDer<'_>]) -> Result<PeerCertificate, rustls::Error> {
+    let [leaf, intermediates @ ..] = chain else { return Err(Error::NoCertificatesPresented) };
+    let unfit = |error: PeerError| Error::from(CertificateError::Other(OtherError(Arc::new(error))));
+    let certificate = read_certificate(leaf, authority.trust_domain()).map_err(unfit)?;
+    let verifier = chain_verifier(&authority.bundle(), &Arc::new(rustls::crypto::aws_lc_rs::default_provider()))?;
+    let end = certificate.not_after.duration_since(UNIX_EPOCH).unwrap_or_default();
+    verifier.verify_client_cert(leaf, intermediates, UnixTime::since_unix_epoch(end))?;
+    Ok(certificate)
+}
+
+fn chain_verifier(bundle: &Bundle, provider: &Arc<CryptoProvider>) -> Result<Arc<dyn ClientCertVerifier>, Error> {
+    let mut roots = RootCertStore::empty();
+    for root in &bundle.roots {
+        roots.add(root.clone())?;
+    }
+    WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+        .allow_unauthenticated()
+        .build()
+        .map_err(|error| Error::General(error.to_string()))
 }
 
 /// Verifies with the bundle that is in force at that moment.
@@ -192,14 +229,7 @@ impl WorkloadVerifier {
         {
             return Ok(current);
         }
-        let mut roots = RootCertStore::empty();
-        for root in &bundle.roots {
-            roots.add(root.clone())?;
-        }
-        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), self.provider.clone())
-            .allow_unauthenticated()
-            .build()
-            .map_err(|error| Error::General(error.to_string()))?;
+        let verifier = chain_verifier(&bundle, &self.provider)?;
         let current = Arc::new(Roots { bundle, verifier });
         self.current.store(Some(current.clone()));
         Ok(current)

@@ -38,7 +38,7 @@ impl Watch {
     pub async fn open(control_plane: &ControlPlane, workload: &Workload) -> Result<Watch, Status> {
         let (requests, stream) = mpsc::channel(16);
         let mut client = DiscoveryClient::new(workload.connect(control_plane).await?);
-        let hello = Hello { version: "test".into(), workload: workload.name.clone() };
+        let hello = Hello { version: "test".into(), workload: workload.name.clone(), ..Hello::default() };
         requests.send(WatchRequest { kind: Some(watch_request::Kind::Hello(hello)) }).await.unwrap();
         let updates = client.watch(ReceiverStream::new(stream)).await?.into_inner();
         Ok(Watch { requests, updates })
@@ -107,7 +107,7 @@ impl Lease {
             labels: [("app".to_owned(), label.to_owned())].into(),
             ip: String::new(),
             ports: vec![port],
-            transparent: false,
+            ..Registration::default()
         };
         self.say(lease_request::Kind::Register(registration)).await
     }

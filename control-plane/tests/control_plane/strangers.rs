@@ -154,7 +154,7 @@ async fn requests_that_ask_for_more_get_nothing() {
     for (word, csr_der, name, proof) in cases {
         let mut client = IdentityClient::new(Workload::new("x").connect(&control_plane).await.unwrap());
         let proof = if proof.is_empty() { token.clone() } else { proof.to_owned() };
-        let request = outrigger_api::wire::IssueRequest { csr_der, proof, workload: name.into() };
+        let request = outrigger_api::wire::IssueRequest { csr_der, proof, workload: name.into(), late: None };
         let error = client.issue(request).await.unwrap_err();
         assert!(error.message().starts_with(&format!("{word}: ")), "{word}: {}", error.message());
         assert!(!error.message().contains(&token), "a token is never told again");

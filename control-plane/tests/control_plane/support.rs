@@ -10,7 +10,8 @@ use outrigger_api::resource::Labels;
 use outrigger_api::wire::identity_client::IdentityClient;
 use outrigger_api::wire::{IssueRequest, IssueResponse};
 use outrigger_control_plane::app::ControlPlane;
-use outrigger_control_plane::ca::token;
+use outrigger_control_plane::ca::Grant;
+use outrigger_control_plane::ca::token::{self, Asked};
 use outrigger_control_plane::config::{Args, State};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -63,7 +64,9 @@ impl Fixture {
         let labels: Labels = labels.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
         let state = State::open(&self.args().state).unwrap();
         let hour = Duration::from_secs(3600);
-        token::create(&state, "shop", account, &labels, uses, hour, SystemTime::now()).unwrap()
+        let grant = Grant { labels, addresses: Vec::new() };
+        let asked = Asked { namespace: "shop", service_account: account, grant, uses, ttl: hour };
+        token::create(&state, &asked, SystemTime::now()).unwrap()
     }
 }
 
@@ -88,7 +91,8 @@ impl Workload {
     /// Asks for a certificate: with a token, or with the current certificate when `proof` is empty.
     pub async fn issue(&mut self, control_plane: &ControlPlane, proof: &str) -> Result<IssueResponse, Status> {
         let mut client = IdentityClient::new(self.connect(control_plane).await?);
-        let request = IssueRequest { csr_der: self.csr(), proof: proof.to_owned(), workload: self.name.clone() };
+        let (proof, workload) = (proof.to_owned(), self.name.clone());
+        let request = IssueRequest { csr_der: self.csr(), proof, workload, late: None };
         let issued = client.issue(request).await?.into_inner();
         self.chain = issued.chain_der.iter().cloned().map(CertificateDer::from).collect();
         Ok(issued)

@@ -22,6 +22,14 @@ impl NotReady {
     fn new(reason: &str, hint: impl Into<String>) -> NotReady {
         NotReady { reason: reason.to_owned(), hint: hint.into() }
     }
+
+    /// What the control plane told: a word of its own and a colon may stand before it.
+    fn told(reason: &str, text: &str) -> NotReady {
+        match text.strip_prefix("instance_exists: ") {
+            Some(hint) => NotReady::new("instance_exists", hint),
+            None => NotReady::new(reason, text),
+        }
+    }
 }
 
 /// What to do about rules that do not exempt the sidecar.
@@ -77,6 +85,9 @@ impl Readiness {
                 None => NotReady::new("certificate_pending", "the control plane has been asked for a certificate"),
             });
         }
+        if let Some(told) = &*self.directory.duplicate().borrow() {
+            return Err(NotReady::told("instance_exists", told));
+        }
         if self.directory.own().borrow().is_none() {
             return Err(NotReady::new(
                 "snapshot_pending",
@@ -99,7 +110,7 @@ impl Readiness {
                     ));
                 }
                 LeaseState::Refused { reason } => {
-                    return Err(NotReady::new("lease_refused", reason.to_string()));
+                    return Err(NotReady::told("lease_refused", reason));
                 }
             }
         }
@@ -120,6 +131,7 @@ impl Readiness {
         let mut own = self.directory.own();
         let mut connected = self.directory.connected();
         let mut lease = self.directory.lease();
+        let mut duplicate = self.directory.duplicate();
         while self.check().is_err() {
             // A sender that is gone cannot change anything any more; the others still may.
             tokio::select! {
@@ -127,6 +139,7 @@ impl Readiness {
                 Ok(()) = own.changed() => {}
                 Ok(()) = connected.changed() => {}
                 Ok(()) = lease.changed() => {}
+                Ok(()) = duplicate.changed() => {}
                 // Nothing tells when the rules fit again.
                 () = tokio::time::sleep(Duration::from_secs(1)), if self.comes_back.load(Ordering::Relaxed) => {}
                 else => std::future::pending().await,

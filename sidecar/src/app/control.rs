@@ -78,6 +78,7 @@ impl Control {
             state: config.state.clone(),
             mark: config.mark,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            process: discovery::process_name(),
         };
         if config.state.is_none() {
             tracing::info!("without --state nothing survives a restart: a new join token will be needed then");

@@ -240,7 +240,7 @@ fn lease(config: &Config, bound: &Bound) -> Option<Lease> {
         instance: config.name.clone(),
         workload: config.workload.clone(),
         labels: config.labels.clone(),
-        ip: config.workload_address,
+        ips: config.workload_address.clone(),
         ports,
         transparent: config.transparent,
     };

@@ -2,9 +2,12 @@
 //! `outrigger sidecar`.
 
 use std::ffi::OsString;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 use std::process::ExitCode;
 
 use outrigger_runtime::logging::{self, Logs};
+use outrigger_runtime::ownership::{self, Exposed};
 use outrigger_runtime::signals::{Signal, Signals};
 use outrigger_runtime::{open_files, stdout};
 
@@ -47,6 +50,12 @@ fn run(argv: impl Iterator<Item = OsString>) -> ExitCode {
         Ok(config) => config,
         Err(stop) => return stop.report(),
     };
+    if let Some(state) = &config.state
+        && let Err(error) = private(state)
+    {
+        stdout::complain(&format!("outrigger-sidecar: --state: {error}\n"));
+        return ExitCode::from(2);
+    }
     let logs = match logging::start(&config.log) {
         Ok(logs) => logs,
         Err(error) => {
@@ -63,6 +72,13 @@ fn run(argv: impl Iterator<Item = OsString>) -> ExitCode {
     };
     logs.flush(std::time::Duration::from_secs(1));
     code
+}
+
+/// Makes the state directory when it is absent, readable by this user alone. What cannot be made is told when something is
+/// to be written there; what another user can change is not used at all.
+fn private(state: &Path) -> Result<(), Exposed> {
+    let _ = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(state);
+    ownership::check(state, &[])
 }
 
 fn serve(config: Config, logs: Logs) -> anyhow::Result<()> {

@@ -37,9 +37,11 @@ pub struct Args {
     /// Label by which Services select this workload; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = value::key_and_value)]
     pub label: Vec<(String, String)>,
-    /// Where peers reach this workload [default: the local address towards the control plane]
-    #[arg(long, value_name = "IP", value_parser = value::reachable)]
-    pub workload_address: Option<IpAddr>,
+    /// Where peers reach this workload; may be repeated, with the preferred address first. Another one than that from which
+    /// it connects to the control plane has to be granted by its token [default: the local address towards the control
+    /// plane]
+    #[arg(long, value_name = "IP", value_delimiter = ',', value_parser = value::reachable)]
+    pub workload_address: Vec<IpAddr>,
     /// Port of the application, with its protocol (http, http2, grpc, tcp, tls); without one it is detected; may be
     /// repeated
     #[arg(long, value_name = "PORT[/PROTOCOL]", value_parser = value::declared_port)]

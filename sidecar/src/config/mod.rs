@@ -43,7 +43,7 @@ pub struct Config {
     pub workload: String,
     pub labels: BTreeMap<String, String>,
     /// Where peers reach this workload; None: the local address of the socket to the control plane.
-    pub workload_address: Option<IpAddr>,
+    pub workload_address: Vec<IpAddr>,
     /// The application's ports, by number: those of `--port`, and with no protocol those of `--inbound`.
     pub ports: Vec<DeclaredPort>,
     pub inbound: Vec<Inbound>,

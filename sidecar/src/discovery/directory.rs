@@ -60,6 +60,7 @@ struct Shared {
     own_version: Mutex<Option<u64>>,
     connected: watch::Sender<bool>,
     lease: watch::Sender<LeaseState>,
+    duplicate: watch::Sender<Option<Arc<str>>>,
     destinations: RwLock<HashMap<Key, Entry>>,
     /// What the discovery task has to tell the control plane. Sent while the map is locked for writing, so that the
     /// order is that of the map.
@@ -109,6 +110,7 @@ impl Directory {
             own_version: Mutex::default(),
             connected: watch::Sender::new(false),
             lease: watch::Sender::new(LeaseState::Pending),
+            duplicate: watch::Sender::new(None),
             destinations: RwLock::default(),
             changes,
             changes_receiver: Mutex::new(Some(changes_receiver)),
@@ -173,6 +175,11 @@ impl Directory {
 
     pub fn lease(&self) -> watch::Receiver<LeaseState> {
         self.0.lease.subscribe()
+    }
+
+    /// What the control plane says when another sidecar has the name of this one.
+    pub fn duplicate(&self) -> watch::Receiver<Option<Arc<str>>> {
+        self.0.duplicate.subscribe()
     }
 
     /// How long ago the control plane last stood by what is known here: zero while connected, None when it never did.
@@ -258,6 +265,14 @@ impl Directory {
 
     pub(super) fn set_confirmed(&self, at: SystemTime) {
         *self.0.confirmed.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
+    }
+
+    pub(super) fn set_duplicate(&self, told: Option<Arc<str>>) {
+        self.0.duplicate.send_if_modified(|known| {
+            let changed = *known != told;
+            *known = told;
+            changed
+        });
     }
 
     pub(super) fn set_lease(&self, state: LeaseState) {

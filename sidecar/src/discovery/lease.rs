@@ -66,8 +66,7 @@ struct Open {
 
 impl Leasing {
     /// With `withdraw` the lease of an earlier connection is taken back.
-    pub(super) fn new(channel: Channel, lease: Option<Lease>, withdraw: bool) -> Leasing {
-        let registration = lease.map(Registration::from);
+    pub(super) fn new(channel: Channel, registration: Option<Registration>, withdraw: bool) -> Leasing {
         let mut leasing = Leasing { channel, registration, withdraw, stage: Stage::Off, failures: 0 };
         leasing.open();
         leasing
@@ -160,14 +159,17 @@ impl Stage {
     }
 }
 
-impl From<Lease> for Registration {
-    fn from(lease: Lease) -> Registration {
+impl Lease {
+    /// As the process of this name registers it.
+    pub(super) fn registration(self, process: String) -> Registration {
+        let mut ips = self.ips.iter().map(ToString::to_string);
         Registration {
-            instance: lease.instance,
-            workload: lease.workload,
-            labels: lease.labels.into_iter().collect(),
-            ip: lease.ip.map(|ip| ip.to_string()).unwrap_or_default(),
-            ports: lease
+            instance: self.instance,
+            workload: self.workload,
+            labels: self.labels.into_iter().collect(),
+            ip: ips.next().unwrap_or_default(),
+            other_ips: ips.collect(),
+            ports: self
                 .ports
                 .into_iter()
                 .map(|(application, mesh, protocol)| RegisteredPort {
@@ -176,7 +178,8 @@ impl From<Lease> for Registration {
                     protocol: protocol_to_wire(protocol).into(),
                 })
                 .collect(),
-            transparent: lease.transparent,
+            transparent: self.transparent,
+            process,
         }
     }
 }

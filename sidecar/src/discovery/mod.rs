@@ -18,6 +18,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aws_lc_rs::rand::{SecureRandom, SystemRandom};
 use outrigger_api::identity::TrustDomain;
 use outrigger_api::name::Protocol;
 use tokio::sync::mpsc;
@@ -47,6 +48,17 @@ pub struct DiscoverySettings {
     pub mark: Option<u32>,
     /// Build version, for `outrigger status`.
     pub version: String,
+    /// [`process_name`]: by it the control plane tells the next connection of this sidecar from another sidecar's.
+    pub process: String,
+}
+
+/// A random name for this process; empty when the system gives no randomness, and the certificate stands for it.
+pub fn process_name() -> String {
+    let mut bytes = [0; 16];
+    match SystemRandom::new().fill(&mut bytes) {
+        Ok(()) => bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
+        Err(_) => String::new(),
+    }
 }
 
 /// What a standalone sidecar registers. The stream on which it is sent is the lease.
@@ -56,8 +68,8 @@ pub struct Lease {
     /// Name for metrics.
     pub workload: String,
     pub labels: BTreeMap<String, String>,
-    /// Where peers reach the mesh ports; None: the address that the stream comes from.
-    pub ip: Option<IpAddr>,
+    /// Where peers reach the mesh ports, the preferred address first; empty: the address that the stream comes from.
+    pub ips: Vec<IpAddr>,
     /// Application port, mesh port, declared protocol.
     pub ports: Vec<(u16, u16, Option<Protocol>)>,
     /// Every other port is served too, at its own number.
@@ -233,6 +245,7 @@ impl Watcher {
                 }
                 self.failures = 0;
                 self.directory.set_connected(true);
+                self.directory.set_duplicate(None);
                 let outcome = update::apply(*response, &self.directory, &self.tls, &self.settings);
                 if outcome.changed {
                     self.copying.later();
@@ -256,12 +269,21 @@ impl Watcher {
     /// Tells the first failure in a row and dials again in a while.
     fn on_failure(&mut self, error: &SessionError) {
         self.failures = self.failures.saturating_add(1);
+        let duplicate = error.duplicate();
+        if let Some(told) = duplicate {
+            if self.directory.duplicate().borrow().is_none() {
+                tracing::error!("{told}");
+            }
+            self.directory.set_duplicate(Some(told.into()));
+        }
         if self.failures == 1 {
             tracing::warn!(%error, "discovery is not connected; what is known stays in use");
         } else {
             tracing::debug!(%error, failures = self.failures, "discovery is still not connected");
         }
-        let wait = reconnect_after(self.failures, fastrand::f64());
+        // Another sidecar's name is free as soon as that one is gone.
+        let failures = if duplicate.is_some() { 1 } else { self.failures };
+        let wait = reconnect_after(failures, fastrand::f64());
         self.dialling = Dialling::Waiting(Box::pin(sleep(wait)));
     }
 

@@ -41,6 +41,16 @@ pub(super) enum SessionError {
     Stuck(usize),
 }
 
+impl SessionError {
+    /// What the control plane says when another sidecar has this one's name.
+    pub(super) fn duplicate(&self) -> Option<&str> {
+        match self {
+            SessionError::Refused(status) if status.code() == tonic::Code::AlreadyExists => Some(status.message()),
+            _ => None,
+        }
+    }
+}
+
 pub(super) enum Event {
     Update(Box<WatchResponse>),
     Lease(LeaseEvent),
@@ -70,7 +80,8 @@ impl Session {
         let dialled =
             dial(&settings.control_plane, settings.mark, credential.bundle(), Some(&credential), &clock).await?;
         let (requests, outgoing) = mpsc::channel(64);
-        let hello = wire::Hello { version: settings.version, workload: settings.name };
+        let process = settings.process;
+        let hello = wire::Hello { version: settings.version, workload: settings.name, process: process.clone() };
         // There is room for these: the stream's body begins with them.
         for kind in [watch_request::Kind::Hello(hello), subscribe(&Key::Own)] {
             let _ = requests.try_send(WatchRequest { kind: Some(kind) });
@@ -83,8 +94,13 @@ impl Session {
             None => SessionError::Refused(Box::new(status)),
         });
         let updates = answer?.into_inner();
-        let lease = lease.map(|lease| Lease { ip: lease.ip.or(dialled.local), ..lease });
-        let leasing = Leasing::new(dialled.channel.clone(), lease, withdraw);
+        let registration = lease.map(|mut lease| {
+            if lease.ips.is_empty() {
+                lease.ips.extend(dialled.local);
+            }
+            lease.registration(process)
+        });
+        let leasing = Leasing::new(dialled.channel.clone(), registration, withdraw);
         Ok(Session { updates, requests, queue: VecDeque::new(), leasing, channel: dialled.channel })
     }
 

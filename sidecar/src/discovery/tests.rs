@@ -47,6 +47,7 @@ impl Fixture {
             state: None,
             mark: None,
             version: "test".to_owned(),
+            process: "p".to_owned(),
         };
         let directory = Directory::new(Clock::system());
         Fixture { control_plane, credential, settings, tls, directory, lease: None, withdraw: None, task: None }
@@ -334,7 +335,9 @@ async fn a_renewed_certificate_takes_the_stream_and_the_lease_along() {
     sidecar.record().until(|record| record.leases.lock().unwrap().len() == 2).await;
     assert!(!connected.has_changed().unwrap(), "it was connected all the time");
     // Nothing was said of an address: it is that of this end of the connection.
-    let register = lease_request::Kind::Register(Lease { ip: Some([127, 0, 0, 1].into()), ..lease() }.into());
+    let register = lease_request::Kind::Register(
+        Lease { ips: vec![[127, 0, 0, 1].into()], ..lease() }.registration("p".to_owned()),
+    );
     assert_eq!(*sidecar.record().leases.lock().unwrap(), [register.clone(), register]);
 }
 
@@ -343,7 +346,7 @@ fn lease() -> Lease {
         instance: "cart-1".to_owned(),
         workload: "cart".to_owned(),
         labels: [("app".to_owned(), "cart".to_owned())].into(),
-        ip: None,
+        ips: Vec::new(),
         ports: vec![(8080, 15006, Some(Protocol::Http))],
         transparent: false,
     }
@@ -437,6 +440,7 @@ fn a_broken_copy_is_told_and_not_used() {
         state: None,
         mark: None,
         version: String::new(),
+        process: String::new(),
     };
     let full = Directory::new(Clock::system());
     full.set_own(1, own(MtlsMode::Strict));

@@ -12,7 +12,7 @@ use std::time::Duration;
 use hyper_util::rt::TokioIo;
 use outrigger_api::identity::SpiffeId;
 use outrigger_api::peer_text::PeerText;
-use outrigger_api::wire::CONTROL_PLANE_ALPN;
+use outrigger_api::wire::{CONTROL_PLANE_ALPN, LATE_RENEWAL_LABEL};
 use rustls::client::Resumption;
 use rustls::sign::SingleCertAndKey;
 use rustls::{AlertDescription, ClientConfig};
@@ -61,6 +61,8 @@ pub struct Dialled {
     pub channel: Channel,
     /// The address of this end: where peers reach this workload, unless it was told otherwise.
     pub local: Option<IpAddr>,
+    /// What both ends of the connection export for the proof of a late renewal.
+    pub exported: [u8; 32],
     alert: Arc<OnceLock<AlertDescription>>,
 }
 
@@ -83,6 +85,9 @@ pub async fn dial(
     let tcp = connect(address, mark).await?;
     let local = tcp.local_addr().ok().map(|local| local.ip());
     let tls = handshake(address, tcp, roots, credential, clock).await?;
+    let exported = tls.get_ref().1.export_keying_material([0; 32], LATE_RENEWAL_LABEL, Some(&[]));
+    let exported =
+        exported.map_err(|error| DialError::Tls { address: address.to_owned(), error: TlsError::Material(error) })?;
     let failed = |error: tonic::transport::Error| {
         let message = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
         DialError::Http2 { address: address.to_owned(), message }
@@ -100,7 +105,7 @@ pub async fn dial(
         async move { connection }
     });
     let channel = endpoint.connect_with_connector(connector).await.map_err(failed)?;
-    Ok(Dialled { channel, local, alert })
+    Ok(Dialled { channel, local, exported, alert })
 }
 
 async fn connect(address: &str, mark: Option<u32>) -> Result<TcpStream, DialError> {

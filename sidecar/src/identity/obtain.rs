@@ -1,12 +1,13 @@
-//! One try to get a certificate: by the current one over mutual TLS, else by the join token against the roots in the
-//! trust bundle's file. Keeps what it got in `--state`.
+//! One try to get a certificate: by the current one over mutual TLS; by that one although it has ended, because machines
+//! sleep and control planes are away; else by the join token against the roots in the trust bundle's file. Keeps what it
+//! got in `--state`.
 
 use std::fs;
 use std::path::Path;
 use std::time::SystemTime;
 
 use super::channel::dial;
-use super::request::{IssueError, Request, check_is_ours};
+use super::request::{IssueError, Proof, Request, check_is_ours};
 use super::state::{State, StateError, bundle_from_file};
 use super::trouble::{Kind, explain, kind};
 use super::{IdentitySettings, Trouble};
@@ -97,10 +98,21 @@ impl Obtainer {
             Ok(roots) => roots,
             Err(error) => return Err(refusal.unwrap_or(error)),
         };
+        if let Some(own) = current {
+            for root in &roots {
+                match self.renew_late(own, root).await {
+                    Err(error) if kind(&error) == Kind::Passing => return Err(refusal.unwrap_or(error)),
+                    Err(error) => refusal = Some(refusal.unwrap_or(error)),
+                    Ok(renewed) => return Ok(renewed),
+                }
+            }
+        }
         for root in roots {
             match self.redeem(&root).await {
                 Err(error @ IssueError::Token { .. }) => return Err(refusal.unwrap_or(error)),
-                Err(error) if kind(&error) == Kind::OtherAuthority => refusal = Some(error),
+                Err(error) if kind(&error) == Kind::OtherAuthority || is_spent(&error) => {
+                    refusal = Some(refusal.unwrap_or(error));
+                }
                 other => return other,
             }
         }
@@ -112,7 +124,16 @@ impl Obtainer {
         let channel =
             dial(&self.settings.control_plane, self.settings.mark, own.bundle(), Some(own), self.tls.clock()).await?;
         let request = Request::new(self.settings.algorithm())?;
-        let credential = request.issue(channel, String::new(), &self.settings, self.tls.clock()).await?;
+        let credential = request.issue(channel, Proof::Certificate, &self.settings, self.tls.clock()).await?;
+        Ok((credential, request.key_pem()))
+    }
+
+    /// By a certificate that has ended, or that the control plane takes for ended: nobody is mutually authenticated by it
+    /// any more, its key can still show that it is here.
+    async fn renew_late(&self, own: &Credential, roots: &Bundle) -> Result<(Credential, String), IssueError> {
+        let channel = dial(&self.settings.control_plane, self.settings.mark, roots, None, self.tls.clock()).await?;
+        let request = Request::new(self.settings.algorithm())?;
+        let credential = request.issue(channel, Proof::Ended(own), &self.settings, self.tls.clock()).await?;
         Ok((credential, request.key_pem()))
     }
 
@@ -131,7 +152,7 @@ impl Obtainer {
                 tracing::warn!(%error, "--state cannot be written: a restart will need a new join token");
             }
         }
-        let answer = request.issue(channel, token, &self.settings, self.tls.clock()).await;
+        let answer = request.issue(channel, Proof::Token(token), &self.settings, self.tls.clock()).await;
         match answer {
             Ok(credential) => {
                 self.bootstrap = Some(roots.clone());
@@ -218,6 +239,11 @@ impl Obtainer {
         };
         [of(&self.settings.trust_bundle), self.settings.token_file.as_deref().and_then(of)]
     }
+}
+
+/// The token was for the certificate that cannot be renewed any more: that one's refusal is the news.
+fn is_spent(error: &IssueError) -> bool {
+    matches!(error, IssueError::Refused(status) if status.message().starts_with("token_replayed:"))
 }
 
 /// Writing to disk waits for the disk: not on the thread that the control plane's streams live on.

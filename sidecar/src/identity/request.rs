@@ -1,14 +1,14 @@
-//! One certificate: a key that is made here, a CSR with nothing but that key, one call of Issue, and the checks that
-//! turn its answer into a credential.
+//! One certificate: a key that is made here, a CSR with that key and the identity that is expected, one call of Issue, and
+//! the checks that turn its answer into a credential.
 
 use std::time::Duration;
 
 use outrigger_api::identity::SpiffeId;
 use outrigger_api::snapshot::KeyAlgorithm;
 use outrigger_api::wire::identity_client::IdentityClient;
-use outrigger_api::wire::{IssueRequest, IssueResponse};
-use rcgen::{CertificateParams, DistinguishedName, KeyPair};
-use rustls::AlertDescription;
+use outrigger_api::wire::{IssueRequest, IssueResponse, LateRenewal, late_renewal_message};
+use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
+use rustls::{AlertDescription, SignatureScheme};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::time::timeout;
 
@@ -63,23 +63,32 @@ impl Request {
         self.key.serialize_pem()
     }
 
-    /// The key in a CSR that asks for nothing else: no subject, no extension.
-    fn csr(&self) -> Result<Vec<u8>, IssueError> {
+    /// The key and the identity that this sidecar is told to have: when the token is for another one, the control plane
+    /// refuses before it spends the token.
+    fn csr(&self, settings: &IdentitySettings) -> Result<Vec<u8>, IssueError> {
+        let identity = expected(settings).map_err(IssueError::Answer)?;
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = vec![SanType::URI(identity.as_str().try_into()?)];
         Ok(params.serialize_request(&self.key)?.der().to_vec())
     }
 
-    /// Asks once. `proof` is the join token, empty on a channel that proves us by certificate.
+    /// Asks once.
     pub(super) async fn issue(
         &self,
         dialled: Dialled,
-        proof: String,
+        proof: Proof<'_>,
         settings: &IdentitySettings,
         clock: &Clock,
     ) -> Result<Credential, IssueError> {
         let mut client = IdentityClient::new(dialled.channel.clone()).max_decoding_message_size(MAX_ANSWER);
-        let request = IssueRequest { csr_der: self.csr()?, proof, workload: settings.name.clone() };
+        let csr_der = self.csr(settings)?;
+        let (proof, late) = match proof {
+            Proof::Token(token) => (token, None),
+            Proof::Certificate => (String::new(), None),
+            Proof::Ended(credential) => (String::new(), Some(late_renewal(credential, &dialled, &csr_der)?)),
+        };
+        let request = IssueRequest { csr_der, proof, workload: settings.name.clone(), late };
         let answer = timeout(ANSWER, client.issue(request)).await.map_err(|_| IssueError::Late(ANSWER))?;
         let answer = answer.map_err(|status| match dialled.alert() {
             Some(alert) => IssueError::CertificateRefused(alert),
@@ -103,10 +112,35 @@ impl Request {
     }
 }
 
+/// What shows the control plane who asks.
+pub(super) enum Proof<'a> {
+    /// A join token.
+    Token(String),
+    /// The certificate with which the channel was dialled.
+    Certificate,
+    /// A certificate that has ended, on a channel without one.
+    Ended(&'a Credential),
+}
+
+/// The chain that ended, and a signature by its key that is good for this connection and this request alone.
+fn late_renewal(ended: &Credential, dialled: &Dialled, csr_der: &[u8]) -> Result<LateRenewal, IssueError> {
+    const SCHEMES: [SignatureScheme; 3] =
+        [SignatureScheme::ECDSA_NISTP256_SHA256, SignatureScheme::ED25519, SignatureScheme::ECDSA_NISTP384_SHA384];
+    let message = late_renewal_message(&dialled.exported, csr_der);
+    let signer = ended.certified().key.choose_scheme(&SCHEMES);
+    let signature = signer.map(|signer| signer.sign(&message)).transpose();
+    let signature = signature.ok().flatten().ok_or_else(|| IssueError::Key(rcgen::Error::RemoteKeyError))?;
+    Ok(LateRenewal { chain_der: ended.chain().iter().map(|der| der.to_vec()).collect(), signature })
+}
+
+fn expected(settings: &IdentitySettings) -> Result<SpiffeId, String> {
+    let IdentitySettings { trust_domain, namespace, service_account, .. } = settings;
+    SpiffeId::new(trust_domain, namespace, service_account).map_err(|error| error.to_string())
+}
+
 /// A certificate for somebody else is of no use, even when the control plane signed it.
 pub(super) fn check_is_ours(credential: &Credential, settings: &IdentitySettings) -> Result<(), String> {
-    let IdentitySettings { trust_domain, namespace, service_account, name, .. } = settings;
-    let expected = SpiffeId::new(trust_domain, namespace, service_account).map_err(|error| error.to_string())?;
+    let (expected, name) = (expected(settings)?, &settings.name);
     if *credential.identity() != expected {
         return Err(format!("the certificate is for {}, this sidecar is {expected}", credential.identity()));
     }

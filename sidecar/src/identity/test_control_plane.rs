@@ -17,7 +17,7 @@ use outrigger_api::wire::{
     IssueRequest, IssueResponse, LeaseRequest, LeaseResponse, ResourceKey, TrustBundle, WatchRequest, WatchResponse,
     lease_request, watch_request,
 };
-use rcgen::CertificateSigningRequestParams;
+use rcgen::{CertificateSigningRequestParams, SanType};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use tokio::net::{TcpListener, TcpStream};
@@ -46,6 +46,8 @@ pub(crate) struct Script {
     pub(crate) leaf_life: u64,
     pub(crate) clock_ahead: i64,
     pub(crate) refusal: Option<Status>,
+    /// Certificates that have ended renew themselves.
+    pub(crate) renews_late: bool,
     pub(crate) account: String,
     pub(crate) resources: HashMap<Vec<u8>, WatchResponse>,
     pub(crate) lease_refusal: String,
@@ -97,6 +99,7 @@ impl ControlPlane {
             leaf_life: 3600,
             clock_ahead: 0,
             refusal: None,
+            renews_late: false,
             account: "control-plane".to_owned(),
             resources: HashMap::new(),
             lease_refusal: String::new(),
@@ -236,15 +239,19 @@ impl Identity for Services {
     async fn issue(&self, request: Request<IssueRequest>) -> Result<Response<IssueResponse>, Status> {
         let by_certificate = request.extensions().get::<ByCertificate>().unwrap().0;
         let request = request.into_inner();
-        let issued = Issued { request: request.clone(), by_certificate };
         let script = self.script.lock().unwrap();
+        if request.late.is_some() && !script.renews_late {
+            return Err(Status::permission_denied("certificate_unknown: it is not on record here"));
+        }
+        let issued = Issued { request: request.clone(), by_certificate };
         self.record.issued.lock().unwrap().push(issued);
         self.record.note();
         if let Some(refusal) = &script.refusal {
             return Err(refusal.clone());
         }
         let csr = CertificateSigningRequestParams::from_der(&request.csr_der.as_slice().into()).unwrap();
-        assert!(csr.params.subject_alt_names.is_empty(), "a CSR has nothing but its key");
+        let expected = SanType::URI("spiffe://outrigger.local/ns/shop/sa/cart".try_into().unwrap());
+        assert_eq!(csr.params.subject_alt_names, [expected], "a CSR has its key and the identity that is expected");
         let mut spec = LeafSpec::valid("shop", "cart").times(script.now(), 300, script.leaf_life);
         spec.common_name = Some(request.workload);
         Ok(Response::new(IssueResponse {

@@ -1,6 +1,7 @@
 //! The task against a control plane of ours, over real sockets.
 
 use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use outrigger_api::identity::TrustDomain;
@@ -406,6 +407,37 @@ async fn an_expired_certificate_falls_back_to_the_token() {
     let issued = control_plane.record.issued.lock().unwrap().clone();
     assert!(!issued[0].by_certificate);
     assert_eq!(issued[0].request.proof, "token-1");
+}
+
+/// A laptop that slept for days, with a token that it has spent long ago.
+#[tokio::test]
+async fn a_clock_that_jumps_beyond_the_certificates_end_needs_no_token() {
+    let control_plane = ControlPlane::start(Authority::new("outrigger.local")).await;
+    let root = control_plane.script.lock().unwrap().authority.root.clone();
+    control_plane.script.lock().unwrap().renews_late = true;
+    let mut sidecar = Fixture::new(control_plane.address, &root);
+    let ahead = Arc::new(AtomicU64::new(0));
+    let seconds = Arc::clone(&ahead);
+    let clock = Clock::new(move || SystemTime::now() + Duration::from_secs(seconds.load(Ordering::Relaxed)));
+    sidecar.tls = Tls::new(clock);
+    sidecar.start();
+    let first = sidecar.certificate().await;
+    std::fs::remove_file(sidecar.settings.token_file.as_ref().unwrap()).unwrap();
+    let days = 3 * 86_400;
+    control_plane.script.lock().unwrap().clock_ahead = days;
+    ahead.store(days.unsigned_abs(), Ordering::Relaxed);
+    let mut materials = sidecar.tls.subscribe();
+    let renewed = |material: &Option<Arc<Material>>| {
+        material.as_ref().is_some_and(|material| material.credential().not_after() > first.not_after())
+    };
+    let found = tokio::time::timeout(Duration::from_secs(60), materials.wait_for(renewed)).await;
+    let second = found.unwrap().unwrap().as_ref().unwrap().credential().clone();
+    assert!(second.not_after() > SystemTime::now() + Duration::from_secs(days.unsigned_abs()));
+    let issued = control_plane.record.issued.lock().unwrap().clone();
+    let last = issued.last().unwrap();
+    assert!(!last.by_certificate && last.request.proof.is_empty());
+    assert_eq!(last.request.late.as_ref().unwrap().chain_der[0], first.chain()[0].to_vec());
+    sidecar.no_trouble().await;
 }
 
 #[tokio::test]

@@ -130,6 +130,14 @@ fn refused(status: &tonic::Status, settings: &IdentitySettings, now: SystemTime)
         "token_missing" | "token_malformed" | "token_audience" | "token_signature" | "token_replayed" => {
             format!("write a new one from `outrigger token create` of this control plane to {file}")
         }
+        "certificate_expired" | "certificate_unknown" | "certificate_proof" => {
+            format!("write a new join token from `outrigger token create` of this control plane to {file}")
+        }
+        "csr_identity" => format!(
+            "this sidecar is told --namespace {}, --service-account {} and --trust-domain {}: correct what is wrong of them, \
+             or write a token that was made for them to {file}; this token is not spent",
+            settings.namespace, settings.service_account, settings.trust_domain
+        ),
         "token_namespace" => {
             format!(
                 "the token must be made for namespace {} and service account {}",

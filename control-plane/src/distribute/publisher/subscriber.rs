@@ -2,25 +2,29 @@
 //! about what it got. A slow sidecar costs one mark per topic, however often the topic changes meanwhile.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use outrigger_api::peer_text::PeerText;
 use tokio::sync::Notify;
 
 use super::Topic;
-use crate::registry::InstanceId;
+use crate::registry::{Holder, InstanceId};
 
 pub struct Subscriber {
     pub(super) number: u64,
     pub id: InstanceId,
+    pub(super) holder: Holder,
+    /// Keys to which all streams of its redemption are subscribed.
+    subscribed: Arc<AtomicUsize>,
     connected: SystemTime,
     not_after: SystemTime,
     version: String,
     state: Mutex<State>,
     /// There is something to send.
     pub wake: Notify,
-    /// Newer streams of the same instance have taken its place.
+    /// A newer stream of the same sidecar took the place of this one.
     pub replaced: Notify,
 }
 
@@ -57,17 +61,17 @@ pub struct SidecarStatus {
 }
 
 impl Subscriber {
-    pub fn new(number: u64, id: InstanceId, version: String, connected: SystemTime, not_after: SystemTime) -> Self {
-        Subscriber {
-            number,
-            id,
-            connected,
-            not_after,
-            version,
-            state: Mutex::default(),
-            wake: Notify::new(),
-            replaced: Notify::new(),
-        }
+    pub fn new(
+        number: u64,
+        id: InstanceId,
+        holder: Holder,
+        subscribed: Arc<AtomicUsize>,
+        version: String,
+        connected: SystemTime,
+        not_after: SystemTime,
+    ) -> Self {
+        let (state, wake, replaced) = (Mutex::default(), Notify::new(), Notify::new());
+        Subscriber { number, id, holder, subscribed, connected, not_after, version, state, wake, replaced }
     }
 
     /// The next topic to send.
@@ -82,8 +86,9 @@ impl Subscriber {
         !self.state().waiting.is_empty()
     }
 
-    pub fn subscriptions(&self) -> usize {
-        self.state().topics.len()
+    /// Keys to which this stream and the others of its redemption are subscribed.
+    pub fn subscribed(&self) -> usize {
+        self.subscribed.load(Ordering::Relaxed)
     }
 
     /// Notes what the sidecar said to a version; true when it is a refusal that was not known.
@@ -111,7 +116,9 @@ impl Subscriber {
     }
 
     pub(super) fn joined(&self, topic: &Topic) {
-        self.state().topics.insert(topic.clone());
+        if self.state().topics.insert(topic.clone()) {
+            self.subscribed.fetch_add(1, Ordering::Relaxed);
+        }
         self.mark(topic);
     }
 
@@ -123,6 +130,9 @@ impl Subscriber {
     pub(super) fn left(&self, topic: &Topic) -> bool {
         let mut state = self.state();
         let subscribed = state.topics.remove(topic);
+        if subscribed {
+            self.subscribed.fetch_sub(1, Ordering::Relaxed);
+        }
         state.acknowledged.remove(topic);
         if state.marked.remove(topic) {
             state.waiting.retain(|waiting| waiting != topic);

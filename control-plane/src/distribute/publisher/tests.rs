@@ -5,7 +5,7 @@ use outrigger_api::name;
 use outrigger_api::resource::{Metadata, Resource, Service, ServicePort, TargetPort};
 
 use super::*;
-use crate::registry::{LOST, LeasedPort};
+use crate::registry::{Holder, LOST, LeasedPort};
 
 fn resources(services: &[&str]) -> Arc<Resources> {
     let mut resources = Resources::default();
@@ -43,9 +43,14 @@ fn id(name: &str) -> InstanceId {
 
 fn subscriber(publisher: &Publisher, number: u64) -> Arc<Subscriber> {
     let id = id(&format!("client-{number}"));
-    let subscriber = Arc::new(Subscriber::new(number, id, "test".into(), UNIX_EPOCH, UNIX_EPOCH));
+    let subscriber = stream(number, id, "one");
     publisher.connect(&subscriber).unwrap();
     subscriber
+}
+
+fn stream(number: u64, id: InstanceId, process: &str) -> Arc<Subscriber> {
+    let holder = Holder { lineage: id.name.clone(), process: process.into() };
+    Arc::new(Subscriber::new(number, id, holder, Arc::default(), "test".into(), UNIX_EPOCH, UNIX_EPOCH))
 }
 
 fn topic(text: &str) -> Topic {
@@ -54,9 +59,11 @@ fn topic(text: &str) -> Topic {
 
 fn registration(app: &str, last: u8) -> Registration {
     Registration {
+        holder: Holder { lineage: app.into(), process: String::new() },
         workload: app.into(),
         labels: Labels::from([("app".to_owned(), app.to_owned())]),
         ip: [10, 0, 0, last].into(),
+        other_ips: Vec::new(),
         ports: vec![LeasedPort { application: 8080, mesh: 18080, protocol: None }],
         transparent: false,
     }
@@ -191,8 +198,7 @@ fn of_account(name: &str) -> InstanceId {
 
 fn connected(publisher: &Publisher, number: usize, name: &str) -> Arc<Subscriber> {
     let number = number as u64;
-    let subscriber = Subscriber::new(number, of_account(name), String::new(), UNIX_EPOCH, UNIX_EPOCH);
-    let subscriber = Arc::new(subscriber);
+    let subscriber = stream(number, of_account(name), "one");
     publisher.connect(&subscriber).unwrap();
     subscriber
 }
@@ -207,8 +213,8 @@ fn what_one_service_account_holds_is_bounded() {
     };
     let streams: Vec<_> =
         (0..MAX_ACCOUNT_STREAMS).map(|number| connected(&publisher, number, &format!("a-{number}"))).collect();
-    let more = Arc::new(Subscriber::new(9_999_999, of_account("more"), String::new(), UNIX_EPOCH, UNIX_EPOCH));
-    assert_eq!(publisher.connect(&more), Err(AccountLimit::Streams));
+    let more = stream(9_999_999, of_account("more"), "one");
+    assert_eq!(publisher.connect(&more), Err(ConnectError::Account(AccountLimit::Streams)));
     publisher.disconnect(&streams[0]);
     assert_eq!(publisher.connect(&more), Ok(()));
     for number in 0..MAX_ACCOUNT_SUBSCRIPTIONS {
@@ -228,13 +234,50 @@ fn what_one_service_account_holds_is_bounded() {
     assert!(publisher.lock().accounts.is_empty());
 }
 
-#[tokio::test]
-async fn the_oldest_stream_of_an_instance_makes_room() {
+#[test]
+fn an_instance_has_one_stream_and_the_newer_of_its_sidecar_takes_the_place() {
     let publisher = publisher(0);
-    let streams: Vec<_> = (0..MAX_INSTANCE_STREAMS + 1).map(|number| connected(&publisher, number, "a")).collect();
-    let other = connected(&publisher, 100, "b");
-    let told = async |stream: &Subscriber| {
-        tokio::time::timeout(std::time::Duration::ZERO, stream.replaced.notified()).await.is_ok()
-    };
-    assert!(told(&streams[0]).await && !told(&streams[1]).await && !told(&other).await);
+    let first = subscriber(&publisher, 1);
+    let cart = topic("cart:80");
+    publisher.subscribe(&first, &cart, &Labels::new()).unwrap();
+    assert_eq!(first.subscribed(), 1);
+    let another = stream(2, first.id.clone(), "other");
+    let refused = publisher.connect(&another).unwrap_err();
+    assert_eq!(refused, ConnectError::Instance(RegisterError::InstanceExists(first.id.clone())));
+    publisher.disconnect(&another);
+    assert_eq!(publisher.connected(), 1, "the first lives on");
+
+    let next = stream(3, first.id.clone(), "one");
+    publisher.connect(&next).unwrap();
+    assert_eq!((publisher.connected(), publisher.subscriptions(), first.subscribed()), (1, 0, 0));
+    // What the old one still says changes nothing.
+    publisher.subscribe(&first, &cart, &Labels::new()).unwrap();
+    publisher.disconnect(&first);
+    assert_eq!((publisher.connected(), publisher.subscriptions()), (1, 0));
+    publisher.disconnect(&next);
+    publisher.connect(&another).unwrap();
+}
+
+#[test]
+fn no_workload_has_the_address_of_a_service() {
+    let mut resources = Resources::clone(&resources(&["cart"]));
+    let service = resources.services.get_mut(&("shop".to_owned(), "cart".to_owned())).unwrap();
+    service.spec.cluster_ips = vec!["10.96.0.1".parse().unwrap(), "fd96::1".parse().unwrap()];
+    let publisher = publisher(0);
+    publisher.configure(Arc::new(resources), VirtualAddresses::default());
+    for (ip, refused) in [
+        ("10.96.0.1", true),
+        ("fd96::1", true),
+        ("240.240.3.4", true),
+        ("fd3a:94e7:c15b::9", true),
+        ("10.96.0.2", false),
+    ] {
+        let ip = ip.parse().unwrap();
+        let first = Registration { ip, ..registration("cart", 1) };
+        let second = Registration { other_ips: vec![ip], ..registration("cart", 1) };
+        for registration in [first, second] {
+            let registered = publisher.register(&id("cart"), 1, &registration);
+            assert_eq!(registered == Err(RegisterError::AddressOfService { ip }), refused, "{ip}: {registered:?}");
+        }
+    }
 }

@@ -41,7 +41,7 @@ fn the_least_command_line_has_the_defaults_of_the_contract() {
     let listen = [config.admin_listen, config.metrics_listen, config.health_listen].map(|address| address.to_string());
     assert_eq!(listen, ["127.0.0.1:15000", "127.0.0.1:15020", "127.0.0.1:15021"]);
     assert_eq!((config.drain_delay, config.workers), (Duration::from_secs(5), 2));
-    assert_eq!((config.http_proxy, config.state, config.mark, config.workload_address), (None, None, None, None));
+    assert_eq!((config.http_proxy, config.state, config.mark, config.workload_address), (None, None, None, vec![]));
     assert_eq!(config.log, outrigger_runtime::logging::Settings::default());
 }
 
@@ -49,7 +49,7 @@ fn the_least_command_line_has_the_defaults_of_the_contract() {
 fn a_transparent_sidecar_is_scraped_and_probed_from_outside_unless_told_otherwise() {
     let config = with(&["--transparent", "--mark=1337", "--health-listen=127.0.0.1:15021"]).unwrap();
     assert!(config.transparent);
-    assert_eq!((config.mark, config.workload_address, config.ports.len()), (Some(1337), None, 0));
+    assert_eq!((config.mark, config.workload_address, config.ports.len()), (Some(1337), vec![], 0));
     let listen = [config.admin_listen, config.metrics_listen, config.health_listen].map(|address| address.to_string());
     assert_eq!(listen, ["127.0.0.1:15000", "0.0.0.0:15020", "127.0.0.1:15021"]);
     let both = with(&["--transparent", "--inbound=0.0.0.0:9080=127.0.0.1:8080", "--http-proxy=127.0.0.1:3128"]);
