@@ -175,6 +175,8 @@ async fn an_application_that_leaves_with_its_client_is_not_to_blame() {
             (reasons.into_iter().collect::<Vec<_>>() == ["client_closed"]).then_some(())
         })
         .await;
+        let codes = sidecar.metrics().await.values("outrigger_http_requests_total", "code");
+        assert_eq!(codes.into_iter().collect::<Vec<_>>(), [""], "no answer was sent");
     }
     // Six failures in a row would have the endpoint left alone.
     let mut client = field.client(Way::Pair).await;

@@ -90,7 +90,7 @@ async fn host() {
             ("/target", "Host: catalog\r\nHost: catalog\r\n"),
             ("/target", "Host: catalog\r\nHost: evil\r\n"),
             ("/target", "Host: catalog\r\nhost: evil\r\n"),
-            ("/target", "Host:\r\n"),
+            ("/target", "Host:\r\nHost:\r\n"),
             ("/target", "Host: catalog/path\r\n"),
             ("/target", "Host: cata log\r\n"),
             ("/target", "Host: catalog evil\r\n"),
@@ -130,6 +130,8 @@ async fn host() {
             ("http://other:81/target?q", "catalog", "other:81"),
             ("HTTP://OTHER/target?q", "catalog", "OTHER"),
             ("/target?q", "[::1]:80", "[::1]:80"),
+            // A client whose target has no authority sends an empty one (RFC 9112 section 3.2).
+            ("/target?q", "", ""),
         ] {
             let name = format!("{place:?} {target} {host}");
             let raw = format!("GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n");

@@ -84,6 +84,9 @@ async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<Re
     if let Err(error) = exchange.clean(&mut outgoing, || service.application.to_string()) {
         return exchange.refuse(&error);
     }
+    if exchange.is_last_hop() {
+        return exchange.answer_last_hop(outgoing);
+    }
     if let Some(claims) = &service.claims {
         claims.insert(&mut outgoing.parts.headers);
     }

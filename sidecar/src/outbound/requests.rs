@@ -84,6 +84,10 @@ pub(super) async fn respond_to(
         exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
         return exchange.refuse(&error);
     }
+    if exchange.is_last_hop() {
+        exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
+        return exchange.answer_last_hop(outgoing);
+    }
     match forward(&exchange, &view, outgoing, permit).await {
         Ok((answered, load)) => exchange.answer(answered, Some(load)),
         Err(error) => exchange.refuse(&error),

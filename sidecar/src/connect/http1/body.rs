@@ -33,7 +33,7 @@ pub(super) fn request_length(headers: &HeaderMap, old: bool) -> Result<Length, &
     }
     let mut length = None;
     for value in headers.get_all(header::CONTENT_LENGTH) {
-        let one = number(value.as_bytes()).ok_or("a Content-Length that is no number")?;
+        let one = plain_length(value.as_bytes()).ok_or("a Content-Length that not every server reads alike")?;
         if length.replace(one).is_some_and(|before| before != one) {
             return Err("Content-Lengths that differ");
         }
@@ -73,6 +73,11 @@ pub(super) fn response_length(method: &Method, status: StatusCode, headers: &Hea
     }
 }
 
+/// A length that every reader takes for the same number: without leading zeros, which some read as octal.
+pub fn plain_length(digits: &[u8]) -> Option<u64> {
+    number(digits).filter(|_| digits.len() == 1 || digits[0] != b'0')
+}
+
 /// Digits alone, and few enough for a signed 64-bit number.
 fn number(digits: &[u8]) -> Option<u64> {
     if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
@@ -89,6 +94,8 @@ pub struct Decoder {
     extensions_left: usize,
     trailers_left: usize,
     most_trailers: usize,
+    /// Blanks behind the name of a trailer are removed, instead of refused.
+    of_answer: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -129,7 +136,13 @@ impl Decoder {
             extensions_left: limits.chunk_extension_bytes,
             trailers_left: limits.trailer_bytes,
             most_trailers: limits.header_count,
+            of_answer: false,
         }
+    }
+
+    /// For the body of an answer, in which blanks behind a trailer's name are removed (RFC 9112 section 5.1).
+    pub fn of_answer(self) -> Decoder {
+        Decoder { of_answer: true, ..self }
     }
 
     pub fn has_ended(&self) -> bool {
@@ -234,7 +247,10 @@ impl Decoder {
             }
             if received[end + 1..].starts_with(b"\r\n") {
                 self.trailers_left = self.trailers_left.checked_sub(end).ok_or("trailers without end")?;
-                let section = received.split_to(end + 3).freeze();
+                let mut section = received.split_to(end + 3).freeze();
+                if self.of_answer && has_blank_before_colon(&section) {
+                    section = without_blanks_before_colons(&section);
+                }
                 self.state = State::Ended;
                 return parse_trailers(&section, self.most_trailers).map(Decoded::Trailers);
             }
@@ -264,6 +280,22 @@ fn parse_trailers(section: &Bytes, most: usize) -> Result<HeaderMap, &'static st
         trailers.append(name, value);
     }
     Ok(trailers)
+}
+
+fn has_blank_before_colon(section: &[u8]) -> bool {
+    section.windows(2).any(|pair| matches!(pair, b" :" | b"\t:"))
+}
+
+fn without_blanks_before_colons(section: &[u8]) -> Bytes {
+    let mut clean = Vec::with_capacity(section.len());
+    for line in section.split_inclusive(|byte| *byte == b'\n') {
+        let (name, rest) = line.split_at(memchr::memchr(b':', line).unwrap_or(0));
+        // A line that begins with a blank is a fold, which is refused.
+        let blanks = name.iter().rev().take_while(|byte| matches!(byte, b' ' | b'\t')).count();
+        clean.extend_from_slice(&name[..if blanks == name.len() { blanks } else { name.len() - blanks }]);
+        clean.extend_from_slice(rest);
+    }
+    Bytes::from(clean)
 }
 
 /// `*( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] )` (RFC 9112 section 7.1.1); a blank is SP or HTAB.

@@ -80,6 +80,12 @@ pub fn parse_request(
         .map_err(|_| (Reason::BadRequest, "the method"))?;
     *request.uri_mut() = Uri::from_maybe_shared(head.slice_ref(target.as_bytes()))
         .map_err(|_| (Reason::BadRequest, "the target is no URI"))?;
+    if *request.method() == Method::OPTIONS && has_no_path(target) {
+        // The last proxy makes an asterisk of it (RFC 9112 section 3.2.4), and the library a slash.
+        let mut uri = std::mem::take(request.uri_mut()).into_parts();
+        uri.path_and_query = Some(http::uri::PathAndQuery::from_static("*"));
+        *request.uri_mut() = Uri::from_parts(uri).map_err(|_| (Reason::BadRequest, "the target is no URI"))?;
+    }
     let old = parsed.version == Some(0);
     *request.version_mut() = if old { Version::HTTP_10 } else { Version::HTTP_11 };
     let lines = parsed.headers.len();
@@ -101,6 +107,11 @@ pub fn parse_request(
     Ok(Some(RequestHead { request, spelling: Spelling { head, lines }, length, keep_alive, binds }))
 }
 
+/// An absolute-form target of an authority alone.
+fn has_no_path(target: &str) -> bool {
+    !target.starts_with('/') && target.split_once("://").is_some_and(|(_, rest)| !rest.contains(['/', '?']))
+}
+
 /// Takes the head of an answer to a `method` request out of what was received; `None` when its end has not come.
 pub fn parse_response(
     received: &mut BytesMut,
@@ -116,7 +127,9 @@ pub fn parse_response(
     let Some(head) = head else { return Ok(None) };
     let mut fields: Fields<'_> = [const { MaybeUninit::uninit() }; MOST_FIELDS];
     let mut parsed = httparse::Response::new(&mut []);
-    let config = httparse::ParserConfig::default();
+    let mut config = httparse::ParserConfig::default();
+    // They do not go on (RFC 9112 section 5.1).
+    config.allow_spaces_after_header_name_in_responses(true);
     match config.parse_response_with_uninit_headers(&mut parsed, &head, &mut fields) {
         Ok(httparse::Status::Complete(_)) => {}
         Ok(httparse::Status::Partial) | Err(_) => return Err("the head of the answer does not parse"),
@@ -377,11 +390,23 @@ impl<'a> Names<'a> {
             let line = &self.head[self.at..];
             let end = memchr::memchr(b'\n', line)? + 1;
             self.at += end;
-            if line.get(name.len()) == Some(&b':') && is_same(&line[..name.len()], name.as_bytes()) {
+            if ends_name(line, name.len()) && is_same(&line[..name.len()], name.as_bytes()) {
                 return Some(&line[..name.len()]);
             }
         }
         None
+    }
+}
+
+/// Whether a field's name in this line is so long. An answer may have blanks behind it.
+fn ends_name(line: &[u8], length: usize) -> bool {
+    match line.get(length) {
+        Some(b':') => true,
+        Some(b' ' | b'\t') => {
+            let behind = line[length..].iter().find(|byte| !matches!(byte, b' ' | b'\t'));
+            behind == Some(&b':')
+        }
+        _ => false,
     }
 }
 

@@ -68,6 +68,8 @@ fn heads_that_two_readers_could_read_differently_are_refused() {
         b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
         b"POST / HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 01\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 00\r\n\r\n",
         b"POST / HTTP/1.1\r\nContent-Length: 1, 1\r\n\r\n",
         b"POST / HTTP/1.1\r\nContent-Length: 0x1\r\n\r\n",
         b"POST / HTTP/1.1\r\nContent-Length: \r\n\r\n",

@@ -117,7 +117,7 @@ impl Lane {
             lane,
             sending,
             request,
-            decoder: Decoder::new(length, &self.limits),
+            decoder: Decoder::new(length, &self.limits).of_answer(),
             keep_alive: keep_alive && !switches,
             unasked: false,
             spelling,
@@ -211,7 +211,7 @@ struct Attempt<'a> {
     /// How far the search for the end of the head got.
     seen: usize,
     received: bool,
-    interim: u32,
+    interim: interim::Count,
 }
 
 impl<'a> Attempt<'a> {
@@ -224,7 +224,7 @@ impl<'a> Attempt<'a> {
         }
         out.extend_from_slice(b"\r\n");
         let sending = Sending { chunked, done: request.body().is_empty(), failed: None, ended: false };
-        Attempt { conn, request, lane, sending, silent, seen: 0, received: false, interim: 0 }
+        Attempt { conn, request, lane, sending, silent, seen: 0, received: false, interim: interim::Count::default() }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<ResponseHead, Failure>> {
@@ -240,8 +240,7 @@ impl<'a> Attempt<'a> {
                 head::parse_response(self.conn.received(), &mut self.seen, self.request.method(), &self.lane.limits);
             match parsed.map_err(|wrong| Failure::Upstream(Fault::Malformed(wrong)))? {
                 Some(head) if is_interim(&head) => {
-                    self.interim += 1;
-                    if self.interim > interim::MOST {
+                    if !self.interim.take(Instant::now()) {
                         return Poll::Ready(Err(Failure::Upstream(Fault::Malformed("endless interim answers"))));
                     }
                     if let Some(client) = self.request.body().interim() {

@@ -332,7 +332,7 @@ impl Shared {
         streams.open.set(streams.open.get() + 1);
         let place = StreamPlace { streams, marks, stream: stream.stream_id().into(), ended: false };
         let request = Rest { sending: Sending::new(stream), body: (!ended).then(|| Box::new(body)), sent: ended };
-        Ok(Attempt { answer, request, interim, heard: 0, place })
+        Ok(Attempt { answer, request, interim, heard: interim::Count::default(), place })
     }
 }
 
@@ -354,7 +354,7 @@ struct Attempt {
     request: Rest,
     interim: Option<Rc<Interim>>,
     /// Interim answers so far.
-    heard: u32,
+    heard: interim::Count,
     place: StreamPlace,
 }
 
@@ -365,11 +365,10 @@ impl Attempt {
         }
         while let Some(interim) = ready!(self.answer.poll_informational(cx)) {
             let interim = interim.map_err(Failure::Upstream)?;
-            self.heard += 1;
             if interim.status() == StatusCode::SWITCHING_PROTOCOLS {
                 return Poll::Ready(Err(Failure::Unacceptable(Broke::Malformed("101 on HTTP/2"))));
             }
-            if self.heard > interim::MOST {
+            if !self.heard.take(Instant::now()) {
                 return Poll::Ready(Err(Failure::Unacceptable(Broke::Malformed("endless interim answers"))));
             }
             check_fields(interim.headers(), self.place.marks.header_list()).map_err(Failure::Unacceptable)?;

@@ -2,9 +2,12 @@
 //! (RFC 9209), for gRPC trailers-only. A client can always tell the proxy's 503 from the application's.
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
+use http::request::Parts;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 
 use super::body::ResponseBody;
+use super::date;
+use crate::connect::http1::{Spelling, head};
 use crate::outcome::Reason;
 
 const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
@@ -27,6 +30,29 @@ pub fn refuse(reason: Reason, grpc: bool, proxy: &str) -> Response<ResponseBody>
     if let Ok(status) = HeaderValue::from_str(&proxy_status(reason, proxy)) {
         response.headers_mut().insert(PROXY_STATUS, status);
     }
+    response.headers_mut().insert(header::DATE, date::now());
+    response
+}
+
+/// The answer to an OPTIONS or TRACE whose Max-Forwards ends here (RFC 9110 section 7.6.2). A TRACE gets back what came,
+/// without what must stay between the client and the application (section 9.3.8).
+pub fn last_hop(mut parts: Parts, spelling: Option<&Spelling>, proxy: &str) -> Response<ResponseBody> {
+    const SECRETS: [HeaderName; 3] = [header::AUTHORIZATION, header::PROXY_AUTHORIZATION, header::COOKIE];
+    let mut response = Response::new(ResponseBody::empty());
+    if parts.method == Method::TRACE {
+        for secret in SECRETS {
+            parts.headers.remove(secret);
+        }
+        let mut message = Vec::new();
+        head::write_request(&mut message, &Request::from_parts(parts, ()), spelling);
+        message.extend_from_slice(b"\r\n");
+        response = Response::new(ResponseBody::local(Bytes::from(message)));
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("message/http"));
+    }
+    if let Ok(status) = HeaderValue::from_str(&format!("{}; details=\"Max-Forwards ends here\"", item(proxy))) {
+        response.headers_mut().insert(PROXY_STATUS, status);
+    }
+    response.headers_mut().insert(header::DATE, date::now());
     response
 }
 
@@ -46,8 +72,9 @@ pub fn refuse_raw(reason: Reason, status: u16, proxy: &str) -> Vec<u8> {
     let body = problem(reason);
     let phrase = StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason()).unwrap_or("Refused");
     let mut raw = format!(
-        "HTTP/1.1 {status} {phrase}\r\ncontent-type: application/problem+json\r\nproxy-status: {}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        "HTTP/1.1 {status} {phrase}\r\ncontent-type: application/problem+json\r\nproxy-status: {}\r\ndate: {}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
         proxy_status(reason, proxy),
+        date::now().to_str().unwrap_or_default(),
         body.len(),
     )
     .into_bytes();
@@ -64,14 +91,14 @@ fn problem(reason: Reason) -> Bytes {
     ))
 }
 
-/// `name; error=type`. The name is a token when it can be one, else a string (RFC 8941).
+/// `name; error=type`.
 fn proxy_status(reason: Reason, proxy: &str) -> String {
-    let error = reason.row().proxy_status;
-    if proxy.starts_with(|first: char| first.is_ascii_alphabetic()) {
-        format!("{proxy}; error={error}")
-    } else {
-        format!("\"{proxy}\"; error={error}")
-    }
+    format!("{}; error={}", item(proxy), reason.row().proxy_status)
+}
+
+/// The name is a token when it can be one, else a string (RFC 8941).
+fn item(proxy: &str) -> String {
+    if proxy.starts_with(|first: char| first.is_ascii_alphabetic()) { proxy.to_owned() } else { format!("\"{proxy}\"") }
 }
 
 #[cfg(test)]

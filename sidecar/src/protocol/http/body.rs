@@ -31,7 +31,7 @@ enum Kind {
     /// No answer: the stream is reset with the upstream's code.
     Reset(h2::Reason),
     /// No body: the connection leaves HTTP behind this head.
-    Switched(Option<Switched>),
+    Switched(Option<Switched>, Option<Spelling>),
 }
 
 /// What becomes of a connection that leaves HTTP/1.1.
@@ -118,8 +118,9 @@ impl ResponseBody {
         ResponseBody(Kind::Upstream(upstream))
     }
 
-    pub fn switched(then: Switched) -> ResponseBody {
-        ResponseBody(Kind::Switched(Some(then)))
+    /// `spelling` is the head's.
+    pub fn switched(then: Switched, spelling: Option<Spelling>) -> ResponseBody {
+        ResponseBody(Kind::Switched(Some(then), spelling))
     }
 
     /// For an HTTP/2 client whose request the upstream reset before it answered.
@@ -131,14 +132,14 @@ impl ResponseBody {
     pub fn reset_code(&self) -> Option<h2::Reason> {
         match self.0 {
             Kind::Reset(code) => Some(code),
-            Kind::Local(_) | Kind::Recorded(..) | Kind::Upstream(_) | Kind::Switched(_) => None,
+            Kind::Local(_) | Kind::Recorded(..) | Kind::Upstream(_) | Kind::Switched(..) => None,
         }
     }
 
     /// What becomes of the connection, if it leaves HTTP behind this answer's head.
     pub fn take_switched(&mut self) -> Option<Switched> {
         match &mut self.0 {
-            Kind::Switched(then) => then.take(),
+            Kind::Switched(then, _) => then.take(),
             Kind::Local(_) | Kind::Recorded(..) | Kind::Upstream(_) | Kind::Reset(_) => None,
         }
     }
@@ -152,7 +153,8 @@ impl ResponseBody {
     pub fn spelling(&self) -> Option<&Spelling> {
         match &self.0 {
             Kind::Upstream(upstream) => upstream.spelling.as_ref(),
-            Kind::Local(_) | Kind::Recorded(..) | Kind::Switched(_) | Kind::Reset(_) => None,
+            Kind::Switched(_, spelling) => spelling.as_ref(),
+            Kind::Local(_) | Kind::Recorded(..) | Kind::Reset(_) => None,
         }
     }
 
@@ -183,14 +185,14 @@ impl ResponseBody {
     pub fn poll_upload(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match &mut self.0 {
             Kind::Upstream(upstream) => upstream.poll_upload(cx),
-            Kind::Local(_) | Kind::Recorded(..) | Kind::Reset(_) | Kind::Switched(_) => Poll::Ready(()),
+            Kind::Local(_) | Kind::Recorded(..) | Kind::Reset(_) | Kind::Switched(..) => Poll::Ready(()),
         }
     }
 
     /// Ends the record; what keeps the downstream connection busy is left.
     pub fn into_busy(self) -> Option<Busy> {
         match self.0 {
-            Kind::Local(_) | Kind::Switched(_) | Kind::Reset(_) => None,
+            Kind::Local(_) | Kind::Switched(..) | Kind::Reset(_) => None,
             Kind::Recorded(_, Ending { busy, .. }) => busy.map(Busy::recorded),
             Kind::Upstream(mut upstream) => upstream.busy.take().map(Busy::recorded),
         }
@@ -308,7 +310,7 @@ impl Body for ResponseBody {
                 Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes))))
             }
             Kind::Upstream(upstream) => upstream.poll(cx),
-            Kind::Switched(_) | Kind::Reset(_) => Poll::Ready(None),
+            Kind::Switched(..) | Kind::Reset(_) => Poll::Ready(None),
         }
     }
 
@@ -316,7 +318,7 @@ impl Body for ResponseBody {
         match &self.0 {
             Kind::Local(bytes) | Kind::Recorded(bytes, _) => bytes.is_none(),
             Kind::Upstream(upstream) => upstream.incoming.as_ref().is_none_or(UpstreamBody::is_end_stream),
-            Kind::Switched(_) | Kind::Reset(_) => true,
+            Kind::Switched(..) | Kind::Reset(_) => true,
         }
     }
 
@@ -328,7 +330,7 @@ impl Body for ResponseBody {
             Kind::Upstream(upstream) => {
                 upstream.incoming.as_ref().map_or_else(|| SizeHint::with_exact(0), UpstreamBody::size_hint)
             }
-            Kind::Switched(_) | Kind::Reset(_) => SizeHint::with_exact(0),
+            Kind::Switched(..) | Kind::Reset(_) => SizeHint::with_exact(0),
         }
     }
 }

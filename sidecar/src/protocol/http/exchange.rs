@@ -13,8 +13,8 @@ use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Version, header};
 
 use super::body::{Ending, Measured, ResponseBody, Switched, Upstream, note_grpc_status};
-use super::headers::{self, Strip};
-use super::{answer, head, tunnel};
+use super::headers::{self, Message, Strip};
+use super::{answer, date, head, tunnel};
 use crate::connect::bound::{self, Bound};
 use crate::connect::interim::Interim;
 use crate::connect::lane::{self, Answered, UpstreamBody};
@@ -24,6 +24,12 @@ use crate::connect::worker::Worker;
 use crate::connection::{Entry, Registered};
 use crate::outcome::{Error, Reason, Retry, Side, Stage};
 use crate::telemetry::{Edge, GrpcFrames, HttpRecord, WireProtocol};
+
+/// Of an answer that is not sent: its client has ended its direction and the upstream closed.
+pub const CLIENT_CLOSED: StatusCode = match StatusCode::from_u16(Reason::ClientClosed.row().status) {
+    Ok(status) => status,
+    Err(_) => StatusCode::BAD_REQUEST,
+};
 
 /// What stays the same for all requests of one downstream connection.
 pub struct Session {
@@ -75,6 +81,8 @@ pub struct Exchange {
     busy: Busy,
     /// The client asked to switch protocols.
     upgrade: bool,
+    /// Its Max-Forwards leaves no hop beyond this one.
+    last_hop: bool,
 }
 
 /// The head on its way, and the body that follows it.
@@ -102,6 +110,7 @@ impl Exchange {
             stream: worker.streams.begin(&session.entry, session.http2),
             busy,
             upgrade: false,
+            last_hop: false,
         };
         (exchange, Outgoing { parts, body })
     }
@@ -124,9 +133,29 @@ impl Exchange {
             return Err(refuse((Reason::RequestHeadTooLarge, "too many fields")));
         }
         self.upgrade = !self.session.http2 && self.version == Version::HTTP_11 && headers::asks_upgrade(&parts.headers);
-        headers::clean(&mut parts.headers, self.session.strip, self.upgrade);
+        let http2 = self.session.http2;
+        headers::clean(&mut parts.headers, self.session.strip, Message::Request { http2, upgrade: self.upgrade });
+        self.last_hop = !head::count_hop(parts).map_err(refuse)?;
         parts.version = if self.session.http2 { Version::HTTP_2 } else { Version::HTTP_11 };
         Ok(())
+    }
+
+    /// The request goes no further: its Max-Forwards has counted down.
+    pub fn is_last_hop(&self) -> bool {
+        self.last_hop
+    }
+
+    /// Answers as the final recipient of such a request.
+    pub fn answer_last_hop(self, outgoing: Outgoing) -> Response<ResponseBody> {
+        let Outgoing { parts, body } = outgoing;
+        let spelling = match &body {
+            Received::Http1(incoming) => Some(&incoming.spelling),
+            Received::Http2(_) => None,
+        };
+        let mut response = answer::last_hop(parts, spelling, &self.session.worker.own.instance);
+        self.record.answered(response.status().as_u16());
+        self.close_when_draining(response.headers_mut());
+        response.map(|body| body.recorded(Ending { record: self.record, busy: Some(self.busy) }))
     }
 
     /// The request as it goes to an upstream. To be called once; a second try uses what the lane gave back.
@@ -181,11 +210,17 @@ impl Exchange {
             };
         }
         let status = response.status();
-        if let Err(wrong) = head::check_answer(status, response.headers_mut()) {
+        let dated = match head::check_answer(status, response.headers_mut()) {
+            Ok(dated) => dated,
             // Its connection is not given back: nobody knows where the next answer begins.
-            return self.refuse(&upstream_protocol(wrong));
+            Err(wrong) => return self.refuse(&upstream_protocol(wrong)),
+        };
+        // A 426 says what it demands (RFC 9110 section 15.5.22).
+        let upgrade = status == StatusCode::UPGRADE_REQUIRED && !self.session.http2;
+        headers::clean(response.headers_mut(), Strip::HopByHop, Message::Answer { upgrade });
+        if !dated {
+            response.headers_mut().insert(header::DATE, date::now());
         }
-        headers::clean(response.headers_mut(), Strip::HopByHop, false);
         self.record.answered(response.status().as_u16());
         let grpc = (self.protocol == WireProtocol::Grpc).then(|| {
             note_grpc_status(&self.record, response.headers());
@@ -193,7 +228,7 @@ impl Exchange {
         });
         self.close_when_draining(response.headers_mut());
         if !self.session.http2 && response.body().ends_login() {
-            response.headers_mut().insert(header::CONNECTION, http::HeaderValue::from_static("close"));
+            close(response.headers_mut());
         }
         self.stream.moved();
         let (mut parts, incoming) = response.into_parts();
@@ -222,6 +257,12 @@ impl Exchange {
             // The client sees what it would see without the mesh; no answer of ours says as much as the code.
             return Response::new(ResponseBody::reset(code.into()));
         }
+        if self.session.ended.get() && error.reason == Reason::ClientClosed {
+            // The upstream closed because the client did: the client sees what it would see without the mesh.
+            let mut nothing = Response::new(ResponseBody::empty());
+            *nothing.status_mut() = CLIENT_CLOSED;
+            return nothing;
+        }
         let mut response = answer::refuse(error.reason, grpc, &self.session.worker.own.instance);
         self.record.answered(response.status().as_u16());
         if grpc {
@@ -230,7 +271,7 @@ impl Exchange {
         self.close_when_draining(response.headers_mut());
         if !self.session.http2 && error.side == Side::Downstream {
             // Who sends what is refused may not agree with us on where it ends.
-            response.headers_mut().insert(header::CONNECTION, http::HeaderValue::from_static("close"));
+            close(response.headers_mut());
         }
         response.map(|body| body.recorded(Ending { record: self.record, busy: Some(self.busy) }))
     }
@@ -238,27 +279,35 @@ impl Exchange {
     /// Agrees to a CONNECT: what follows is bytes. Its own record ends here; what runs inside has records of its own.
     pub fn connected(self, then: Switched) -> Response<ResponseBody> {
         self.record.discard();
-        Response::new(ResponseBody::switched(then))
+        Response::new(ResponseBody::switched(then, None))
     }
 
     fn close_when_draining(&self, headers: &mut http::HeaderMap) {
         if !self.session.http2 && self.session.worker.drain.is_draining() {
-            headers.insert(header::CONNECTION, http::HeaderValue::from_static("close"));
+            close(headers);
         }
     }
 
     /// The client's bytes and the upstream's are copied as they are from here on.
     fn switch(self, mut response: Response<UpstreamBody>) -> Response<ResponseBody> {
-        headers::clean(response.headers_mut(), Strip::HopByHop, true);
+        headers::clean(response.headers_mut(), Strip::HopByHop, Message::Answer { upgrade: true });
         self.record.answered(StatusCode::SWITCHING_PROTOCOLS.as_u16());
         let (parts, upstream) = response.into_parts();
+        let spelling = upstream.spelling().cloned();
         let Some(upstream) = upstream.into_stream() else {
             return self.refuse(&upstream_protocol("101 on HTTP/2"));
         };
         let Exchange { session, record, .. } = self;
         let then: Switched =
             Box::new(move |downstream| Box::pin(tunnel::switched(session, record, downstream, upstream)));
-        Response::from_parts(parts, ResponseBody::switched(then))
+        Response::from_parts(parts, ResponseBody::switched(then, spelling))
+    }
+}
+
+/// Beside another Connection, which says something else.
+fn close(headers: &mut http::HeaderMap) {
+    if !headers.get_all(header::CONNECTION).iter().any(|value| value == "close") {
+        headers.append(header::CONNECTION, http::HeaderValue::from_static("close"));
     }
 }
 

@@ -5,6 +5,7 @@ use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Uri};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header};
 
+use crate::connect::http1::body::plain_length;
 use crate::outcome::Reason;
 
 /// A head that breaks the rules: the reason and what is wrong, for the log.
@@ -82,7 +83,7 @@ fn check_fields(headers: &HeaderMap) -> Result<Option<&HeaderValue>, Refusal> {
             header::HOST => {
                 if host.replace(value).is_some() {
                     "more than one Host field"
-                } else if !is_host(value.as_bytes()) {
+                } else if !value.is_empty() && !is_host(value.as_bytes()) {
                     "the Host field is not host[:port]"
                 } else {
                     continue;
@@ -91,7 +92,7 @@ fn check_fields(headers: &HeaderMap) -> Result<Option<&HeaderValue>, Refusal> {
             header::TRANSFER_ENCODING if coding.replace(value).is_some() || !is(value, "chunked") => {
                 "a Transfer-Encoding that is not chunked alone"
             }
-            header::CONTENT_LENGTH if !is_plain_length(value.as_bytes()) => {
+            header::CONTENT_LENGTH if plain_length(value.as_bytes()).is_none() => {
                 "a Content-Length that not every server reads alike"
             }
             header::EXPECT if expect.replace(value).is_some() || !is(value, "100-continue") => {
@@ -109,40 +110,58 @@ fn is(value: &HeaderValue, expected: &str) -> bool {
     value.as_bytes().trim_ascii().eq_ignore_ascii_case(expected.as_bytes())
 }
 
-/// A number without leading zeros that fits into a signed one.
-fn is_plain_length(length: &[u8]) -> bool {
-    let number = std::str::from_utf8(length).ok().and_then(|text| text.parse::<i64>().ok());
-    number.is_some() && length.iter().all(u8::is_ascii_digit) && (length.len() == 1 || length[0] != b'0')
-}
-
 /// What servers that read `_` as `-` would take for framing fields.
 const TWINS: [&str; 2] = ["transfer_encoding", "content_length"];
 
-/// Checks an answer's framing. What is wrong with it, else: a Content-Length in its one plain form, and none where an
-/// answer has no body. The library takes an answer with both framings, and reads one in an unknown coding to the end.
-pub fn check_answer(status: StatusCode, headers: &mut HeaderMap) -> Result<(), &'static str> {
-    let (mut coding, mut first, mut several) = (None, None, false);
+/// What may be left of Max-Forwards.
+const MOST_FORWARDS: u64 = 255;
+
+/// Counts this hop in the Max-Forwards of a TRACE or OPTIONS request (RFC 9110 section 7.6.2): false when there is no hop
+/// left, and the request has to be answered here.
+pub fn count_hop(parts: &mut Parts) -> Result<bool, Refusal> {
+    if !matches!(parts.method, Method::OPTIONS | Method::TRACE) {
+        return Ok(true);
+    }
+    let mut fields = parts.headers.get_all(header::MAX_FORWARDS).iter();
+    let Some(hops) = fields.next() else { return Ok(true) };
+    let digits = hops.as_bytes();
+    if fields.next().is_some() || digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
+        return Err((Reason::BadRequest, "a Max-Forwards that is no number"));
+    }
+    // More than fits is a number as well, and larger than any that we support.
+    let hops = std::str::from_utf8(digits).ok().and_then(|digits| digits.parse::<u64>().ok()).unwrap_or(u64::MAX);
+    let Some(left) = hops.checked_sub(1) else { return Ok(false) };
+    parts.headers.insert(header::MAX_FORWARDS, HeaderValue::from(left.min(MOST_FORWARDS)));
+    Ok(true)
+}
+
+/// Checks an answer's framing. What is wrong with it, else whether it has a Date, and: a Content-Length in its one plain
+/// form, and none where an answer has no body. The library takes an answer with both framings, and reads one in an unknown
+/// coding to the end.
+pub fn check_answer(status: StatusCode, headers: &mut HeaderMap) -> Result<bool, &'static str> {
+    let (mut coding, mut first, mut several, mut dated) = (None, None, false, false);
     for (name, value) in &*headers {
         match *name {
             header::TRANSFER_ENCODING if coding.replace(value).is_some() || !is(value, "chunked") => {
                 return Err("a Transfer-Encoding that is not chunked alone");
             }
             header::CONTENT_LENGTH => several |= first.replace(value).is_some(),
+            header::DATE => dated = true,
             _ => {}
         }
     }
-    let Some(first) = first else { return Ok(()) };
+    let Some(first) = first else { return Ok(dated) };
     if coding.is_some() {
         return Err("Transfer-Encoding and Content-Length");
     }
-    if several || !is_plain_length(first.as_bytes()) {
+    if several || plain_length(first.as_bytes()).is_none() {
         let length = one_length(headers).ok_or("a Content-Length that is no number, or several that differ")?;
         headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
     }
     if status == StatusCode::NO_CONTENT {
         headers.remove(header::CONTENT_LENGTH);
     }
-    Ok(())
+    Ok(dated)
 }
 
 /// The number on which all lines and list members agree.
@@ -183,7 +202,7 @@ fn origin_form(uri: &Uri) -> Uri {
     let path = uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
     if path.as_str().starts_with('?') {
         // RFC 9112 section 3.2.1: an empty path goes on as "/", before a query, too.
-        return Uri::try_from(format!("/{path}")).unwrap_or_default();
+        return Uri::try_from(format!("/{}", path.as_str())).unwrap_or_default();
     }
     Uri::from(path)
 }
@@ -196,8 +215,8 @@ fn has_userinfo(authority: &Authority) -> bool {
     authority.as_str().contains('@')
 }
 
-/// `uri-host [":" port]` (RFC 9110 section 7.2); an empty Host is allowed by the grammar and refused here, because
-/// nobody can be meant by it.
+/// `uri-host [":" port]` (RFC 9110 section 7.2) that names a host. An empty field is what a client sends whose target has
+/// no authority (RFC 9112 section 3.2); a port alone is no authority at all (RFC 9110 section 4.2.1).
 fn is_host(host: &[u8]) -> bool {
     let (name, port) = match host {
         [b'[', rest @ ..] => {
@@ -305,7 +324,12 @@ mod tests {
             ("/", Version::HTTP_10, &[], Some("stand-in")),
             ("/", Version::HTTP_11, &["a", "a"], None),
             ("/", Version::HTTP_11, &["a", "b"], None),
-            ("/", Version::HTTP_11, &[""], None),
+            // What RFC 9112 section 3.2 has a client send whose target has no authority.
+            ("/", Version::HTTP_11, &[""], Some("")),
+            ("/", Version::HTTP_10, &[""], Some("")),
+            ("/", Version::HTTP_11, &["", ""], None),
+            ("/", Version::HTTP_11, &[":80"], None),
+            ("/", Version::HTTP_11, &[":"], None),
             ("/", Version::HTTP_11, &["a/b"], None),
             ("/", Version::HTTP_11, &["a b"], None),
             ("/", Version::HTTP_11, &["a@b"], None),
@@ -326,6 +350,60 @@ mod tests {
                 assert!(parts.uri.authority().is_none() && parts.uri.to_string().starts_with('/'));
             }
         }
+    }
+
+    #[test]
+    fn an_empty_path_becomes_a_slash() {
+        for (target, expected) in [
+            ("http://b", "/"),
+            ("http://b/", "/"),
+            ("http://b?y", "/?y"),
+            ("http://b:1?", "/?"),
+            ("http://b//x", "//x"),
+        ] {
+            let mut parts = parts(target, Version::HTTP_11, &["a"]);
+            check_http1(&mut parts, 100, String::new).unwrap();
+            let path = parts.uri.path_and_query().unwrap().as_str();
+            assert_eq!(path.trim_end_matches('?'), expected.trim_end_matches('?'), "{target}");
+        }
+    }
+
+    #[test]
+    fn hops_are_counted() {
+        // What is left; an empty text when nothing is, none when it is no number.
+        let cases: &[(Method, &[&str], Option<&str>)] = &[
+            (Method::OPTIONS, &["5"], Some("4")),
+            (Method::TRACE, &["1"], Some("0")),
+            (Method::OPTIONS, &["010"], Some("9")),
+            (Method::TRACE, &["1000"], Some("255")),
+            (Method::OPTIONS, &["99999999999999999999999"], Some("255")),
+            (Method::OPTIONS, &["0"], Some("")),
+            (Method::TRACE, &["00"], Some("")),
+            (Method::OPTIONS, &["-1"], None),
+            (Method::TRACE, &["1, 2"], None),
+            (Method::TRACE, &["1", "2"], None),
+            (Method::OPTIONS, &[""], None),
+            (Method::OPTIONS, &["a"], None),
+            (Method::GET, &["0"], Some("0")),
+            (Method::GET, &["a"], Some("a")),
+        ];
+        for (method, fields, expected) in cases {
+            let mut parts = parts("/", Version::HTTP_11, &["a"]);
+            parts.method = method.clone();
+            for field in *fields {
+                parts.headers.append(header::MAX_FORWARDS, HeaderValue::from_static(field));
+            }
+            let counted = count_hop(&mut parts);
+            match expected {
+                None => assert!(counted.is_err(), "{method} {fields:?}"),
+                Some("") => assert!(!counted.unwrap(), "{method} {fields:?}"),
+                Some(left) => {
+                    assert!(counted.unwrap(), "{method} {fields:?}");
+                    assert_eq!(parts.headers[header::MAX_FORWARDS], *left, "{method} {fields:?}");
+                }
+            }
+        }
+        assert!(count_hop(&mut parts("/", Version::HTTP_11, &["a"])).unwrap());
     }
 
     #[test]

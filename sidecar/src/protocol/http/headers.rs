@@ -21,33 +21,84 @@ const KEEP_ALIVE: &str = "keep-alive";
 const PROXY_CONNECTION: &str = "proxy-connection";
 const HTTP2_SETTINGS: &str = "http2-settings";
 
-/// Removes hop-by-hop fields, and with [`Strip::Identity`] every claim of an identity. `upgrade` is the protocol that
-/// is being asked for and keeps its fields. Framing fields and Host cannot be nominated away by `Connection`.
-pub fn clean(headers: &mut HeaderMap, strip: Strip, upgrade: bool) {
+/// A head on its way to the next hop.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Message {
+    /// `upgrade`: it asks for another protocol. HTTP/2 has no Connection and no Upgrade.
+    Request { http2: bool, upgrade: bool },
+    /// `upgrade`: it agrees to another protocol, or demands one (426).
+    Answer { upgrade: bool },
+}
+
+/// Removes hop-by-hop fields, and with [`Strip::Identity`] every claim of an identity. What is made anew for the next hop
+/// stands where it stood: Upgrade, TE, and the Connection that both need, in the letters in which they came. Framing
+/// fields and Host cannot be nominated away by `Connection`.
+pub fn clean(headers: &mut HeaderMap, strip: Strip, message: Message) {
     if !headers.keys().any(|name| is_hop_by_hop(name) || strip.takes(name)) {
         return;
     }
-    let trailers = accepts_trailers(headers);
+    let (upgrade, te, connection) = match message {
+        Message::Request { http2, upgrade } => (upgrade && !http2, accepts_trailers(headers), !http2),
+        Message::Answer { upgrade } => (upgrade, false, true),
+    };
+    let upgrade = upgrade && headers.get_all(header::UPGRADE).iter().any(|value| without_h2c(value).is_some());
+    let mut options = if connection { options(headers, upgrade, te) } else { None };
     let nominated: Vec<HeaderName> = nominated(headers);
-    let upgrade_to = if upgrade { headers.get(header::UPGRADE).cloned() } else { None };
-    let mut kept = HeaderMap::with_capacity(headers.len());
-    let mut last = None;
+    let mut kept = HeaderMap::with_capacity(headers.len() + 1);
+    let (mut last, mut te) = (None, te);
     for (name, value) in headers.drain() {
         let Some(name) = name.or_else(|| last.clone()) else { continue };
         last = Some(name.clone());
-        if is_hop_by_hop(&name) || strip.takes(&name) || nominated.contains(&name) {
-            continue;
+        let value = match name {
+            header::CONNECTION => options.take(),
+            header::UPGRADE if upgrade => without_h2c(&value),
+            header::TE if std::mem::take(&mut te) => Some(only_trailers(value)),
+            _ if is_hop_by_hop(&name) || strip.takes(&name) || nominated.contains(&name) => None,
+            _ => Some(value),
+        };
+        if let Some(value) = value {
+            kept.append(name, value);
         }
-        kept.append(name, value);
     }
-    if trailers {
-        kept.insert(header::TE, HeaderValue::from_static("trailers"));
-    }
-    if let Some(protocol) = upgrade_to {
-        kept.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-        kept.insert(header::UPGRADE, protocol);
+    if let Some(options) = options {
+        kept.append(header::CONNECTION, options);
     }
     *headers = kept;
+}
+
+/// The value of Connection that the fields of the next hop need.
+fn options(headers: &HeaderMap, upgrade: bool, te: bool) -> Option<HeaderValue> {
+    let as_it_came = |option: &'static str| {
+        let values = headers.get_all(header::CONNECTION).iter();
+        let options = values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));
+        let mut options = options.map(str::trim);
+        options.find(|came| came.eq_ignore_ascii_case(option)).unwrap_or(option)
+    };
+    match (upgrade, te) {
+        (false, false) => None,
+        (true, false) => HeaderValue::from_str(as_it_came("Upgrade")).ok(),
+        (false, true) => HeaderValue::from_str(as_it_came("TE")).ok(),
+        (true, true) => HeaderValue::from_str(&format!("{}, {}", as_it_came("Upgrade"), as_it_came("TE"))).ok(),
+    }
+}
+
+/// A value of Upgrade without h2c, which never passes; nothing when nothing is left.
+fn without_h2c(value: &HeaderValue) -> Option<HeaderValue> {
+    let text = value.to_str().ok()?;
+    if !text.split(',').any(is_h2c) {
+        return Some(value.clone());
+    }
+    let others: Vec<&str> = text.split(',').filter(|one| !is_h2c(one)).map(str::trim).collect();
+    if others.is_empty() { None } else { HeaderValue::from_str(&others.join(", ")).ok() }
+}
+
+fn is_h2c(protocol: &str) -> bool {
+    protocol.trim().get(..3).is_some_and(|start| start.eq_ignore_ascii_case("h2c"))
+}
+
+/// `trailers` is all of TE that goes on.
+fn only_trailers(value: HeaderValue) -> HeaderValue {
+    if value.as_bytes().eq_ignore_ascii_case(b"trailers") { value } else { HeaderValue::from_static("trailers") }
 }
 
 /// What a trailer section must not carry: framing, routing and identity (RFC 9110 section 6.5.1).
@@ -105,17 +156,17 @@ fn nominated(headers: &HeaderMap) -> Vec<HeaderName> {
 }
 
 fn accepts_trailers(headers: &HeaderMap) -> bool {
-    let Some(te) = headers.get(header::TE) else { return false };
-    te.to_str().is_ok_and(|te| te.split(',').any(|coding| coding.trim().eq_ignore_ascii_case("trailers")))
+    let mut lines = headers.get_all(header::TE).iter().filter_map(|te| te.to_str().ok());
+    lines.any(|te| te.split(',').any(|coding| coding.trim().eq_ignore_ascii_case("trailers")))
 }
 
-/// True when the request asks for a protocol that may pass: anything but h2c, with `Connection: upgrade`.
+/// True when the request asks for protocols that may pass: any but h2c, with `Connection: upgrade`.
 pub fn asks_upgrade(headers: &HeaderMap) -> bool {
-    let Some((_, protocol)) = headers.iter().find(|(name, _)| **name == header::UPGRADE) else { return false };
-    let names_h2c = protocol
-        .to_str()
-        .map_or(true, |text| text.split(',').any(|one| one.trim().to_ascii_lowercase().starts_with("h2c")));
-    !names_h2c && nominated(headers).contains(&header::UPGRADE)
+    if !headers.keys().any(|name| *name == header::UPGRADE) {
+        return false;
+    }
+    let names_h2c = |value: &HeaderValue| value.to_str().map_or(true, |text| text.split(',').any(is_h2c));
+    !headers.get_all(header::UPGRADE).iter().any(names_h2c) && nominated(headers).contains(&header::UPGRADE)
 }
 
 #[cfg(test)]
@@ -126,12 +177,15 @@ mod tests {
         fields.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
     }
 
-    fn cleaned(fields: &[(&'static str, &'static str)], strip: Strip, upgrade: bool) -> Vec<(String, String)> {
+    const REQUEST: Message = Message::Request { http2: false, upgrade: false };
+    const UPGRADE: Message = Message::Request { http2: false, upgrade: true };
+
+    fn cleaned(fields: &[(&'static str, &'static str)], strip: Strip, message: Message) -> Vec<(String, String)> {
         let mut headers = HeaderMap::new();
         for (name, value) in fields {
             headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
-        clean(&mut headers, strip, upgrade);
+        clean(&mut headers, strip, message);
         headers.iter().map(|(n, v)| (n.to_string(), v.to_str().unwrap().to_owned())).collect()
     }
 
@@ -158,15 +212,16 @@ mod tests {
                 ("user-agent", "z"),
             ],
             Strip::HopByHop,
-            false,
+            REQUEST,
         );
         let expected = pairs(&[
             ("host", "a"),
+            ("connection", "TE"),
             ("accept", "*/*"),
+            ("te", "trailers"),
             ("cookie", "a"),
             ("cookie", "b"),
             ("user-agent", "z"),
-            ("te", "trailers"),
         ]);
         assert_eq!(got, expected);
     }
@@ -176,7 +231,7 @@ mod tests {
         let got = cleaned(
             &[("host", "a"), ("connection", "host, content-length, x-forwarded-client-cert"), ("content-length", "3")],
             Strip::HopByHop,
-            false,
+            REQUEST,
         );
         assert_eq!(got, pairs(&[("host", "a"), ("content-length", "3")]));
     }
@@ -196,7 +251,7 @@ mod tests {
                 ("x-forwarded-for", "kept"),
             ],
             Strip::Identity,
-            false,
+            REQUEST,
         );
         assert_eq!(got.len(), 3, "{got:?}");
         assert!(got.iter().all(|(_, value)| value == "kept"));
@@ -215,11 +270,67 @@ mod tests {
             (&[("connection", "upgrade")], false),
             (&[("connection", "upgrade"), ("upgrade", "h2c")], false),
             (&[("connection", "upgrade"), ("upgrade", "websocket, H2C")], false),
+            (&[("connection", "upgrade"), ("upgrade", "websocket, foo/1.1")], true),
         ];
         for (fields, expected) in cases {
             assert_eq!(asks_upgrade(&map(fields)), *expected, "{fields:?}");
         }
-        let got = cleaned(&[("connection", "upgrade"), ("upgrade", "websocket")], Strip::HopByHop, true);
-        assert_eq!(got, pairs(&[("connection", "upgrade"), ("upgrade", "websocket")]));
+        let mut second = map(&[("connection", "upgrade"), ("upgrade", "websocket")]);
+        second.append("upgrade", HeaderValue::from_static("h2c"));
+        assert!(!asks_upgrade(&second), "in another line as well");
+    }
+
+    #[test]
+    fn what_the_next_hop_needs_is_made_anew_where_it_stood_and_as_it_was_spelled() {
+        type Case = (Message, &'static [(&'static str, &'static str)], &'static [(&'static str, &'static str)]);
+        const HTTP2: Message = Message::Request { http2: true, upgrade: false };
+        const ANSWER: Message = Message::Answer { upgrade: false };
+        const AGREED: Message = Message::Answer { upgrade: true };
+        let cases: &[Case] = &[
+            (
+                UPGRADE,
+                &[("connection", "Upgrade"), ("upgrade", "WebSocket"), ("a", "b")],
+                &[("connection", "Upgrade"), ("upgrade", "WebSocket"), ("a", "b")],
+            ),
+            (
+                UPGRADE,
+                &[("a", "b"), ("upgrade", "websocket"), ("connection", "keep-alive, UPGRADE")],
+                &[("a", "b"), ("upgrade", "websocket"), ("connection", "UPGRADE")],
+            ),
+            (
+                UPGRADE,
+                &[("connection", "close"), ("connection", "x,\tupgrade"), ("x", "1"), ("upgrade", "a, B/2")],
+                &[("connection", "upgrade"), ("upgrade", "a, B/2")],
+            ),
+            (
+                UPGRADE,
+                &[("connection", "te, Upgrade"), ("te", "Trailers"), ("upgrade", "a")],
+                &[("connection", "Upgrade, te"), ("te", "Trailers"), ("upgrade", "a")],
+            ),
+            (REQUEST, &[("te", "trailers"), ("a", "b")], &[("te", "trailers"), ("a", "b"), ("connection", "TE")]),
+            (
+                REQUEST,
+                &[("connection", "TE, close"), ("te", "gzip;q=0.5, TRAILERS")],
+                &[("connection", "TE"), ("te", "trailers")],
+            ),
+            (REQUEST, &[("connection", "TE"), ("te", "gzip")], &[]),
+            (REQUEST, &[("connection", "upgrade"), ("upgrade", "websocket")], &[]),
+            (HTTP2, &[("te", "trailers"), ("a", "b")], &[("te", "trailers"), ("a", "b")]),
+            (ANSWER, &[("connection", "Upgrade"), ("upgrade", "h2,h2c"), ("te", "trailers")], &[]),
+            (
+                AGREED,
+                &[("upgrade", "TLS/1.0, HTTP/1.1")],
+                &[("upgrade", "TLS/1.0, HTTP/1.1"), ("connection", "Upgrade")],
+            ),
+            (
+                AGREED,
+                &[("connection", "upgrade"), ("upgrade", "h2c, websocket")],
+                &[("connection", "upgrade"), ("upgrade", "websocket")],
+            ),
+            (AGREED, &[("connection", "Upgrade"), ("upgrade", "h2c")], &[]),
+        ];
+        for (message, fields, expected) in cases {
+            assert_eq!(cleaned(fields, Strip::HopByHop, *message), pairs(expected), "{message:?} {fields:?}");
+        }
     }
 }

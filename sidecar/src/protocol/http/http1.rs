@@ -15,7 +15,7 @@ use tokio::io::AsyncReadExt;
 
 use super::answer;
 use super::body::{BodyError, ResponseBody};
-use super::exchange::Session;
+use super::exchange::{CLIENT_CLOSED, Session};
 use super::interim;
 use super::serve::OnRefusal;
 use crate::connect::http1::head::{self, RequestHead};
@@ -23,14 +23,11 @@ use crate::connect::http1::{Conn, Downstream, Incoming, Presence, turn};
 use crate::connect::request_body::Received;
 use crate::connection::{Command, State};
 use crate::net::Stream;
-use crate::outcome::Reason;
 
 /// How long and how much a connection that is closed is still listened to, so that a client which is sending gets to
 /// read its answer before the close of a socket with unread bytes resets it.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 1024 * 1024;
-
-const CLIENT_CLOSED: u16 = Reason::ClientClosed.row().status;
 
 /// Serves until the connection ends. `respond` is the direction's walk for one request.
 pub(super) async fn serve<F>(
@@ -66,8 +63,7 @@ pub(super) async fn serve<F>(
         let request = request.map(|()| Received::Http1(Incoming::new(&downstream, spelling, binds)));
         let answering = Answering { answer: respond(request), session, downstream: &downstream };
         let Some(response) = answering.await else { return };
-        if session.ended.get() && response.body().is_local() && response.status().as_u16() == CLIENT_CLOSED {
-            // The upstream closed because the client did: the client sees what it would see without us.
+        if session.ended.get() && response.body().is_local() && response.status() == CLIENT_CLOSED {
             return;
         }
         match answer_with(session, &downstream, response, asked).await {
@@ -135,7 +131,7 @@ async fn answer_with(
     response: Response<ResponseBody>,
     asked: Asked,
 ) -> Result<Next, BodyError> {
-    let (mut parts, mut body) = response.into_parts();
+    let (parts, mut body) = response.into_parts();
     let switched = body.take_switched();
     let framing = framing(parts.status, &body, asked);
     let mut close = !asked.keep_alive
@@ -148,9 +144,6 @@ async fn answer_with(
     {
         let mut conn = downstream.conn();
         let out = conn.queue();
-        if close || (asked.old && asked.keep_alive) {
-            parts.headers.remove(header::CONNECTION);
-        }
         head::write_response(out, asked.old, parts.status, &parts.headers, body.spelling());
         write_framing(out, framing, &parts.headers, close, asked, switched.is_some());
     }
@@ -221,17 +214,17 @@ fn write_framing(out: &mut Vec<u8>, framing: Framing, headers: &HeaderMap, close
         Framing::Chunked => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),
         Framing::None | Framing::Exact(_) | Framing::UntilEnd => {}
     }
-    if close {
+    if close && !says_close(headers) {
         out.extend_from_slice(b"connection: close\r\n");
-    } else if asked.old && !switched {
+    } else if !close && asked.old && !switched {
         out.extend_from_slice(b"connection: keep-alive\r\n");
     }
     out.extend_from_slice(b"\r\n");
 }
 
 fn says_close(headers: &HeaderMap) -> bool {
-    let connection = headers.iter().find(|(name, _)| **name == header::CONNECTION);
-    connection.is_some_and(|(_, value)| value.as_bytes().eq_ignore_ascii_case(b"close"))
+    let mut connection = headers.iter().filter(|(name, _)| **name == header::CONNECTION);
+    connection.any(|(_, value)| value.as_bytes().eq_ignore_ascii_case(b"close"))
 }
 
 /// The sending of an answer's body.

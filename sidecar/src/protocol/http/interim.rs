@@ -4,14 +4,14 @@
 use http::header;
 
 use super::exchange::Session;
-use super::headers::{self, Strip};
+use super::headers::{self, Message, Strip};
 use crate::connect::http1::{Downstream, head};
 use crate::connect::interim::{Head, MOST_WAITING};
 
 /// What was heard since this was asked last.
 pub fn take(session: &Session) -> impl Iterator<Item = Head> {
     session.interim.take().into_iter().map(|mut interim| {
-        headers::clean(&mut interim.headers, Strip::HopByHop, false);
+        headers::clean(&mut interim.headers, Strip::HopByHop, Message::Answer { upgrade: false });
         // It has no body.
         interim.headers.remove(header::CONTENT_LENGTH);
         interim

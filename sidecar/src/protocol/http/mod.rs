@@ -2,6 +2,7 @@
 
 mod answer;
 pub mod body;
+mod date;
 mod downstream_io;
 pub mod exchange;
 mod flood;
