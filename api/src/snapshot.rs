@@ -3,27 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use crate::identity::SpiffeId;
 use crate::name::{Protocol, ServiceName};
-
-/// Whether a port takes mutual TLS only, both, or plaintext only.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum MtlsMode {
-    Strict,
-    Permissive,
-    Disable,
-}
-
-impl MtlsMode {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            MtlsMode::Strict => "STRICT",
-            MtlsMode::Permissive => "PERMISSIVE",
-            MtlsMode::Disable => "DISABLE",
-        }
-    }
-}
+use crate::policy::authorization::Authorization;
+pub use crate::policy::mtls::MtlsMode;
 
 /// The workload itself: what its inbound side needs.
 #[derive(Clone, PartialEq, Debug)]
@@ -38,6 +23,10 @@ pub struct Workload {
     pub mesh: MeshSettings,
     /// It is known as an instance; before, `ports` come from policies alone.
     pub registered: bool,
+    /// What rules about the destination look at.
+    pub labels: BTreeMap<String, String>,
+    /// Who may call. It stands here and has no key of its own, so that a port and what decides about it arrive together.
+    pub authorization: Arc<Authorization>,
 }
 
 impl Workload {

@@ -3,10 +3,12 @@
 //! resource, never half of it.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use crate::identity::SpiffeId;
 use crate::name;
 use crate::peer_text::cut;
+use crate::policy::authorization::Authorization;
 use crate::snapshot;
 
 mod generated {
@@ -14,6 +16,9 @@ mod generated {
     tonic::include_proto!("outrigger.v1");
 }
 pub use generated::*;
+
+/// What a [`Workload`] needs of its reader when policies are in it.
+const AUTHORIZATION: &str = "authorization";
 
 /// The ALPN id of the control plane's port.
 pub const CONTROL_PLANE_ALPN: &[u8] = b"h2";
@@ -33,6 +38,8 @@ pub enum WireError {
     Missing { field: &'static str },
     #[error("{field} has a value that this build does not know ({value})")]
     Unknown { field: &'static str, value: i32 },
+    #[error("the message needs {0:?}, which this build does not have: use a newer sidecar")]
+    Needs(String),
     #[error("{field}: {message}")]
     Invalid { field: &'static str, message: String },
 }
@@ -161,11 +168,25 @@ impl Workload {
             mesh: Some((&workload.mesh).into()),
             trust_bundle: Some(trust_bundle),
             registered: workload.registered,
+            needs: if workload.authorization.is_empty() { Vec::new() } else { vec![AUTHORIZATION.to_owned()] },
+            labels: workload.labels.clone().into_iter().collect(),
+            // Plain values with text as keys: there is nothing that JSON could refuse.
+            authorization: match workload.authorization.is_empty() {
+                true => Vec::new(),
+                false => serde_json::to_vec(&*workload.authorization).unwrap_or_else(|_| b"!".to_vec()),
+            },
         }
     }
 
     /// The workload without its trust bundle, which `identity` checks and keeps by itself.
     pub fn decode(&self) -> Result<snapshot::Workload, WireError> {
+        if let Some(need) = self.needs.iter().find(|need| *need != AUTHORIZATION) {
+            return Err(WireError::Needs(need.chars().take(60).collect()));
+        }
+        let authorization = match self.authorization.as_slice() {
+            [] => Authorization::default(),
+            json => serde_json::from_slice(json).map_err(|error| invalid("authorization", error))?,
+        };
         let mesh = self.mesh.as_ref().ok_or(WireError::Missing { field: "mesh" })?;
         let mut ports = std::collections::BTreeMap::new();
         for inbound in &self.ports {
@@ -190,6 +211,8 @@ impl Workload {
             default_mtls_mode: mtls_mode_from_wire(self.default_mtls_mode)?,
             mesh: mesh.try_into()?,
             registered: self.registered,
+            labels: self.labels.clone().into_iter().collect(),
+            authorization: Arc::new(authorization),
         })
     }
 }

@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use outrigger_api::compile::load as parse;
 use outrigger_api::resource::{
-    AccessLogMode, KeyAlgorithm, LoadBalancerType, OutboundTraffic, Parsed, SourceFile, TargetPort, parse,
+    AccessLogMode, KeyAlgorithm, LoadBalancerType, OutboundTraffic, Parsed, SourceFile, TargetPort,
 };
 use outrigger_api::snapshot::MtlsMode;
 

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use outrigger_runtime::stdout;
 
-use crate::{bench, demo, stat, status, token, validate};
+use crate::{bench, demo, explain, policy_test, stat, status, token, validate};
 
 /// Mistakes on the command line, as in every command of this project.
 const USAGE: u8 = 2;
@@ -43,6 +43,10 @@ enum Command {
     Token(Token),
     /// Check YAML as a control plane would, without one
     Validate(Paths),
+    /// Say what would happen to a request or connection, by which policy, and what to do about it
+    Explain(explain::Args),
+    /// Run the PolicyTest documents of a configuration
+    Test(policy_test::Args),
     /// Show who is connected to the control plane, and what is wrong
     Status(status::Args),
     /// Show requests/s, success and latency per edge of the mesh
@@ -115,6 +119,8 @@ pub fn main(
         Command::Demo(args) => demo::command(&args),
         Command::Token(Token::Create(args)) => token::command(&args),
         Command::Validate(Paths { paths }) => ExitCode::from(validate::validate(&paths)),
+        Command::Explain(args) => explain::command(&args),
+        Command::Test(args) => policy_test::command(&args),
         Command::Status(args) => status::command(&args),
         Command::Stat(args) => stat::command(&args),
         Command::Bench(Rest { rest }) => bench::main(rest.into_iter()),
@@ -134,10 +140,6 @@ fn control_plane(rest: Vec<OsString>, environment: impl IntoIterator<Item = (OsS
 /// Commands that the documentation promises for later versions.
 fn later(command: &str) -> Option<&'static str> {
     match command {
-        "explain" => Some(
-            "outrigger: `explain` is not in this version; the sidecar's access log and `reason` in its answers say why \
-             a request was refused",
-        ),
         "check" => Some(
             "outrigger: `check` is not in this version; `outrigger status` shows who is connected and what is wrong",
         ),

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, StatusCode, header};
-use http_body_util::{BodyExt, Empty, Limited};
+use http::{Method, Request, StatusCode, header};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
@@ -29,7 +29,18 @@ pub enum FetchError {
 /// The body of `http://ADDRESS/PATH`, which must be answered with 200. `address` is `host:port`.
 pub(crate) async fn get(address: &str, path: &str) -> Result<Bytes, FetchError> {
     let slow = || FetchError::Slow { address: address.to_owned(), path: path.to_owned() };
-    tokio::time::timeout(PATIENCE, ask(address, path)).await.map_err(|_| slow())?
+    tokio::time::timeout(PATIENCE, ask(address, path, None)).await.map_err(|_| slow())?
+}
+
+/// The answer to a POST of JSON, as JSON of a type.
+pub(crate) async fn post_json<T: serde::de::DeserializeOwned>(
+    address: &str,
+    path: &str,
+    body: Vec<u8>,
+) -> Result<T, FetchError> {
+    let slow = || FetchError::Slow { address: address.to_owned(), path: path.to_owned() };
+    let asked = tokio::time::timeout(PATIENCE, ask(address, path, Some(body))).await.map_err(|_| slow())?;
+    serde_json::from_slice(&asked?).map_err(|error| failed(address, path)(error.into()))
 }
 
 /// The same, as JSON of a type.
@@ -43,7 +54,7 @@ fn failed(address: &str, path: &str) -> impl Fn(Box<dyn std::error::Error + Send
     move |source| FetchError::Http { address: address.clone(), path: path.clone(), source }
 }
 
-async fn ask(address: &str, path: &str) -> Result<Bytes, FetchError> {
+async fn ask(address: &str, path: &str, post: Option<Vec<u8>>) -> Result<Bytes, FetchError> {
     let failed = failed(address, path);
     let stream = TcpStream::connect(address)
         .await
@@ -54,9 +65,13 @@ async fn ask(address: &str, path: &str) -> Result<Bytes, FetchError> {
     tokio::spawn(async move {
         let _told_to_the_sender = connection.await;
     });
-    let request = Request::get(path)
+    let method = if post.is_some() { Method::POST } else { Method::GET };
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
         .header(header::HOST, address)
-        .body(Empty::<Bytes>::new())
+        .header(header::CONTENT_TYPE, "application/json")
+        .body(Full::new(Bytes::from(post.unwrap_or_default())))
         .map_err(|error| failed(error.into()))?;
     let response = sender.send_request(request).await.map_err(|error| failed(error.into()))?;
     let status = response.status();

@@ -3,7 +3,9 @@
 pub mod bench;
 pub mod command;
 pub mod demo;
+mod explain;
 mod fetch;
+mod policy_test;
 mod stat;
 mod status;
 mod table;

@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use outrigger_api::resource::{Problem, SourceFile, parse, strictest, unreadable};
+use outrigger_api::compile::load;
+use outrigger_api::resource::{Problem, SourceFile, strictest, unreadable};
 use outrigger_runtime::config_dir;
 
 /// Everything is as it should be; warnings may have been printed.
@@ -45,7 +46,7 @@ fn validate_to(paths: &[PathBuf], out: &mut dyn Write, err: &mut dyn Write) -> u
             }
         }
     }
-    let parsed = parse(&files);
+    let parsed = load(&files);
     errors.extend(parsed.errors);
     for problem in &errors {
         let _ = writeln!(err, "{problem}");

@@ -165,7 +165,7 @@ mod tests {
         let files = read(&folder.0).unwrap().files;
         assert_eq!(files[0].text, "a: \u{fffd}\n");
         assert_eq!(files[1].text.len(), MAX_FILE_BYTES + 1);
-        let errors = outrigger_api::resource::parse(&files).errors;
+        let errors = outrigger_api::compile::load(&files).errors;
         assert_eq!((errors.len(), errors[0].line, errors[0].column), (2, 1, 4));
     }
 

@@ -15,6 +15,8 @@ pub enum Reason {
     RequestTargetTooLong,
     ClientClosed,
     MtlsRequired,
+    PolicyDenied,
+    PathAmbiguous,
     PeerCertificate,
     TlsHandshake,
     ProtocolMismatch,
@@ -65,13 +67,15 @@ const fn row(word: &'static str, status: u16, grpc: u8, proxy_status: &'static s
 }
 
 impl Reason {
-    pub const ALL: [Reason; 31] = [
+    pub const ALL: [Reason; 33] = [
         Reason::BadRequest,
         Reason::RequestHeadTimeout,
         Reason::RequestHeadTooLarge,
         Reason::RequestTargetTooLong,
         Reason::ClientClosed,
         Reason::MtlsRequired,
+        Reason::PolicyDenied,
+        Reason::PathAmbiguous,
         Reason::PeerCertificate,
         Reason::TlsHandshake,
         Reason::ProtocolMismatch,
@@ -127,6 +131,16 @@ impl Reason {
                 7,
                 "tls_certificate_error",
                 "This port takes mutual TLS from mesh sidecars only.",
+            ),
+            Reason::PolicyDenied => {
+                row("policy_denied", 403, 7, "http_request_denied", "A policy does not allow this request.")
+            }
+            Reason::PathAmbiguous => row(
+                "path_ambiguous",
+                400,
+                3,
+                "http_request_error",
+                "A policy looks at paths, and this path can be read in two ways.",
             ),
             Reason::PeerCertificate => row(
                 "peer_certificate",
@@ -318,19 +332,39 @@ pub struct Error {
     pub detail: Cow<'static, str>,
     /// The code with which an HTTP/2 upstream reset the stream, for a client that speaks HTTP/2 as well.
     pub reset: Option<u32>,
+    /// The object that refused, where one did.
+    pub by: Option<Box<Refuser>>,
+}
+
+/// The object that refused a request or connection.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refuser {
+    /// `KIND/NAMESPACE/NAME`
+    pub object: String,
+    /// From 0; None where no single rule did.
+    pub rule: Option<usize>,
+    /// The caller proved who it is, so it may be told.
+    pub told: bool,
 }
 
 impl Error {
+    /// Says which object refused.
+    pub fn by(self, by: Option<Refuser>) -> Error {
+        Error { by: by.map(Box::new), ..self }
+    }
+
     pub fn downstream(stage: Stage, reason: Reason, detail: impl Into<Cow<'static, str>>) -> Error {
-        Error { stage, side: Side::Downstream, reason, retry: Retry::Never, detail: detail.into(), reset: None }
+        let detail = detail.into();
+        Error { stage, side: Side::Downstream, reason, retry: Retry::Never, detail, reset: None, by: None }
     }
 
     pub fn own(stage: Stage, reason: Reason, detail: impl Into<Cow<'static, str>>) -> Error {
-        Error { stage, side: Side::Own, reason, retry: Retry::Never, detail: detail.into(), reset: None }
+        let detail = detail.into();
+        Error { stage, side: Side::Own, reason, retry: Retry::Never, detail, reset: None, by: None }
     }
 
     pub fn upstream(stage: Stage, reason: Reason, retry: Retry, detail: impl Into<Cow<'static, str>>) -> Error {
-        Error { stage, side: Side::Upstream, reason, retry, detail: detail.into(), reset: None }
+        Error { stage, side: Side::Upstream, reason, retry, detail: detail.into(), reset: None, by: None }
     }
 }
 

@@ -1,10 +1,21 @@
 //! Asks policy. What comes back is a [`Permit`], and forwarding demands one: bytes cannot reach an application or an
-//! endpoint on a path that forgot to ask. In this version the inbound rule is the mTLS mode.
+//! endpoint on a path that forgot to ask. The decisions themselves are pure functions of `outrigger_api::policy`, which
+//! `explain` and offline tests call too; here they get the facts of what is on the wire.
 
-use outrigger_api::snapshot::MtlsMode;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use http::header::HOST;
+use http::request::Parts;
+use outrigger_api::facts::{Connection, Headers, Moment, Request};
+use outrigger_api::identity::SpiffeId;
+use outrigger_api::path::NormalPath;
+use outrigger_api::policy::authorization::{By, Denial, Verdict};
+use outrigger_api::policy::mtls;
+use outrigger_api::snapshot::{MtlsMode, Workload};
 
 use crate::connection::Arrival;
-use crate::outcome::{Error, Reason, Stage};
+use crate::outcome::{Error, Reason, Refuser, Side, Stage};
 
 /// The proof that policy was asked and agreed. Only this module makes one.
 #[derive(Clone, Copy, Debug)]
@@ -13,20 +24,9 @@ pub struct Permit(());
 
 /// May this connection come in?
 pub fn admit(mode: MtlsMode, arrival: Arrival) -> Result<Permit, Error> {
-    match (mode, arrival) {
-        // Nothing is on a wire, so no mode has anything to ask of it.
-        (MtlsMode::Strict | MtlsMode::Permissive | MtlsMode::Disable, Arrival::Own) => Ok(Permit(())),
-        (MtlsMode::Strict | MtlsMode::Permissive, Arrival::Mutual) => Ok(Permit(())),
-        (MtlsMode::Permissive | MtlsMode::Disable, Arrival::Plaintext | Arrival::ForeignTls | Arrival::Undecided) => {
-            Ok(Permit(()))
-        }
-        (MtlsMode::Strict, Arrival::Plaintext) => Err(refuse("plaintext on a STRICT port")),
-        (MtlsMode::Strict, Arrival::Undecided) => {
-            Err(refuse("the port became STRICT before the client had said anything"))
-        }
-        (MtlsMode::Strict, Arrival::ForeignTls) => Err(refuse("TLS that is not the mesh's on a STRICT port")),
-        (MtlsMode::Disable, Arrival::Mutual) => Err(refuse("mutual TLS on a port where it is disabled")),
-    }
+    mtls::admit(mode, arrival)
+        .map(|()| Permit(()))
+        .map_err(|detail| Error::downstream(Stage::Policy, Reason::MtlsRequired, detail))
 }
 
 /// What the application itself sends out is not restricted in this version.
@@ -34,20 +34,97 @@ pub fn admit_outbound() -> Permit {
     Permit(())
 }
 
-fn refuse(detail: &'static str) -> Error {
-    Error::downstream(Stage::Policy, Reason::MtlsRequired, detail)
+/// Who calls which port of the workload.
+#[derive(Clone, Copy)]
+pub struct Call<'a> {
+    pub identity: Option<&'a SpiffeId>,
+    pub client: IpAddr,
+    pub application: SocketAddr,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// What policy said of a request or a connection of opaque bytes, as far as somebody has to do something about it.
+#[derive(Default)]
+pub struct Judgement {
+    pub refused: Option<Error>,
+    /// Policies in Shadow mode that would have refused it: `KIND/NAMESPACE/NAME` and the rule.
+    pub shadow: Vec<Noted>,
+    /// AUDIT policies that matched.
+    pub audit: Vec<Noted>,
+}
 
-    #[test]
-    fn strict_takes_mutual_tls_only() {
-        for arrival in [Arrival::Mutual, Arrival::Plaintext, Arrival::ForeignTls, Arrival::Undecided] {
-            assert_eq!(admit(MtlsMode::Strict, arrival).is_ok(), arrival == Arrival::Mutual, "{arrival:?}");
-            assert!(admit(MtlsMode::Permissive, arrival).is_ok(), "{arrival:?}");
-            assert_eq!(admit(MtlsMode::Disable, arrival).is_ok(), arrival != Arrival::Mutual, "{arrival:?}");
+/// An object that did not decide but wants to be counted.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Noted {
+    pub object: String,
+    pub rule: Option<usize>,
+}
+
+/// May this request come in? `parts`: the head as it goes on, cleaned. Costs one look where no policy is in force.
+pub fn judge_request(own: &Workload, call: &Call<'_>, parts: &Parts) -> Judgement {
+    if own.authorization.is_empty() {
+        return Judgement::default();
+    }
+    let target = parts.uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
+    let path = NormalPath::of(target);
+    let fields = Fields(&parts.headers);
+    let host = parts.headers.get(HOST).and_then(|value| value.to_str().ok());
+    let request = Request {
+        method: parts.method.as_str(),
+        path: &path,
+        host: parts.uri.authority().map(http::uri::Authority::as_str).or(host).unwrap_or_default(),
+        headers: &fields,
+    };
+    judge(own, call, Some(&request))
+}
+
+/// May this connection of opaque bytes come in?
+pub fn judge_opaque(own: &Workload, call: &Call<'_>) -> Judgement {
+    if own.authorization.is_empty() {
+        return Judgement::default();
+    }
+    judge(own, call, None)
+}
+
+fn judge(own: &Workload, call: &Call<'_>, request: Option<&Request<'_>>) -> Judgement {
+    let authorization = &own.authorization;
+    let now = match authorization.looks_at_time() {
+        true => Moment::of_unix_time(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()),
+        false => Moment::default(),
+    };
+    let connection = Connection {
+        identity: call.identity,
+        source_ip: Some(call.client),
+        destination_ip: Some(call.application.ip()),
+        destination_port: call.application.port(),
+        service: own.ports.get(&call.application.port()).and_then(|port| port.service.as_ref()),
+        labels: &own.labels,
+        now,
+    };
+    let verdict = authorization.decide(&connection, request, &mut ());
+    let noted = |by: &[By<'_>]| by.iter().map(|by| Noted { object: by.to_string(), rule: by.rule() }).collect();
+    let (shadow, audit) = (noted(&verdict.shadow), noted(&verdict.audit));
+    Judgement { refused: refusal(&verdict, call.identity.is_some()), shadow, audit }
+}
+
+fn refusal(verdict: &Verdict<'_>, told: bool) -> Option<Error> {
+    let (reason, detail) = match verdict.denied? {
+        Denial::Policy => (Reason::PolicyDenied, "a policy does not allow it"),
+        Denial::PathAmbiguous => (Reason::PathAmbiguous, "the path can be read in two ways"),
+    };
+    let by = verdict.by.map(|by| Refuser { object: by.to_string(), rule: by.rule(), told });
+    // Nothing is wrong with how the request was written: its connection goes on.
+    let error = Error::own(Stage::Policy, reason, detail).by(by);
+    Some(Error { side: Side::Own, ..error })
+}
+
+struct Fields<'a>(&'a http::HeaderMap);
+
+impl Headers for Fields<'_> {
+    fn each_value(&self, name: &str, each: &mut dyn FnMut(&[u8]) -> bool) {
+        for value in self.0.get_all(name) {
+            if !each(value.as_bytes()) {
+                return;
+            }
         }
     }
 }

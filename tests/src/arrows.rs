@@ -18,7 +18,22 @@ struct Rows {
     for_all: &'static [&'static str],
 }
 
-const ROWS: [Rows; 2] = [
+const ROWS: [Rows; 3] = [
+    Rows {
+        folder: "api",
+        library: "outrigger_api",
+        rows: &[
+            &["name", "path", "peer_text"],
+            &["identity", "virtual_address"],
+            &["facts"],
+            &["policy"],
+            &["snapshot"],
+            &["resource"],
+            &["compile"],
+            &["explain", "wire"],
+        ],
+        for_all: &[],
+    },
     Rows {
         folder: "sidecar",
         library: "outrigger_sidecar",

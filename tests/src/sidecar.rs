@@ -303,10 +303,18 @@ impl Sidecar {
         self.admin("POST", path, body).await
     }
 
+    /// A POST of JSON on the admin port; JSON.
+    pub async fn admin_post_json(&self, path: &str, body: &Value) -> Value {
+        let answer = self.admin("POST", path, &body.to_string()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        serde_json::from_slice(&answer.body).unwrap()
+    }
+
     async fn admin(&self, method: &str, path: &str, body: &str) -> Response {
         let length = body.len();
+        let kind = if body.starts_with('{') { "Content-Type: application/json\r\n" } else { "" };
         let request = format!(
-            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{kind}Content-Length: {length}\r\n\r\n{body}"
         );
         wire::ask(self.address("admin"), request).await
     }

@@ -1,6 +1,8 @@
-//! Policy decisions: pure functions from what is known to what is decided. The control plane calls them when it
-//! builds a sidecar's snapshot; nothing here knows a clock, a socket or a lock.
+//! Decisions: pure functions from what is in force and the facts of a connection or request to a verdict, with a trace
+//! of why. The data path calls them, and so do `explain`, offline tests and Shadow: nobody has a second opinion. Nothing
+//! here knows a clock, a socket or a lock, or how the objects looked that the user wrote (`resource`).
 
-mod mtls;
-
-pub use mtls::{ModeSet, mtls_modes};
+pub mod authorization;
+pub mod mtls;
+pub mod pattern;
+pub mod trace;

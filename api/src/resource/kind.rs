@@ -13,19 +13,30 @@ pub(super) enum Kind {
     MeshConfig,
     Workload,
     PeerAuthentication,
+    AuthorizationPolicy,
+    PolicyTest,
     Service,
     ServiceAccount,
 }
 
 impl Kind {
-    pub(super) const ALL: [Kind; 5] =
-        [Kind::MeshConfig, Kind::Workload, Kind::PeerAuthentication, Kind::Service, Kind::ServiceAccount];
+    pub(super) const ALL: [Kind; 7] = [
+        Kind::MeshConfig,
+        Kind::Workload,
+        Kind::PeerAuthentication,
+        Kind::AuthorizationPolicy,
+        Kind::PolicyTest,
+        Kind::Service,
+        Kind::ServiceAccount,
+    ];
 
     pub(super) fn name(self) -> &'static str {
         match self {
             Kind::MeshConfig => "MeshConfig",
             Kind::Workload => "Workload",
             Kind::PeerAuthentication => "PeerAuthentication",
+            Kind::AuthorizationPolicy => "AuthorizationPolicy",
+            Kind::PolicyTest => "PolicyTest",
             Kind::Service => "Service",
             Kind::ServiceAccount => "ServiceAccount",
         }
@@ -33,7 +44,11 @@ impl Kind {
 
     pub(super) fn api_version(self) -> &'static str {
         match self {
-            Kind::MeshConfig | Kind::Workload | Kind::PeerAuthentication => OWN_API,
+            Kind::MeshConfig
+            | Kind::Workload
+            | Kind::PeerAuthentication
+            | Kind::AuthorizationPolicy
+            | Kind::PolicyTest => OWN_API,
             Kind::Service | Kind::ServiceAccount => "v1",
         }
     }
@@ -47,7 +62,12 @@ impl Kind {
     pub(super) fn annotations(self) -> &'static [&'static str] {
         match self {
             Kind::Service => service::ANNOTATIONS,
-            Kind::MeshConfig | Kind::Workload | Kind::PeerAuthentication | Kind::ServiceAccount => &[],
+            Kind::MeshConfig
+            | Kind::Workload
+            | Kind::PeerAuthentication
+            | Kind::AuthorizationPolicy
+            | Kind::PolicyTest
+            | Kind::ServiceAccount => &[],
         }
     }
 }
@@ -55,7 +75,6 @@ impl Kind {
 /// Kinds of our group that have a meaning, but not yet. What a user wrote for safety must not be passed over.
 const LATER: &[&str] = &[
     "ServiceEntry",
-    "AuthorizationPolicy",
     "RequestAuthentication",
     "BackendTrafficPolicy",
     "RateLimitPolicy",
@@ -63,6 +82,8 @@ const LATER: &[&str] = &[
     "EgressPolicy",
     "TelemetryPolicy",
 ];
+const ISTIO_SECURITY_GROUP: &str = "security.istio.io";
+const ISTIO_READ: [Kind; 2] = [Kind::PeerAuthentication, Kind::AuthorizationPolicy];
 const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
 const GATEWAY_LATER: &[&str] = &["HTTPRoute", "GRPCRoute", "TLSRoute", "TCPRoute", "ReferenceGrant"];
 
@@ -80,6 +101,13 @@ pub(super) fn classify(api_version: &str, kind: &str) -> Verdict {
     let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
     match group {
         "" => core(version, kind),
+        // Istio's objects of these kinds are ours, field by field.
+        ISTIO_SECURITY_GROUP
+            if matches!(version, "v1" | "v1beta1") && ISTIO_READ.iter().any(|read| read.name() == kind) =>
+        {
+            let known = ISTIO_READ.into_iter().find(|read| read.name() == kind);
+            known.map_or_else(|| foreign(api_version, kind), Verdict::Read)
+        }
         OWN_GROUP => own(api_version, kind),
         GATEWAY_GROUP if GATEWAY_LATER.contains(&kind) => {
             refuse_kind(format!("kind {kind} is not acted on by this version: remove the document"))
@@ -184,10 +212,11 @@ mod tests {
                 "refuse unknown kind `PeerAuthentications` in outrigger.dev; did you mean `PeerAuthentication`?"
                     .to_owned(),
             ),
+            (OWN_API, "AuthorizationPolicy", read(Kind::AuthorizationPolicy)),
             (
                 OWN_API,
-                "AuthorizationPolicy",
-                "refuse kind AuthorizationPolicy is not enforced by this version: remove the document".to_owned(),
+                "RequestAuthentication",
+                "refuse kind RequestAuthentication is not enforced by this version: remove the document".to_owned(),
             ),
             (
                 "gateway.networking.k8s.io/v1",
@@ -199,10 +228,12 @@ mod tests {
                 "Gateway",
                 "ignore kind `Gateway` of `gateway.networking.k8s.io/v1` is ignored".to_owned(),
             ),
+            ("security.istio.io/v1", "AuthorizationPolicy", read(Kind::AuthorizationPolicy)),
+            ("security.istio.io/v1beta1", "PeerAuthentication", read(Kind::PeerAuthentication)),
             (
-                "security.istio.io/v1",
+                "security.istio.io/v2",
                 "AuthorizationPolicy",
-                "refuse AuthorizationPolicy of `security.istio.io/v1` is not read: this mesh's has apiVersion \
+                "refuse AuthorizationPolicy of `security.istio.io/v2` is not read: this mesh's has apiVersion \
                  outrigger.dev/v1alpha1"
                     .to_owned(),
             ),

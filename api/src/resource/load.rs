@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::de::DeserializeSeed;
 
+use super::authorization_policy::RawAuthorizationPolicy;
 use super::decode::{UnknownField, decode};
 use super::findings::{Finding, Findings, Severity, prefixed};
 use super::kind::{Kind, Verdict, classify};
@@ -19,10 +20,9 @@ use super::service::{self, RawService};
 use super::tree::{Budget, Node, TreeSeed, safe_prefix};
 use super::workload::RawWorkload;
 use super::{
-    Labels, MeshConfig, Metadata, Parsed, PeerAuthentication, Resource, Resources, Service, ServiceAccount, SourceFile,
-    Workload,
+    AuthorizationPolicy, MeshConfig, Metadata, Parsed, PeerAuthentication, PolicyTest, Remark, Resource, Resources,
+    Service, ServiceAccount, SourceFile, Workload,
 };
-use crate::policy::mtls_modes;
 
 /// Longer files are refused unread.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
@@ -30,32 +30,50 @@ pub const MAX_FILE_BYTES: usize = 1 << 20;
 const MAX_DIRECTIVES: usize = 16;
 
 /// Reads a set of files as one configuration. Never fails as a whole and never panics: what is wrong is in `errors`,
-/// in the order of the files and their lines.
+/// in the order of the files and their lines. What objects say together is not looked at here: `compile::load` does both.
 pub fn parse(files: &[SourceFile]) -> Parsed {
+    parse_and_check(files, |_| Vec::new())
+}
+
+/// The same, and warnings for what `check` remarks about the objects as a whole.
+pub fn parse_and_check(files: &[SourceFile], check: impl FnOnce(&Resources) -> Vec<Remark>) -> Parsed {
     let mut loader =
         Loader { files, origins: BTreeMap::new(), resources: Resources::default(), objects: 0, found: Vec::new() };
     for file in 0..files.len() {
         loader.read_file(file);
     }
-    loader.check_contradictions();
+    let remarks = check(&loader.resources);
+    loader.keep_remarks(remarks);
     loader.report()
 }
 
 struct Loader<'f> {
     files: &'f [SourceFile],
     /// Every object with a name, also those with errors: kind, namespace, name.
-    origins: BTreeMap<(Kind, String, String), Origin>,
+    origins: Origins,
     resources: Resources,
     objects: usize,
     found: Vec<Found>,
 }
 
 /// Where an object stands.
-#[derive(Clone, Debug)]
-struct Origin {
+#[derive(Clone, PartialEq, Debug)]
+pub(super) struct Origin {
     file: usize,
     document: usize,
     path: Path,
+}
+
+/// The objects that have a name, by kind, namespace and name.
+pub(super) type Origins = BTreeMap<(Kind, String, String), Origin>;
+
+impl Origin {
+    /// File and line of the object's name.
+    pub(super) fn place(&self, files: &[SourceFile]) -> Option<(String, usize)> {
+        let file = files.get(self.file)?;
+        let (line, _) = locate(file.body(), self.document, &self.path.key("metadata").key("name"), At::Value);
+        Some((file.name.clone(), line))
+    }
 }
 
 impl<'f> Loader<'f> {
@@ -182,6 +200,10 @@ impl<'f> Loader<'f> {
             Spec::MeshConfig(spec) => all.mesh = spec,
             Spec::Workload(spec) => drop(all.workloads.insert(key, Resource { metadata, spec })),
             Spec::PeerAuthentication(spec) => drop(all.peer_authentications.insert(key, Resource { metadata, spec })),
+            Spec::PolicyTest(spec) => drop(all.policy_tests.insert(key, Resource { metadata, spec })),
+            Spec::AuthorizationPolicy(spec) => {
+                drop(all.authorization_policies.insert(key, Resource { metadata, spec }));
+            }
             Spec::Service(spec) => drop(all.services.insert(key, Resource { metadata, spec })),
             Spec::ServiceAccount(spec) => drop(all.service_accounts.insert(key, Resource { metadata, spec })),
         }
@@ -204,49 +226,25 @@ impl<'f> Loader<'f> {
         findings.add(&origin.path.key("metadata").key("name"), At::Value, Severity::Error, message);
     }
 
-    /// Two PeerAuthentications for the same workloads that say different things: the stricter is in force, and
-    /// somebody should know.
-    fn check_contradictions(&mut self) {
-        type Scope<'r> = (&'r str, Option<&'r Labels>);
-        let mut scopes: BTreeMap<Scope<'_>, Vec<&Resource<PeerAuthentication>>> = BTreeMap::new();
-        for policy in self.resources.peer_authentications.values() {
-            let labels = policy.spec.selector.as_ref().map(|selector| &selector.match_labels);
-            scopes.entry((policy.metadata.namespace.as_str(), labels)).or_default().push(policy);
-        }
-        let none = Labels::new();
-        let mut found = Vec::new();
-        for ((namespace, labels), policies) in scopes {
-            let policies = policies.iter().map(|policy| (&policy.metadata, &policy.spec));
-            for (first, second) in mtls_modes(policies, namespace, labels.unwrap_or(&none)).contradictions {
-                found.extend(self.contradiction(&first, &second));
-            }
-        }
+    fn keep_remarks(&mut self, remarks: Vec<Remark>) {
+        let found = remarks.into_iter().filter_map(|remark| {
+            let at = self.origins.get(&remark.object.key()?)?;
+            let other = remark.other.as_ref().and_then(|other| self.origins.get(&other.key()?));
+            let place = other.map(|other| self.name_of_place(other)).unwrap_or_default();
+            Some(Found {
+                file: at.file,
+                place: Place::In { document: at.document, path: at.path.key("spec"), at: At::Key },
+                severity: Severity::Warning,
+                message: remark.message.replace(Remark::PLACE, &place),
+            })
+        });
+        let found: Vec<Found> = found.collect();
         self.found.extend(found);
-    }
-
-    fn contradiction(&self, first: &str, second: &str) -> Option<Found> {
-        let origin = |full_name: &str| {
-            let (namespace, name) = full_name.split_once('/')?;
-            self.origins.get(&(Kind::PeerAuthentication, namespace.to_owned(), name.to_owned()))
-        };
-        let (at, other) = (origin(second)?, origin(first)?);
-        let other_place = self.name_of_place(other);
-        Some(Found {
-            file: at.file,
-            place: Place::In { document: at.document, path: at.path.key("spec"), at: At::Key },
-            severity: Severity::Warning,
-            message: format!(
-                "PeerAuthentication {second} contradicts {first} in {other_place} for the same workloads: the stricter \
-                 mode is in force; merge them"
-            ),
-        })
     }
 
     /// `FILE:LINE` of an object's name.
     fn name_of_place(&self, origin: &Origin) -> String {
-        let file = &self.files[origin.file];
-        let (line, _) = locate(file.body(), origin.document, &origin.path.key("metadata").key("name"), At::Value);
-        format!("{}:{line}", file.name)
+        origin.place(self.files).map_or_else(String::new, |(file, line)| format!("{file}:{line}"))
     }
 
     fn keep(&mut self, origin: &Origin, findings: Findings) {
@@ -261,7 +259,8 @@ impl<'f> Loader<'f> {
 
     /// Finds the lines, sorts, and cuts what would be too long to read.
     fn report(self) -> Parsed {
-        let mut parsed = Parsed { resources: self.resources, objects: self.objects, ..Parsed::default() };
+        let mut parsed =
+            Parsed { resources: self.resources, objects: self.objects, origins: self.origins, ..Parsed::default() };
         let mut by_file: Vec<[Vec<Found>; 2]> = self.files.iter().map(|_| Default::default()).collect();
         for found in self.found {
             by_file[found.file][found.severity as usize].push(found);
@@ -278,6 +277,8 @@ enum Spec {
     MeshConfig(MeshConfig),
     Workload(Workload),
     PeerAuthentication(PeerAuthentication),
+    AuthorizationPolicy(AuthorizationPolicy),
+    PolicyTest(PolicyTest),
     Service(Service),
     ServiceAccount(ServiceAccount),
 }
@@ -320,6 +321,14 @@ impl<'o> Sections<'o, '_> {
                 let raw: RawPeerAuthentication = self.read("spec", findings)?;
                 Some(Spec::PeerAuthentication(raw.check(metadata, &path, findings)))
             }
+            Kind::PolicyTest => {
+                let raw: super::policy_test::RawPolicyTest = self.read("spec", findings)?;
+                Some(Spec::PolicyTest(raw.check(metadata, &path, findings)))
+            }
+            Kind::AuthorizationPolicy => {
+                let raw: RawAuthorizationPolicy = self.read("spec", findings)?;
+                Some(Spec::AuthorizationPolicy(raw.check(metadata, &path, findings)))
+            }
             Kind::Service => {
                 service::check_annotations(metadata, &metadata_path, findings);
                 let raw: RawService = self.read("spec", findings)?;
@@ -354,9 +363,12 @@ impl<'o> Sections<'o, '_> {
     fn collect_top_level(&self, kind: Kind) {
         let known: &'static [&'static str] = match kind {
             Kind::ServiceAccount => &["apiVersion", "kind", "metadata"],
-            Kind::MeshConfig | Kind::Workload | Kind::PeerAuthentication | Kind::Service => {
-                &["apiVersion", "kind", "metadata", "spec"]
-            }
+            Kind::MeshConfig
+            | Kind::Workload
+            | Kind::PeerAuthentication
+            | Kind::AuthorizationPolicy
+            | Kind::PolicyTest
+            | Kind::Service => &["apiVersion", "kind", "metadata", "spec"],
         };
         let Node::Map(entries) = self.object else { return };
         for (field, value) in entries.iter().filter(|(field, _)| !known.contains(&field.as_ref())) {
@@ -372,7 +384,12 @@ fn changes_nothing(kind: Kind, shape: &str, value: &Node<'_>) -> bool {
         .any(|(field, standard)| *field == shape && matches!(value, Node::Text(text) if text == standard));
     match kind {
         Kind::Service => service::SILENT_FIELDS.contains(&shape) || standard_value,
-        Kind::ServiceAccount | Kind::MeshConfig | Kind::Workload | Kind::PeerAuthentication => false,
+        Kind::ServiceAccount
+        | Kind::MeshConfig
+        | Kind::Workload
+        | Kind::PeerAuthentication
+        | Kind::AuthorizationPolicy
+        | Kind::PolicyTest => false,
     }
 }
 

@@ -22,6 +22,8 @@ pub struct MeshConfig {
     pub renew_grace_seconds: Option<u64>,
     pub key_algorithm: KeyAlgorithm,
     pub outbound: OutboundTraffic,
+    /// `defaultAction: Deny`: what no ALLOW policy allows is refused, also where none applies.
+    pub deny_by_default: bool,
     pub tracing: Tracing,
     pub access_log: AccessLogMode,
     /// `metrics.maxSeries`
@@ -172,10 +174,6 @@ impl RawMeshConfig {
             let path = path.key("trustBundles");
             findings.error_at_key(&path, "not in this version: a mesh trusts its own trust domain only".to_owned());
         }
-        if self.default_action == Some(DefaultAction::Deny) {
-            let path = path.key("defaultAction");
-            findings.error(&path, "Deny is not enforced by this version: only Allow is".to_owned());
-        }
         let trust_domain = self.trust_domain.and_then(|text| {
             let checked = TrustDomain::new(&text);
             checked.map_err(|error| findings.error(&path.key("trustDomain"), error.to_string())).ok()
@@ -202,6 +200,7 @@ impl RawMeshConfig {
             renew_grace_seconds,
             key_algorithm: self.key_algorithm.unwrap_or_default(),
             outbound: self.outbound.mode.unwrap_or_default(),
+            deny_by_default: self.default_action == Some(DefaultAction::Deny),
             tracing: self.tracing.check(&path.key("tracing"), findings),
             access_log: self.access_log.unwrap_or_default(),
             max_series: self.metrics.max_series,

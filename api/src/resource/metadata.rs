@@ -58,10 +58,22 @@ impl RawMetadata {
             Kind::Service | Kind::Workload if !is_label(&name) => {
                 findings.error(&path.key("name"), not_a_label(&name));
             }
-            Kind::ServiceAccount | Kind::PeerAuthentication | Kind::MeshConfig if !is_subdomain(&name) => {
+            Kind::ServiceAccount
+            | Kind::PeerAuthentication
+            | Kind::AuthorizationPolicy
+            | Kind::PolicyTest
+            | Kind::MeshConfig
+                if !is_subdomain(&name) =>
+            {
                 findings.error(&path.key("name"), not_a_subdomain(&name));
             }
-            Kind::Service | Kind::Workload | Kind::ServiceAccount | Kind::PeerAuthentication | Kind::MeshConfig => {}
+            Kind::Service
+            | Kind::Workload
+            | Kind::ServiceAccount
+            | Kind::PeerAuthentication
+            | Kind::AuthorizationPolicy
+            | Kind::PolicyTest
+            | Kind::MeshConfig => {}
         }
         Some(Metadata { name, namespace, labels: self.labels, annotations: self.annotations })
     }

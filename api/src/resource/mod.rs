@@ -5,6 +5,7 @@
 //! `decode` (typed, paths known) -> the kind's own checks -> checks between objects. Whatever is found on the way
 //! carries a path, and `position` finds its line and column at the end.
 
+mod authorization_policy;
 mod decode;
 pub mod duration;
 mod findings;
@@ -15,6 +16,7 @@ mod metadata;
 mod nearest;
 mod path;
 mod peer_authentication;
+mod policy_test;
 mod position;
 mod problem;
 mod report;
@@ -25,13 +27,16 @@ mod syntax;
 mod tree;
 mod workload;
 
-pub use load::{MAX_FILE_BYTES, parse};
+pub use authorization_policy::AuthorizationPolicy;
+pub use load::{MAX_FILE_BYTES, parse, parse_and_check};
 pub use mesh_config::{
     AccessLogMode, DEFAULT_RENEW_GRACE_SECONDS, Defaults, KeyAlgorithm, LONGEST_RENEW_GRACE_SECONDS, LoadBalancerType,
     MeshConfig, OutboundTraffic, Tracing,
 };
+pub use nearest::nearest_word;
 pub use peer_authentication::{PeerAuthentication, Selector};
-pub use problem::{Parsed, Problem, SourceFile};
+pub use policy_test::{Case, Expect, From as CaseFrom, PolicyTest};
+pub use problem::{ObjectName, Parsed, Problem, Remark, SourceFile};
 pub use service::{LOAD_BALANCER, SERVICE_ACCOUNTS, Service, ServicePort, TargetPort};
 pub use service_account::ServiceAccount;
 pub use strictest::{Strictest, strictest, unreadable};
@@ -68,4 +73,6 @@ pub struct Resources {
     pub service_accounts: BTreeMap<(String, String), Resource<ServiceAccount>>,
     pub workloads: BTreeMap<(String, String), Resource<Workload>>,
     pub peer_authentications: BTreeMap<(String, String), Resource<PeerAuthentication>>,
+    pub policy_tests: BTreeMap<(String, String), Resource<PolicyTest>>,
+    pub authorization_policies: BTreeMap<(String, String), Resource<AuthorizationPolicy>>,
 }

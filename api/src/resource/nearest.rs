@@ -9,6 +9,11 @@ pub(super) fn nearest<'k>(word: &str, known: &[&'k str]) -> Option<(&'k str, boo
     Some((name, best <= 2.max(name.len() / 3)))
 }
 
+/// The nearest of `known`, when it is near enough to be a slip of the finger.
+pub fn nearest_word<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
+    nearest(word, known).and_then(|(name, near)| near.then_some(name))
+}
+
 /// `; did you mean `x`?`, or with nothing similar the whole choice.
 pub(super) fn suggestion(word: &str, known: &[&str]) -> String {
     match nearest(word, known) {

@@ -39,8 +39,8 @@ pub(super) struct RawPeerAuthentication {
 
 #[derive(Deserialize, Default)]
 #[serde(default, rename_all = "camelCase")]
-struct RawSelector {
-    match_labels: BTreeMap<String, String>,
+pub(super) struct RawSelector {
+    pub(super) match_labels: BTreeMap<String, String>,
 }
 
 #[derive(Deserialize, Default)]

@@ -4,6 +4,8 @@
 use std::fmt;
 
 use super::Resources;
+use super::kind::Kind;
+use super::load::Origins;
 
 /// One file as read: its name is what problems are reported under.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -29,6 +31,49 @@ pub struct Parsed {
     pub objects: usize,
     pub errors: Vec<Problem>,
     pub warnings: Vec<Problem>,
+    pub(super) origins: Origins,
+}
+
+impl Parsed {
+    /// File and line of an object's name; `files` are those that were parsed.
+    pub fn place(&self, files: &[SourceFile], object: &ObjectName) -> Option<(String, usize)> {
+        self.origins.get(&object.key()?)?.place(files)
+    }
+}
+
+/// An object by its kind and name.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct ObjectName {
+    pub kind: &'static str,
+    pub namespace: String,
+    pub name: String,
+}
+
+impl ObjectName {
+    pub(super) fn key(&self) -> Option<(Kind, String, String)> {
+        let kind = Kind::ALL.into_iter().find(|kind| kind.name() == self.kind)?;
+        Some((kind, self.namespace.clone(), self.name.clone()))
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/{}", self.kind, self.namespace, self.name)
+    }
+}
+
+/// What somebody should know about an object that has no mistake in itself.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Remark {
+    pub object: ObjectName,
+    /// Another object that it is about.
+    pub other: Option<ObjectName>,
+    /// [`Remark::PLACE`] in it becomes `FILE:LINE` of `other`.
+    pub message: String,
+}
+
+impl Remark {
+    pub const PLACE: &str = "{place}";
 }
 
 /// One error or warning. Line and column count from 1, the column in characters.

@@ -1,4 +1,5 @@
-//! What a file protects although it cannot be used. A PeerAuthentication with a typo is no reason to take plaintext: where no
+//! What a file protects although it cannot be used. A PeerAuthentication with a typo is no reason to take plaintext, and an
+//! AuthorizationPolicy with one no reason to let everybody in: where no
 //! good version of the file is known, each document of a security kind in it counts as the strictest that it could mean.
 //! Pure; called by the control plane for files that are not in force, and by `outrigger validate` to say so beforehand.
 
@@ -7,9 +8,10 @@ use serde::de::DeserializeSeed;
 use super::load::parse;
 use super::nearest::nearest;
 use super::tree::{Budget, Node, TreeSeed, safe_prefix};
-use super::{Labels, Metadata, PeerAuthentication, Problem, Resource, Selector, SourceFile};
+use super::{AuthorizationPolicy, Labels, Metadata, PeerAuthentication, Problem, Resource, Selector, SourceFile};
 use crate::identity::ROOT_NAMESPACE;
 use crate::name::is_label;
+use crate::policy::authorization::{Action, Rule};
 use crate::snapshot::MtlsMode;
 
 /// See [`strictest`].
@@ -18,6 +20,10 @@ pub struct Strictest {
     /// Documents that are right, as they are, and STRICT for the scope of those that are not. The names of the latter are
     /// no names of objects.
     pub policies: Vec<Resource<PeerAuthentication>>,
+    /// The same of AuthorizationPolicies: those that are right, and a DENY of everything for the scope of those that are not.
+    pub authorization: Vec<Resource<AuthorizationPolicy>>,
+    /// A MeshConfig that may have said `defaultAction: Deny`.
+    pub deny_by_default: bool,
     /// A MeshConfig that may have said `outbound.mode: RegistryOnly`.
     pub registry_only: bool,
     /// What is in force because of it, for people; each stands where its document begins.
@@ -115,7 +121,8 @@ struct Reader<'f> {
 impl Reader<'_> {
     fn read(&self, document: &str, tree: &Node<'_>, found: &mut Strictest) {
         let alone = SourceFile { name: self.file.name.clone(), text: document.to_owned() };
-        let good = parse(&[alone]).resources.peer_authentications;
+        let good = parse(&[alone]).resources;
+        let (good, good_authorization) = (good.peer_authentications, good.authorization_policies);
         let objects = match tree {
             Node::List(items) => items.iter().collect(),
             object => match object.field("items") {
@@ -127,6 +134,17 @@ impl Reader<'_> {
         for object in objects {
             if is_mesh_config(object) {
                 self.outbound(object, found);
+                self.default_action(object, found);
+            }
+            if is_authorization(object) {
+                let name = object.field("metadata").and_then(|metadata| text(metadata, "name"));
+                let good = namespace(object)
+                    .zip(name)
+                    .is_some_and(|(namespace, name)| good_authorization.contains_key(&(namespace, name.to_owned())));
+                if !good && !is_surely_no_refusal(object) {
+                    self.deny(scope(object), "this AuthorizationPolicy", found);
+                }
+                continue;
             }
             if !is_peer_authentication(object) {
                 continue;
@@ -143,6 +161,7 @@ impl Reader<'_> {
         if kept {
             found.policies.extend(good.into_values());
         }
+        found.authorization.extend(good_authorization.into_values());
     }
 
     /// The text of a document that is no YAML.
@@ -154,6 +173,12 @@ impl Reader<'_> {
         let mut kinds = kinds.map(|(_, value)| value.trim().trim_matches(['"', '\'', ',']));
         if mentions(&["peerauth", "mtls", "strict"]) || kinds.any(|kind| is_like(kind, "PeerAuthentication")) {
             self.strict(Scope::mesh(), "this document", found);
+        }
+        if mentions(&["authorizationpolic"]) {
+            self.deny(Scope::mesh(), "this document", found);
+        }
+        if mentions(&["meshconfig"]) && mentions(&["defaultaction"]) && mentions(&["deny"]) {
+            self.deny_by_default(found);
         }
         if mentions(&["meshconfig"]) && mentions(&["registryonly", "outbound"]) {
             self.registry_only(found);
@@ -168,6 +193,43 @@ impl Reader<'_> {
         let selector = scope.selector.map(|match_labels| Selector { match_labels });
         let spec = PeerAuthentication { selector, mode: Some(MtlsMode::Strict), port_level: Default::default() };
         found.policies.push(Resource { metadata, spec });
+    }
+
+    fn deny(&self, scope: Scope, what: &str, found: &mut Strictest) {
+        let message = format!("until {what} is mended, every call to {scope} is refused, because it may have said so");
+        self.note(message, found);
+        // No object can have such a name.
+        let name = format!("~{}:{}#{}", self.file.name, self.line, found.authorization.len());
+        let metadata = Metadata { name, namespace: scope.namespace, ..Metadata::default() };
+        let spec = AuthorizationPolicy {
+            selector: scope.selector.map(|match_labels| Selector { match_labels }),
+            services: Vec::new(),
+            action: Action::Deny,
+            shadow: false,
+            rules: vec![Rule::default()],
+        };
+        found.authorization.push(Resource { metadata, spec });
+    }
+
+    fn default_action(&self, object: &Node<'_>, found: &mut Strictest) {
+        let Some(spec) = once(object, "spec") else {
+            if holds(object, "spec") {
+                self.deny_by_default(found);
+            }
+            return;
+        };
+        match once(spec, "defaultAction") {
+            Some(Node::Text(action)) if action == "Allow" => {}
+            None if !holds(spec, "defaultAction") => {}
+            Some(_) | None => self.deny_by_default(found),
+        }
+    }
+
+    fn deny_by_default(&self, found: &mut Strictest) {
+        if !std::mem::replace(&mut found.deny_by_default, true) {
+            let message = "until this MeshConfig is mended, defaultAction is Deny, because it may have said so";
+            self.note(message.to_owned(), found);
+        }
     }
 
     /// A mode that can be read is the one that is meant.
@@ -239,6 +301,20 @@ fn is_peer_authentication(object: &Node<'_>) -> bool {
         && entries.iter().any(|(_, section)| {
             once(section, "mtls").is_some() || holds(section, "portLevelMtls") && matches!(section, Node::Map(_))
         })
+}
+
+fn is_authorization(object: &Node<'_>) -> bool {
+    let Node::Map(entries) = object else { return false };
+    entries.iter().any(|(_, value)| matches!(value, Node::Text(text) if is_like(text, "AuthorizationPolicy")))
+}
+
+/// Whether the document says that it refuses nothing, whatever is wrong with the rest of it.
+fn is_surely_no_refusal(object: &Node<'_>) -> bool {
+    let says = |key: &str, word: &str| {
+        let value = once(object, "spec").and_then(|spec| once(spec, key));
+        matches!(value, Some(Node::Text(text)) if text == word)
+    };
+    says("mode", "Shadow") || says("action", "AUDIT")
 }
 
 fn is_mesh_config(object: &Node<'_>) -> bool {
@@ -357,6 +433,56 @@ mod tests {
             ("nothing", String::new(), &[]),
         ] {
             assert_eq!(strict(&text), expected, "{what}:\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_broken_authorization_policy_refuses_everything_in_its_scope() {
+        let good = "apiVersion: outrigger.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {name: a, namespace: shop}\n\
+                    spec: {selector: {matchLabels: {app: pay}}, action: DENY, rules: [{}]}\n";
+        let other = good.replace("name: a", "name: b").replace("DENY", "ALLOW");
+        for (text, expected) in [
+            (good.replace("DENY", "DENNY"), &["workloads with app=pay in namespace shop"][..]),
+            (good.replace("selector", "selectr"), &["namespace shop"]),
+            (
+                good.replace("namespace: shop", "namespace: outrigger-system").replace("selector", "s"),
+                &["the whole mesh"],
+            ),
+            (good.replace("AuthorizationPolicy", "AuthorizationPolcy"), &["workloads with app=pay in namespace shop"]),
+            (good.replace("[{}]}", "[{}]"), &["the whole mesh"]),
+            (good.replace("DENY", "DENNY, mode: Shadow"), &[]),
+            (good.replace("DENY", "AUDIT, x: 1"), &[]),
+            (
+                format!("{}---\n{other}", good.replace("DENY", "DENNY")),
+                &["workloads with app=pay in namespace shop", "kept"],
+            ),
+        ] {
+            let found = strictest(&SourceFile { name: "a.yaml".into(), text: text.clone() });
+            let scope = |policy: &Resource<AuthorizationPolicy>| match policy.metadata.name.starts_with('~') {
+                true => {
+                    let selector = policy.spec.selector.as_ref().map(|selector| selector.match_labels.clone());
+                    Scope { namespace: policy.metadata.namespace.clone(), selector }.to_string()
+                }
+                false => "kept".to_owned(),
+            };
+            assert_eq!(found.authorization.iter().map(scope).collect::<Vec<_>>(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_broken_mesh_config_may_have_denied_by_default() {
+        let config = "apiVersion: outrigger.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: default, namespace: \
+                      outrigger-system}\nspec: {defaultAction: Deny, x: 1}\n";
+        for (text, expected) in [
+            (config.to_owned(), true),
+            (config.replace("Deny", "Dny"), true),
+            (config.replace("defaultAction", "defaultActon"), true),
+            (config.replace("x: 1}", ""), true),
+            (config.replace("Deny", "Allow"), false),
+            (config.replace("defaultAction: Deny", "tracing: {rate: 3}"), false),
+        ] {
+            let found = strictest(&SourceFile { name: "a.yaml".into(), text: text.clone() });
+            assert_eq!(found.deny_by_default, expected, "{text}");
         }
     }
 

@@ -117,7 +117,7 @@ impl ControlPlane {
     pub async fn start(args: &Args) -> Result<ControlPlane, StartError> {
         let state = State::open(&args.state)?;
         let lock = state.lock()?;
-        let directory = Directory::watch(&args.config, outrigger_api::resource::parse, &state)
+        let directory = Directory::watch(&args.config, outrigger_api::compile::load, &state)
             .map_err(|source| StartError::Config { path: args.config.clone(), source })?;
         let (stop, stopping) = watch::channel(false);
         let Opened { control, serving, keeper } = open(args, &state, &directory, stopping)?;

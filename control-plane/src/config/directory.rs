@@ -261,7 +261,16 @@ fn last_good(state: &State) -> Option<LastGood> {
 
 /// Adds to what is in force; says what people should know of it.
 fn put_into_force(strict: Strictest, resources: &mut Resources) -> Vec<Problem> {
-    let Strictest { policies, registry_only, notes } = strict;
+    let Strictest { policies, authorization, deny_by_default, registry_only, notes } = strict;
+    for policy in authorization {
+        let mut key = (policy.metadata.namespace.clone(), policy.metadata.name.clone());
+        if resources.authorization_policies.get(&key).is_some_and(|other| other.spec != policy.spec) {
+            // Two of one name: both count, and a DENY of either wins.
+            key.1.push('~');
+        }
+        resources.authorization_policies.insert(key, policy);
+    }
+    resources.mesh.deny_by_default |= deny_by_default;
     for policy in policies {
         let mut key = (policy.metadata.namespace.clone(), policy.metadata.name.clone());
         if resources.peer_authentications.get(&key).is_some_and(|other| other.spec != policy.spec) {
@@ -293,7 +302,7 @@ fn parse_with_last_good(
     }
     let mut errors: Vec<Problem> = Vec::new();
     loop {
-        let parsed = parse(&sources(&chosen));
+        let mut parsed = parse(&sources(&chosen));
         let mut progress = false;
         for problem in &parsed.errors {
             if !errors.contains(problem) {
@@ -307,7 +316,8 @@ fn parse_with_last_good(
         }
         // Each round replaces or drops at least one text, and a last good one only once: this ends.
         if !progress {
-            return (Parsed { errors, ..parsed }, chosen);
+            parsed.errors = errors;
+            return (parsed, chosen);
         }
     }
 }
@@ -468,7 +478,7 @@ mod tests {
     fn said(configuration: &Configuration) -> (MtlsMode, usize) {
         let policies = configuration.resources.peer_authentications.values();
         let policies = policies.map(|policy| (&policy.metadata, &policy.spec));
-        let modes = outrigger_api::policy::mtls_modes(policies, "shop", &Default::default());
+        let modes = outrigger_api::compile::mtls_modes(policies, "shop", &Default::default());
         (modes.default, configuration.errors.len())
     }
 

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use outrigger_api::compile;
 use outrigger_api::identity::{SpiffeId, TrustDomain};
 use outrigger_api::name::{self, Protocol, ServiceName};
 use outrigger_api::resource::{
@@ -104,6 +105,8 @@ impl Catalog {
             default_mtls_mode: modes.default,
             mesh: mesh_settings(&self.resources),
             registered: instance.is_some(),
+            labels: labels.clone(),
+            authorization: Arc::new(compile::authorization(&self.resources, &self.trust_domain, &id.namespace, labels)),
         }
     }
 

@@ -1,6 +1,7 @@
 //! What operators and probes ask a sidecar: admin (loopback only), metrics and health, each on a port of its own.
 //! Answers are made from what is true now; what changes something is a POST.
 
+mod explain;
 mod readiness;
 
 pub use readiness::{EXEMPT_HINT, NotReady, Readiness};
@@ -118,6 +119,7 @@ fn operator_routes(admin: Admin) -> Router {
         .route("/config", get(config))
         .route("/connections", get(connections))
         .route("/plaintext-callers", get(plaintext_callers))
+        .route("/explain", post(explain::explain))
         .route("/certs", get(certs))
         .route("/certs/renew", post(renew))
         .route("/log-level", get(log_level).post(set_log_level))

@@ -217,6 +217,7 @@ impl Dialer {
             return Ok(Dialled { stream: tcp.into(), peer: None, own_not_after: None });
         };
         let material = self.tls.current().ok_or_else(|| Error {
+            by: None,
             retry: Retry::Never,
             ..Error::own(Stage::Connect, Reason::NotReady, "no certificate yet")
         })?;

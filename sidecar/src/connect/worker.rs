@@ -22,7 +22,7 @@ use crate::connection::{IdleLimits, Table};
 use crate::discovery::Directory;
 use crate::net;
 use crate::outcome::Reason;
-use crate::policy;
+use crate::policy::{self, Call};
 use crate::telemetry::Telemetry;
 use crate::tls::{Purpose, Tls};
 
@@ -77,6 +77,7 @@ pub struct Worker {
     pub streams: super::streams::Streams,
     pub speculation: Speculation,
     epoch: Instant,
+    own_workload: RefCell<OwnWorkload>,
     backends: RefCell<HashMap<Key, Rc<Backend>>>,
     /// When room was looked for last.
     looked: Cell<Option<Instant>>,
@@ -87,6 +88,12 @@ pub struct Worker {
     judged_bundles: Cell<u64>,
     /// Addresses that were found to be of this network namespace since the watchdog's last tick.
     here: RefCell<Vec<IpAddr>>,
+}
+
+/// The own workload as this worker knows it: looked up anew only when it was told anew, so that a request pays one load.
+struct OwnWorkload {
+    told: tokio::sync::watch::Receiver<Option<Arc<Workload>>>,
+    known: Option<Arc<Workload>>,
 }
 
 /// Connections to the application are shared by requests of one caller only, so that a desync never crosses
@@ -122,6 +129,7 @@ impl Worker {
             streams: super::streams::Streams::default(),
             speculation: Speculation::new(&shared.limits),
             epoch: shared.epoch,
+            own_workload: RefCell::new(OwnWorkload { told: shared.directory.own(), known: None }),
             backends: RefCell::default(),
             looked: Cell::new(None),
             application: RefCell::default(),
@@ -142,7 +150,11 @@ impl Worker {
 
     /// The own workload as last known.
     pub fn own_workload(&self) -> Option<Arc<Workload>> {
-        self.directory.own().borrow().clone()
+        let OwnWorkload { told, known } = &mut *self.own_workload.borrow_mut();
+        if known.is_none() || told.has_changed().unwrap_or(true) {
+            known.clone_from(&told.borrow_and_update());
+        }
+        known.clone()
     }
 
     /// Whether destinations that nobody registered are refused.
@@ -281,6 +293,13 @@ impl Worker {
         let closed = self.table.judge(changed, |facts| {
             if let Err(error) = policy::admit(own.mtls_mode(facts.application.port()), facts.arrival) {
                 return Some(error.reason);
+            }
+            if facts.opaque {
+                let call =
+                    Call { identity: facts.caller.as_ref(), client: facts.client, application: facts.application };
+                if let Some(error) = policy::judge_opaque(&own, &call).refused {
+                    return Some(error.reason);
+                }
             }
             let proof = facts.proof.as_mut().filter(|proof| proof.bundle != bundles)?;
             let leaf = proof.chain.as_ptr().cast::<u8>();

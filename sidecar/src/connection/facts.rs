@@ -1,25 +1,14 @@
 //! What was decided about one inbound connection, and on which facts: policy and the trust bundle are asked again with
 //! these whenever one of them changes. Typed, so that nothing is read back out of text that is made for people.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use outrigger_api::identity::SpiffeId;
 use rustls_pki_types::CertificateDer;
 
-/// How the downstream of an inbound connection came.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Arrival {
-    /// Mutual TLS with a proved identity.
-    Mutual,
-    Plaintext,
-    /// TLS of the application's own, which passes unparsed.
-    ForeignTls,
-    /// On a port that takes plaintext, before the client has sent enough to tell.
-    Undecided,
-    /// The workload itself, from within this process.
-    Own,
-}
+pub use outrigger_api::policy::mtls::Arrival;
 
 /// The chain with which a peer proved its identity, and when it was verified.
 #[derive(Clone, Debug)]
@@ -40,4 +29,9 @@ pub struct Facts {
     pub application: SocketAddr,
     pub arrival: Arrival,
     pub proof: Option<Proof>,
+    /// Who proved to be the caller.
+    pub caller: Option<SpiffeId>,
+    pub client: IpAddr,
+    /// Its bytes are not parsed, so that policy is asked about the connection as a whole.
+    pub opaque: bool,
 }

@@ -198,6 +198,14 @@ impl Entry {
         self.unjudged.store(true, Relaxed);
     }
 
+    /// Its bytes are copied unparsed from here on.
+    pub fn is_opaque(&self) {
+        if let Some(facts) = self.facts().as_mut() {
+            facts.opaque = true;
+        }
+        self.unjudged.store(true, Relaxed);
+    }
+
     fn facts(&self) -> std::sync::MutexGuard<'_, Option<Facts>> {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -511,7 +519,7 @@ mod tests {
     }
 
     fn facts(arrival: Arrival) -> Facts {
-        Facts { application: client(), arrival, proof: None }
+        Facts { application: client(), arrival, proof: None, caller: None, client: client().ip(), opaque: false }
     }
 
     #[test]

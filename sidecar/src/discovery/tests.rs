@@ -141,6 +141,8 @@ fn own(mode: MtlsMode) -> Workload {
         default_mtls_mode: mode,
         mesh: MeshSettings::default(),
         registered: true,
+        labels: Default::default(),
+        authorization: Default::default(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Who calls: what is proved about it, what the application is told about it, and the metrics of what it does.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use http::{HeaderMap, HeaderValue};
 use outrigger_api::identity::SpiffeId;
@@ -9,8 +9,9 @@ use outrigger_api::identity::SpiffeId;
 use crate::connect::worker::Worker;
 use crate::connection::Registered;
 use crate::outcome::Error;
+use crate::policy::Judgement;
 use crate::protocol::http::headers::{CLIENT_CERTIFICATE, IDENTITY};
-use crate::telemetry::{Direction, Edge, EdgeLabels, TcpRecord, UNKNOWN, WireProtocol};
+use crate::telemetry::{Direction, Edge, EdgeLabels, NoteKey, NoteKind, TcpRecord, Telemetry, UNKNOWN, WireProtocol};
 
 /// Who calls.
 pub(super) struct Caller {
@@ -32,6 +33,9 @@ impl Caller {
         let record = TcpRecord::begin(&worker.telemetry, &edge, Instant::now());
         record.downstream(registered.client);
         record.failed(error.reason, || error.to_string());
+        if let Some(by) = &error.by {
+            record.set_policy(&by.object, by.rule);
+        }
     }
 
     pub(super) fn edge(&self, worker: &Worker, protocol: WireProtocol) -> Arc<Edge> {
@@ -51,6 +55,23 @@ impl Caller {
             mtls: self.peer.as_ref().is_some_and(|peer| peer.mtls),
             destination_principal: worker.own.principal.to_string(),
         })
+    }
+}
+
+/// Counts what Shadow and AUDIT policies said of a request, or of opaque bytes.
+pub(super) fn note_policies(
+    telemetry: &Telemetry,
+    judgement: &Judgement,
+    identity: Option<&SpiffeId>,
+    shape: impl Fn() -> String,
+) {
+    let kinds = [(NoteKind::WouldDeny, &judgement.shadow), (NoteKind::Audit, &judgement.audit)];
+    for (kind, noted) in kinds {
+        for noted in noted {
+            let principal = identity.map(ToString::to_string).unwrap_or_default();
+            let key = NoteKey { kind, policy: noted.object.clone(), principal, shape: shape() };
+            telemetry.verdicts().note(key, SystemTime::now());
+        }
     }
 }
 

@@ -28,14 +28,19 @@ impl Walk {
     pub(super) async fn knock(&self, stream: &mut Stream) -> Result<First<Stream>, Error> {
         let open = async || self.dial(policy::admit(self.mode, Arrival::Plaintext)?).await;
         match self.declared {
-            Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => {
-                match peek::begins(stream, self.worker.limits.first_byte_timeout).await? {
-                    Some(_) => Ok(First::Nobody),
-                    None => Ok(First::Client(None)),
-                }
-            }
+            // Bytes alone can tell who it is, where the answer may be no.
+            Some(Protocol::Tcp | Protocol::Tls) | None if !self.may_speculate() => self.begins(stream).await,
+            Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => self.begins(stream).await,
             Some(Protocol::Tcp | Protocol::Tls) => silence::first_of_opaque(&self.worker, stream, open).await,
             None => silence::first(&self.worker, &self.key(), stream, Moment::Always, open).await,
+        }
+    }
+
+    /// Waits for the client's first byte and opens nothing.
+    pub(super) async fn begins(&self, stream: &mut Stream) -> Result<First<Stream>, Error> {
+        match peek::begins(stream, self.worker.limits.first_byte_timeout).await? {
+            Some(_) => Ok(First::Nobody),
+            None => Ok(First::Client(None)),
         }
     }
 

@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::SystemTime;
 
+use outrigger_api::identity::SpiffeId;
 use outrigger_api::name::Protocol;
 use outrigger_api::snapshot::{MtlsMode, Workload};
 use rustls::server::Accepted;
@@ -92,7 +93,7 @@ pub async fn serve_own(
     });
     let Some(own) = worker.own_workload() else { return stream.reset_on_close() };
     let mut walk = Walk::new(&worker, &own, application, &registered);
-    walk.let_in(Arrival::Own, None);
+    walk.let_in(Arrival::Own, None, Some(worker.own.principal.clone()));
     let (identity, workload) = (worker.own.principal.clone(), worker.own.workload.as_str().into());
     walk.caller.peer = Some(Proved { identity, workload, mtls: false });
     let served = match policy::admit(walk.mode, Arrival::Own) {
@@ -136,7 +137,7 @@ impl Walk {
             MtlsMode::Disable => return self.plaintext(stream, None).await,
             MtlsMode::Strict => None,
             MtlsMode::Permissive => {
-                self.let_in(Arrival::Undecided, None);
+                self.let_in(Arrival::Undecided, None, None);
                 let first = Box::pin(self.knock(&mut stream)).await;
                 // That may have taken long.
                 if let Some(own) = self.worker.own_workload() {
@@ -186,14 +187,15 @@ impl Walk {
         let admitted = policy::admit(self.mode, arrival);
         self.note(if admitted.is_ok() { how } else { Unproved::Refused });
         if admitted.is_ok() {
-            self.let_in(arrival, None);
+            self.let_in(arrival, None, None);
         }
         admitted
     }
 
     /// Records on which facts the connection was let in: they are judged again when policy or the trust bundle moves.
-    fn let_in(&self, arrival: Arrival, proof: Option<Proof>) {
-        self.registered.let_in(Facts { application: self.application, arrival, proof });
+    fn let_in(&self, arrival: Arrival, proof: Option<Proof>, caller: Option<SpiffeId>) {
+        let (application, client) = (self.application, self.registered.client.ip());
+        self.registered.let_in(Facts { application, arrival, proof, caller, client, opaque: false });
     }
 
     fn note(&self, how: Unproved) {
@@ -217,7 +219,7 @@ impl Walk {
             about.principal = Some(peer.identity.to_string());
             about.mtls = true;
         });
-        self.let_in(Arrival::Mutual, Some(peer.proof));
+        self.let_in(Arrival::Mutual, Some(peer.proof), Some(peer.identity.clone()));
         // The caller stops using the connection by itself when its certificate ends; this is for one that does not.
         self.registered.retire_at(peer.not_after);
         let alpn = peer.alpn;

@@ -8,13 +8,13 @@ use crate::connect::dial::Target;
 use crate::connection::State;
 use crate::net::Stream;
 use crate::outcome::{Error, Reason};
-use crate::policy::Permit;
+use crate::policy::{self, Call, Judgement, Permit};
 use crate::protocol::opaque::{self, Declared};
 use crate::protocol::sni::{self, Sniffed};
 use crate::telemetry::{self, TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
 
-use super::{Refused, Walk};
+use super::{Refused, Walk, caller};
 
 impl Walk {
     pub(super) async fn opaque(
@@ -44,7 +44,28 @@ impl Walk {
         Ok(())
     }
 
+    /// What policy says of opaque bytes of this caller.
+    fn judged_opaque(&self) -> Judgement {
+        let Some(own) = self.worker.own_workload() else { return Judgement::default() };
+        let identity = self.caller.peer.as_ref().map(|peer| &peer.identity);
+        let call = Call { identity, client: self.registered.client.ip(), application: self.application };
+        policy::judge_opaque(&own, &call)
+    }
+
+    /// True where the application may be opened before it is known what the client speaks: never where opaque bytes
+    /// would be refused, since the client may yet speak HTTP, or prove who it is.
+    pub(super) fn may_speculate(&self) -> bool {
+        self.judged_opaque().refused.is_none()
+    }
+
+    /// Opens the application for bytes that are not parsed.
     pub(super) async fn dial(&self, _permit: Permit) -> Result<Stream, Error> {
+        let judgement = self.judged_opaque();
+        if let Some(error) = judgement.refused {
+            return Err(error);
+        }
+        let identity = self.caller.peer.as_ref().map(|peer| &peer.identity);
+        caller::note_policies(&self.worker.telemetry, &judgement, identity, String::new);
         let target = Target::plain(self.application);
         Box::pin(self.worker.dialer.dial(&target, MeshAlpn::Tcp)).await.map(|dialled| dialled.stream)
     }
@@ -57,6 +78,7 @@ impl Walk {
         record.downstream(self.registered.client);
         record.upstream(self.application);
         self.registered.enter(State::Tunnel);
+        self.registered.is_opaque();
         if protocol == WireProtocol::Tls {
             match Box::pin(sni::sniff(&mut stream, self.worker.limits.detect_wait)).await {
                 Ok(Sniffed::Tls(name)) => {

@@ -5,18 +5,20 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use http::{Request, Response};
+use outrigger_api::identity::SpiffeId;
 
 use crate::connect::lane::{Framing, Lane, Unsent};
 use crate::connect::request_body::Received;
 use crate::net::Stream;
-use crate::policy::Permit;
+use crate::outcome::Error;
+use crate::policy::{self, Call, Permit};
 use crate::protocol::http::body::ResponseBody;
 use crate::protocol::http::exchange::{Exchange, Session};
 use crate::protocol::http::headers::Strip;
 use crate::protocol::http::serve;
-use crate::telemetry::{Edge, WireProtocol};
+use crate::telemetry::{self, Edge, WireProtocol};
 
-use super::caller::Claims;
+use super::caller::{self, Claims};
 use super::{Refused, Walk};
 
 impl Walk {
@@ -53,6 +55,7 @@ impl Walk {
             edges: [WireProtocol::Http1, WireProtocol::Http2, WireProtocol::Grpc]
                 .map(|protocol| self.caller.edge(&self.worker, protocol)),
             application: self.application,
+            identity: identity.cloned(),
             _permit: permit,
         })
     }
@@ -64,6 +67,7 @@ struct Service {
     claims: Option<Claims>,
     edges: [Arc<Edge>; 3],
     application: SocketAddr,
+    identity: Option<SpiffeId>,
     _permit: Permit,
 }
 
@@ -76,12 +80,28 @@ impl Service {
         };
         self.edges[index].clone()
     }
+
+    /// Asks policy about one request; what speaks without deciding is noted.
+    fn judge(&self, session: &Session, head: &http::request::Parts) -> Result<(), Error> {
+        let worker = &session.worker;
+        let Some(own) = worker.own_workload() else { return Ok(()) };
+        let call =
+            Call { identity: self.identity.as_ref(), client: session.entry.client.ip(), application: self.application };
+        let judgement = policy::judge_request(&own, &call, head);
+        caller::note_policies(&worker.telemetry, &judgement, call.identity, || {
+            telemetry::shape(head.method.as_str(), head.uri.path())
+        });
+        judgement.refused.map_or(Ok(()), Err)
+    }
 }
 
 async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<Received>) -> Response<ResponseBody> {
     let (mut exchange, mut outgoing) = Exchange::begin(&session, request);
     exchange.set_edge(&service.edge(exchange.protocol));
     if let Err(error) = exchange.clean(&mut outgoing, || service.application.to_string()) {
+        return exchange.refuse(&error);
+    }
+    if let Err(error) = service.judge(&session, &outgoing.parts) {
         return exchange.refuse(&error);
     }
     if exchange.is_last_hop() {

@@ -23,7 +23,13 @@ impl Walk {
     ) -> Result<(), Refused> {
         let open = async || self.dial(permit).await;
         let key = self.key();
-        let first = silence::first(&self.worker, &key, &mut stream, Moment::AsRemembered, open);
+        let first = async {
+            if self.may_speculate() {
+                silence::first(&self.worker, &key, &mut stream, Moment::AsRemembered, open).await
+            } else {
+                self.begins(&mut stream).await
+            }
+        };
         let opened = match Box::pin(first).await {
             Ok(First::Client(later)) => opened.or(later),
             Ok(First::Server(opened)) => return self.server_first(stream, opened).await,

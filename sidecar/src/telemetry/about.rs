@@ -127,6 +127,16 @@ pub(super) const DETECT: About = About {
     help: "Connections on undeclared ports whose protocol was decided.",
     labels: &["outcome"],
 };
+pub(super) const POLICY_SHADOW: About = About {
+    name: "outrigger_policy_shadow_total",
+    help: "Requests and opaque connections that a policy in Shadow mode would have refused.",
+    labels: &["policy", "source_principal", "would"],
+};
+pub(super) const POLICY_AUDIT: About = About {
+    name: "outrigger_policy_audit_total",
+    help: "Requests and opaque connections that an AUDIT policy matched.",
+    labels: &["policy", "source_principal"],
+};
 pub(super) const DNS: About = About {
     name: "outrigger_dns_queries_total",
     help: "Questions about names that the resolver was asked.",
@@ -161,7 +171,7 @@ pub(super) const ACCESS_LOG_DROPPED: About = About {
 };
 
 /// All metrics of this module.
-pub(super) const ALL: [&About; 22] = [
+pub(super) const ALL: [&About; 24] = [
     &HTTP_REQUESTS,
     &HTTP_DURATION,
     &HTTP_REQUEST_BYTES,
@@ -178,6 +188,8 @@ pub(super) const ALL: [&About; 22] = [
     &SNAPSHOT_AGE,
     &DETECT,
     &DNS,
+    &POLICY_SHADOW,
+    &POLICY_AUDIT,
     &SPANS_EXPORTED,
     &SPANS_DROPPED,
     &ACCESS_LOG_DROPPED,

@@ -12,11 +12,12 @@ use prometheus::proto::{self, MetricFamily, MetricType};
 use super::about::{
     ACCEPT_FAILURES, ACCESS_LOG_DROPPED, ALL, About, CERTIFICATE_EXPIRY, CONNECTIONS_REFUSED, CONTROL_PLANE_CONNECTED,
     DETECT, DNS, GRPC_MESSAGES, HTTP_DURATION, HTTP_REQUEST_BYTES, HTTP_REQUESTS, HTTP_RESPONSE_BYTES, IN_FLIGHT,
-    MEMORY_PRESSURE, SNAPSHOT_AGE, SPANS_DROPPED, SPANS_EXPORTED, TCP_CLOSED, TCP_DURATION, TCP_OPENED, TCP_RECEIVED,
-    TCP_SENT,
+    MEMORY_PRESSURE, POLICY_AUDIT, POLICY_SHADOW, SNAPSHOT_AGE, SPANS_DROPPED, SPANS_EXPORTED, TCP_CLOSED,
+    TCP_DURATION, TCP_OPENED, TCP_RECEIVED, TCP_SENT,
 };
 use super::edge::{BUCKETS, Edge, Edges, Observations, Outcome, TcpCounters};
 use super::labels::{Detected, OVERFLOW, Resolved, WireProtocol};
+use super::verdicts::{NoteKind, Verdicts};
 
 /// Everything that is measured in this process.
 #[derive(Debug)]
@@ -31,6 +32,7 @@ pub(super) struct Metrics {
     pub detected: [AtomicU64; Detected::ALL.len()],
     /// In the order of [`Resolved::ALL`].
     pub resolved: [AtomicU64; Resolved::ALL.len()],
+    pub verdicts: Verdicts,
     pub spans_exported: AtomicU64,
     pub spans_dropped: AtomicU64,
     pub access_log_dropped: AtomicU64,
@@ -48,6 +50,7 @@ impl Metrics {
             snapshot_confirmed: AtomicI64::new(0),
             detected: Default::default(),
             resolved: Default::default(),
+            verdicts: Verdicts::default(),
             spans_exported: AtomicU64::new(0),
             spans_dropped: AtomicU64::new(0),
             access_log_dropped: AtomicU64::new(0),
@@ -100,6 +103,18 @@ impl Metrics {
             counter(&CONNECTIONS_REFUSED, count(&self.connections_refused)),
             gauge(&MEMORY_PRESSURE, Rows::one(f64::from(u8::from(self.memory_pressure.load(Ordering::Relaxed))))),
         ];
+        let shadow = self.verdicts.counts(NoteKind::WouldDeny).into_iter();
+        let shadow: BTreeMap<_, _> =
+            shadow.map(|((policy, principal), count)| (vec![policy, principal, "denied".to_owned()], count)).collect();
+        let audit = self.verdicts.counts(NoteKind::Audit).into_iter();
+        let audit: BTreeMap<_, _> =
+            audit.map(|((policy, principal), count)| (vec![policy, principal], count)).collect();
+        if !shadow.is_empty() {
+            families.push(counter(&POLICY_SHADOW, Rows(shadow)));
+        }
+        if !audit.is_empty() {
+            families.push(counter(&POLICY_AUDIT, Rows(audit)));
+        }
         families.extend(self.certificate_expiry(now).map(|left| gauge(&CERTIFICATE_EXPIRY, Rows::one(left))));
         families.extend(self.snapshot_age(now).map(|age| gauge(&SNAPSHOT_AGE, Rows::one(age))));
         families

@@ -277,7 +277,7 @@ impl HttpTable {
 }
 
 /// What is counted of connections. Bytes move while the connection is open, when no reason is known yet.
-#[derive(Default, Debug)]
+#[derive(Debug)]
 pub(super) struct TcpCounters {
     pub opened: AtomicU64,
     pub sent_bytes: AtomicU64,
@@ -285,6 +285,18 @@ pub(super) struct TcpCounters {
     pub duration: Histogram,
     /// By reason, in the order of [`Reason::ALL`]; the first is without one.
     pub closed: [AtomicU64; Reason::ALL.len() + 1],
+}
+
+impl Default for TcpCounters {
+    fn default() -> TcpCounters {
+        TcpCounters {
+            opened: AtomicU64::default(),
+            sent_bytes: AtomicU64::default(),
+            received_bytes: AtomicU64::default(),
+            duration: Histogram::default(),
+            closed: std::array::from_fn(|_| AtomicU64::default()),
+        }
+    }
 }
 
 impl TcpCounters {

@@ -21,6 +21,7 @@ mod tests;
 mod text;
 #[cfg(test)]
 mod trace_tests;
+mod verdicts;
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::Write;
@@ -48,6 +49,7 @@ pub use labels::{
 };
 pub use record::HttpRecord;
 pub use tcp::TcpRecord;
+pub use verdicts::{Note, NoteKey, NoteKind, Verdicts, shape};
 
 /// The longest that [`Telemetry::flush`] takes.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -225,6 +227,11 @@ impl Telemetry {
     }
 
     /// Counts a connection on an undeclared port whose protocol was decided.
+    /// What Shadow and AUDIT policies said.
+    pub fn verdicts(&self) -> &Verdicts {
+        &self.metrics.verdicts
+    }
+
     pub fn detected(&self, outcome: Detected) {
         self.metrics.detected[outcome as usize].fetch_add(1, Ordering::Relaxed);
     }

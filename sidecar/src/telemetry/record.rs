@@ -150,9 +150,10 @@ impl HttpRecord {
     }
 
     /// Which policy decided, and by which rule, for the log.
-    pub fn set_policy(&self, policy: &str, rule: &str) {
+    pub fn set_policy(&self, policy: &str, rule: Option<usize>) {
         if self.telemetry.logs(true) {
-            let facts = PolicyFacts { policy: policy.to_owned(), rule: rule.to_owned() };
+            let rule = rule.map(|rule| rule.to_string()).unwrap_or_default();
+            let facts = PolicyFacts { policy: policy.to_owned(), rule };
             self.words.borrow_mut().policy = Some(Box::new(facts));
         }
     }

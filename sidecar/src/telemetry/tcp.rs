@@ -10,7 +10,7 @@ use std::time::Instant;
 use crate::outcome::Reason;
 
 use super::Telemetry;
-use super::access_log::Entry;
+use super::access_log::{Entry, PolicyFacts};
 use super::edge::Edge;
 
 pub struct TcpRecord {
@@ -22,6 +22,7 @@ pub struct TcpRecord {
     reason: Cell<Option<Reason>>,
     detail: RefCell<Option<String>>,
     sni: RefCell<Option<String>>,
+    policy: RefCell<Option<Box<PolicyFacts>>>,
     downstream: Cell<Option<SocketAddr>>,
     upstream: Cell<Option<SocketAddr>>,
     closed: Cell<bool>,
@@ -40,6 +41,7 @@ impl TcpRecord {
             reason: Cell::new(None),
             detail: RefCell::new(None),
             sni: RefCell::new(None),
+            policy: RefCell::new(None),
             downstream: Cell::new(None),
             upstream: Cell::new(None),
             closed: Cell::new(false),
@@ -73,6 +75,14 @@ impl TcpRecord {
         self.sni.replace(name);
     }
 
+    /// Which policy decided, and by which rule, for the access log.
+    pub fn set_policy(&self, policy: &str, rule: Option<usize>) {
+        if self.telemetry.logs(true) {
+            let rule = rule.map(|rule| rule.to_string()).unwrap_or_default();
+            self.policy.replace(Some(Box::new(PolicyFacts { policy: policy.to_owned(), rule })));
+        }
+    }
+
     /// The connection ends because of this; the first reason stays. `detail` is for the log and made for it alone.
     pub fn failed(&self, reason: Reason, detail: impl FnOnce() -> String) {
         if self.reason.get().is_none() {
@@ -102,6 +112,7 @@ impl TcpRecord {
                 upstream: self.upstream.get(),
                 detail: self.detail.take(),
                 sni: self.sni.take(),
+                policy: self.policy.take(),
                 ..Entry::of(self.edge.clone())
             });
         }

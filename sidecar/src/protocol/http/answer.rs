@@ -8,14 +8,14 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Status
 use super::body::ResponseBody;
 use super::date;
 use crate::connect::http1::{Spelling, head};
-use crate::outcome::Reason;
+use crate::outcome::{Reason, Refuser};
 
 const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
 /// The answer to a request that ended here.
-pub fn refuse(reason: Reason, grpc: bool, proxy: &str) -> Response<ResponseBody> {
+pub fn refuse(reason: Reason, grpc: bool, proxy: &str, by: Option<&Refuser>) -> Response<ResponseBody> {
     let row = reason.row();
     let mut response;
     if grpc {
@@ -27,7 +27,7 @@ pub fn refuse(reason: Reason, grpc: bool, proxy: &str) -> Response<ResponseBody>
         *response.status_mut() = StatusCode::from_u16(row.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
     }
-    if let Ok(status) = HeaderValue::from_str(&proxy_status(reason, proxy)) {
+    if let Ok(status) = HeaderValue::from_str(&proxy_status(reason, proxy, by)) {
         response.headers_mut().insert(PROXY_STATUS, status);
     }
     response.headers_mut().insert(header::DATE, date::now());
@@ -73,7 +73,7 @@ pub fn refuse_raw(reason: Reason, status: u16, proxy: &str) -> Vec<u8> {
     let phrase = StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason()).unwrap_or("Refused");
     let mut raw = format!(
         "HTTP/1.1 {status} {phrase}\r\ncontent-type: application/problem+json\r\nproxy-status: {}\r\ndate: {}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
-        proxy_status(reason, proxy),
+        proxy_status(reason, proxy, None),
         date::now().to_str().unwrap_or_default(),
         body.len(),
     )
@@ -91,9 +91,15 @@ fn problem(reason: Reason) -> Bytes {
     ))
 }
 
-/// `name; error=type`.
-fn proxy_status(reason: Reason, proxy: &str) -> String {
-    format!("{}; error={}", item(proxy), reason.row().proxy_status)
+/// `name; error=type`; a caller that may know it is told the object and the rule that refused, as `details`.
+fn proxy_status(reason: Reason, proxy: &str, by: Option<&Refuser>) -> String {
+    let mut status = format!("{}; error={}", item(proxy), reason.row().proxy_status);
+    if let Some(by) = by {
+        let rule = by.rule.map(|rule| format!(" rule {rule}")).unwrap_or_default();
+        // Kinds and names are checked words: nothing in them needs an escape.
+        status.push_str(&format!("; details=\"{}{rule}\"", by.object));
+    }
+    status
 }
 
 /// The name is a token when it can be one, else a string (RFC 8941).
@@ -111,10 +117,10 @@ mod tests {
             let body: serde_json::Value = serde_json::from_slice(&problem(reason)).unwrap();
             assert_eq!(body["reason"], reason.word());
             assert_eq!(body["status"], reason.row().status);
-            let plain = refuse(reason, false, "cart-1");
+            let plain = refuse(reason, false, "cart-1", None);
             assert_eq!(plain.status().as_u16(), reason.row().status);
             assert!(plain.headers()["proxy-status"].to_str().unwrap().starts_with("cart-1; error="));
-            let grpc = refuse(reason, true, "1cart");
+            let grpc = refuse(reason, true, "1cart", None);
             assert_eq!(grpc.status(), 200);
             assert_eq!(grpc.headers()["grpc-status"], reason.row().grpc.to_string().as_str());
             assert!(grpc.headers()["proxy-status"].to_str().unwrap().starts_with("\"1cart\"; error="));

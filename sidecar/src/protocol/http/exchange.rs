@@ -263,7 +263,11 @@ impl Exchange {
             *nothing.status_mut() = CLIENT_CLOSED;
             return nothing;
         }
-        let mut response = answer::refuse(error.reason, grpc, &self.session.worker.own.instance);
+        if let Some(by) = &error.by {
+            self.record.set_policy(&by.object, by.rule);
+        }
+        let told = error.by.as_deref().filter(|by| by.told);
+        let mut response = answer::refuse(error.reason, grpc, &self.session.worker.own.instance, told);
         self.record.answered(response.status().as_u16());
         if grpc {
             self.record.grpc_status(error.reason.row().grpc);

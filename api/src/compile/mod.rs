@@ -1,0 +1,10 @@
+//! From the objects that a user wrote to what is in force for one workload: selectors, precedence, contradictions. The
+//! control plane calls it for what it tells a sidecar, `explain` and `test` for what they decide with. Pure.
+
+mod authorization;
+mod check;
+mod mtls;
+
+pub use authorization::authorization;
+pub use check::load;
+pub use mtls::{ModeSet, mtls_modes};

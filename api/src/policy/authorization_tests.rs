@@ -1,0 +1,359 @@
+//! Who may: a table of policies and requests, written from the published semantics.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::compile::{authorization, load};
+use crate::identity::{SpiffeId, TrustDomain};
+use crate::name::ServiceName;
+use crate::resource::SourceFile;
+
+/// `METHOD TARGET; name: value; ...`, or empty for opaque bytes.
+struct Asked {
+    method: String,
+    target: String,
+    fields: Vec<(String, String)>,
+}
+
+fn asked(text: &str) -> Option<Asked> {
+    let mut parts = text.split("; ");
+    let (method, target) = parts.next()?.split_once(' ')?;
+    let fields = parts.filter_map(|field| field.split_once(": ")).map(|(k, v)| (k.to_owned(), v.to_owned()));
+    Some(Asked { method: method.to_owned(), target: target.to_owned(), fields: fields.collect() })
+}
+
+fn in_force(specs: &[&str]) -> Authorization {
+    let documents = specs.iter().enumerate().map(|(index, spec)| match spec.strip_prefix("mesh ") {
+        Some(mesh) => format!(
+            "apiVersion: outrigger.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: default, namespace: \
+             outrigger-system}}\nspec: {mesh}\n"
+        ),
+        None => format!(
+            "apiVersion: outrigger.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: p{index}, namespace: \
+             shop}}\nspec: {spec}\n"
+        ),
+    });
+    let text = documents.collect::<Vec<_>>().join("---\n");
+    let parsed = load(&[SourceFile { name: "t.yaml".into(), text }]);
+    assert!(parsed.errors.is_empty(), "{:?}", parsed.errors);
+    let domain = TrustDomain::new("outrigger.local").unwrap();
+    let labels = BTreeMap::from([("app".to_owned(), "pay".to_owned())]);
+    let compiled = authorization(&parsed.resources, &domain, "shop", &labels);
+    // What travels is what was compiled.
+    let wire = serde_json::to_vec(&compiled).unwrap();
+    assert_eq!(serde_json::from_slice::<Authorization>(&wire).unwrap(), compiled);
+    compiled
+}
+
+/// `allowed`, `denied by NAME/RULE`, `denied`, `ambiguous`; then `+shadow NAME` and `+audit NAME`.
+fn verdict(specs: &[&str], from: &str, request: &str) -> String {
+    let compiled = in_force(specs);
+    let (who, ip) = from.split_once('@').unwrap_or((from, "10.0.0.7"));
+    let identity = (!who.is_empty()).then(|| {
+        let (namespace, account) = who.split_once('/').unwrap();
+        SpiffeId::new(&TrustDomain::new("outrigger.local").unwrap(), namespace, account).unwrap()
+    });
+    let labels = BTreeMap::from([("app".to_owned(), "pay".to_owned())]);
+    let service = ServiceName::new("payments", "shop").unwrap();
+    let connection = Connection {
+        identity: identity.as_ref(),
+        source_ip: Some(ip.parse().unwrap()),
+        destination_ip: Some("10.0.0.1".parse().unwrap()),
+        destination_port: 8080,
+        service: Some(&service),
+        labels: &labels,
+        now: Moment { hour: 14, weekday: 5 },
+    };
+    let asked = asked(request);
+    let path = asked.as_ref().map(|asked| NormalPath::of(&asked.target));
+    let request = asked.as_ref().zip(path.as_ref()).map(|(asked, path)| Request {
+        method: &asked.method,
+        path,
+        host: asked.fields.iter().find(|(name, _)| name == "host").map_or("payments", |(_, value)| value),
+        headers: &asked.fields,
+    });
+    let mut steps = Vec::new();
+    let verdict = compiled.decide(&connection, request.as_ref(), &mut steps);
+    assert_eq!(compiled.decide(&connection, request.as_ref(), &mut ()), verdict, "a trace changes nothing");
+    let name = |by: &By<'_>| {
+        let name = by.to_string().rsplit('/').next().unwrap_or("").to_owned();
+        by.rule().map_or(name.clone(), |rule| format!("{name}/{rule}"))
+    };
+    let mut text = match (verdict.denied, &verdict.by) {
+        (None, _) => "allowed".to_owned(),
+        (Some(Denial::PathAmbiguous), _) => "ambiguous".to_owned(),
+        (Some(Denial::Policy), Some(by)) => format!("denied by {}", name(by)),
+        (Some(Denial::Policy), None) => "denied".to_owned(),
+    };
+    verdict.shadow.iter().for_each(|by| text += &format!(" +shadow {}", name(by)));
+    verdict.audit.iter().for_each(|by| text += &format!(" +audit {}", name(by)));
+    text
+}
+
+const GET: &str = "GET /v1/charges";
+
+#[test]
+fn actions_and_their_order() {
+    let any = "{rules: [{}]}";
+    let nothing = "{}";
+    let deny_get = "{action: DENY, rules: [{to: [{operation: {methods: [GET]}}]}]}";
+    let allow_get = "{rules: [{to: [{operation: {methods: [GET]}}]}]}";
+    let cases: &[(&[&str], &str, &str)] = &[
+        (&[], GET, "allowed"),
+        (&[any], GET, "allowed"),
+        (&[nothing], GET, "denied by p0"),
+        (&["{rules: []}"], GET, "denied by p0"),
+        (&[any, nothing], GET, "allowed"),
+        (&[any, deny_get], GET, "denied by p1/0"),
+        (&[any, deny_get], "POST /", "allowed"),
+        (&[deny_get], GET, "denied by p0/0"),
+        (&[deny_get], "POST /", "allowed"),
+        (&[allow_get], GET, "allowed"),
+        (&[allow_get], "POST /", "denied by p0"),
+        (&[allow_get, nothing], "POST /", "denied"),
+        (&["mesh {defaultAction: Deny}"], GET, "denied by default"),
+        (&["mesh {defaultAction: Deny}", allow_get], GET, "allowed"),
+        (&["mesh {defaultAction: Deny}", allow_get], "POST /", "denied by p1"),
+        (&["mesh {defaultAction: Deny}", deny_get], "POST /", "denied by default"),
+        (&["{action: DENY}"], GET, "allowed"),
+        // AUDIT decides nothing.
+        (&["{action: AUDIT, rules: [{}]}"], GET, "allowed +audit p0/0"),
+        (&["{action: AUDIT, rules: [{}]}", nothing], GET, "denied by p1 +audit p0/0"),
+        // Shadow refuses nothing and tells what would have been.
+        (&["{mode: Shadow, action: DENY, rules: [{}]}"], GET, "allowed +shadow p0/0"),
+        (&["{mode: Shadow}"], GET, "allowed +shadow p0"),
+        (&["{mode: Shadow}", "{mode: Shadow, rules: [{}]}"], GET, "allowed"),
+        (&["{mode: Shadow}", any], GET, "allowed"),
+        (&["{mode: Shadow}", nothing], GET, "denied by p1"),
+        (&["{mode: Enforce}"], GET, "denied by p0"),
+        // Opaque bytes: HTTP conditions hold in DENY and never in ALLOW.
+        (&[allow_get], "", "denied by p0"),
+        (&[deny_get], "", "denied by p0/0"),
+        (&["{action: DENY, rules: [{to: [{operation: {methods: [GET], ports: [\"9090\"]}}]}]}"], "", "allowed"),
+        (&["{rules: [{to: [{operation: {ports: [8080]}}]}]}"], "", "allowed"),
+        (&[any], "", "allowed"),
+        (&["{action: DENY, rules: [{when: [{key: 'request.headers[x]', notValues: [a]}]}]}"], "", "denied by p0/0"),
+        (&["{rules: [{when: [{key: 'request.headers[x]', notValues: [a]}]}]}"], "", "denied by p0"),
+    ];
+    for (specs, request, expected) in cases {
+        assert_eq!(verdict(specs, "shop/checkout", request), *expected, "{specs:?} {request}");
+    }
+}
+
+#[test]
+fn sources() {
+    let allow = |source: &str| format!("{{rules: [{{from: [{{source: {source}}}]}}]}}");
+    let deny = |source: &str| format!("{{action: DENY, rules: [{{from: [{{source: {source}}}]}}]}}");
+    let cases: &[(String, &str, bool)] = &[
+        (allow("{principals: ['outrigger.local/ns/shop/sa/checkout']}"), "shop/checkout", true),
+        (allow("{principals: ['spiffe://outrigger.local/ns/shop/sa/checkout']}"), "shop/checkout", true),
+        (allow("{principals: ['cluster.local/ns/shop/sa/checkout']}"), "shop/checkout", true),
+        (allow("{principals: ['outrigger.local/ns/shop/sa/checkout']}"), "shop/check", false),
+        (allow("{principals: ['outrigger.local/ns/shop/*']}"), "shop/any", true),
+        (allow("{principals: ['*/sa/checkout']}"), "other/checkout", true),
+        (allow("{principals: ['*']}"), "shop/any", true),
+        (allow("{principals: ['*']}"), "", false),
+        (allow("{notPrincipals: ['outrigger.local/ns/shop/sa/bad']}"), "shop/good", true),
+        (allow("{notPrincipals: ['outrigger.local/ns/shop/sa/bad']}"), "", true),
+        (allow("{notPrincipals: ['outrigger.local/ns/shop/sa/bad']}"), "shop/bad", false),
+        (allow("{principals: ['*'], notPrincipals: ['outrigger.local/ns/shop/sa/bad']}"), "", false),
+        (allow("{namespaces: [shop]}"), "shop/any", true),
+        (allow("{namespaces: [shop]}"), "shops/any", false),
+        (allow("{namespaces: ['shop*']}"), "shops/any", true),
+        (allow("{namespaces: [shop]}"), "", false),
+        (allow("{notNamespaces: [shop]}"), "", true),
+        (allow("{serviceAccounts: [checkout]}"), "shop/checkout", true),
+        (allow("{serviceAccounts: [checkout]}"), "other/checkout", false),
+        (allow("{serviceAccounts: [other/checkout]}"), "other/checkout", true),
+        (allow("{notServiceAccounts: [checkout]}"), "shop/checkout", false),
+        (allow("{ipBlocks: ['10.0.0.0/24']}"), "@10.0.0.9", true),
+        (allow("{ipBlocks: ['10.0.0.0/24']}"), "@::ffff:10.0.0.9", true),
+        (allow("{ipBlocks: ['10.0.0.9']}"), "@10.0.0.9", true),
+        (allow("{ipBlocks: ['10.0.0.9']}"), "@10.0.0.8", false),
+        (allow("{ipBlocks: ['fd00::/8']}"), "@fd00::1", true),
+        (allow("{notIpBlocks: ['10.0.0.0/8']}"), "@10.0.0.9", false),
+        (allow("{namespaces: [shop], ipBlocks: ['10.0.0.0/24']}"), "shop/a@10.0.1.1", false),
+        (deny("{notPrincipals: ['outrigger.local/ns/shop/sa/good']}"), "", false),
+        (deny("{notPrincipals: ['outrigger.local/ns/shop/sa/good']}"), "shop/good", true),
+        (deny("{principals: ['*']}"), "", true),
+        // Two sources: either.
+        ("{rules: [{from: [{source: {namespaces: [a]}}, {source: {namespaces: [b]}}]}]}".into(), "b/x", true),
+        ("{rules: [{from: [{source: {namespaces: [a]}}, {source: {namespaces: [b]}}]}]}".into(), "c/x", false),
+    ];
+    for (spec, from, expected) in cases {
+        let allowed = verdict(&[spec], from, GET) == "allowed";
+        assert_eq!(allowed, *expected, "{spec} {from}");
+    }
+}
+
+#[test]
+fn operations_and_conditions() {
+    let allow = |operation: &str| format!("{{rules: [{{to: [{{operation: {operation}}}]}}]}}");
+    let when = |condition: &str| format!("{{rules: [{{when: [{condition}]}}]}}");
+    let cases: &[(String, &str, bool)] = &[
+        (allow("{paths: [/v1/charges]}"), GET, true),
+        (allow("{paths: [/v1/charges]}"), "GET /v1/charges?x=1", true),
+        (allow("{paths: [/v1/charges]}"), "GET //v1/./charges", true),
+        (allow("{paths: [/v1/charges]}"), "GET /v1/charges/", false),
+        (allow("{paths: ['/v1/*']}"), "GET /v1/../admin", false),
+        (allow("{paths: ['*/charges']}"), GET, true),
+        (allow("{paths: ['/v1/{*}']}"), GET, true),
+        (allow("{notPaths: ['/admin*']}"), GET, true),
+        (allow("{notPaths: ['/admin*']}"), "GET /x/../admin", false),
+        (allow("{methods: [GET, HEAD]}"), "HEAD /", true),
+        (allow("{methods: [GET]}"), "get /", false),
+        (allow("{notMethods: [POST]}"), "POST /", false),
+        (allow("{hosts: [a.test]}"), "GET /; host: A.TEST:80", true),
+        (allow("{hosts: [a.test]}"), "GET /; host: a.test.", true),
+        (allow("{hosts: ['*.test']}"), "GET /; host: b.a.test", true),
+        (allow("{hosts: [a.test]}"), "GET /; host: aa.test", false),
+        (allow("{ports: ['8080']}"), GET, true),
+        (allow("{ports: [80]}"), GET, false),
+        (allow("{notPorts: [8080]}"), GET, false),
+        (when("{key: 'request.headers[X-Role]', values: [reader]}"), "GET /; x-role: reader", true),
+        (when("{key: 'request.headers[x-role]', values: [reader]}"), "GET /; X-Role: reader", true),
+        (when("{key: 'request.headers[x-role]', values: [reader]}"), GET, false),
+        (when("{key: 'request.headers[x-role]', values: [reader]}"), "GET /; x-role: reader; x-role: admin", false),
+        (when("{key: 'request.headers[x-role]', values: [reader]}"), "GET /; x-role: reader,admin", false),
+        (when("{key: 'request.headers[x-role]', values: [reader, admin]}"), "GET /; x-role: reader, admin", true),
+        (when("{key: 'request.headers[x-role]', notValues: [admin]}"), "GET /; x-role: user,admin", false),
+        (when("{key: 'request.headers[x-role]', notValues: [admin]}"), "GET /; x-role: user", true),
+        (when("{key: 'request.headers[x-role]', notValues: [admin]}"), GET, true),
+        (when("{key: source.ip, values: ['10.0.0.0/8']}"), GET, true),
+        (when("{key: source.namespace, values: [shop]}"), GET, true),
+        (when("{key: source.namespace, notValues: [shop]}"), GET, false),
+        (when("{key: source.principal, values: ['cluster.local/ns/shop/sa/checkout']}"), GET, true),
+        (when("{key: source.serviceAccount, values: [checkout]}"), GET, true),
+        (when("{key: destination.port, values: [\"8080\"]}"), GET, true),
+        (when("{key: destination.ip, values: [10.0.0.1]}"), GET, true),
+        (when("{key: 'destination.labels[app]', values: [pay]}"), GET, true),
+        (when("{key: 'destination.labels[tier]', values: [x]}"), GET, false),
+        (when("{key: request.method, values: [GET]}"), GET, true),
+        (when("{key: request.path, values: ['/v1/*']}"), GET, true),
+        (when("{key: request.host, values: [payments]}"), GET, true),
+        (when("{key: grpc.method, values: [Get]}"), "POST /a.B/Get; content-type: application/grpc+proto", true),
+        (when("{key: grpc.service, values: [a.B]}"), "POST /a.B/Get; content-type: application/grpc", true),
+        (when("{key: grpc.service, values: [a.B]}"), "POST /a.B/Get", false),
+        (when("{key: time.hour, values: [\"14\"]}"), GET, true),
+        (when("{key: time.hour, values: [\"4\"]}"), GET, false),
+        (when("{key: time.weekday, values: [Sat, Sun]}"), GET, true),
+        (when("{key: time.weekday, values: [Sat]}, {key: 'request.headers[x]', values: [y]}"), "GET /; x: y", true),
+        (when("{key: time.weekday, values: [Sat]}, {key: 'request.headers[x]', values: [y]}"), GET, false),
+        ("{targetRefs: [{kind: Service, group: '', name: payments}], rules: [{}]}".into(), GET, true),
+        ("{targetRefs: [{kind: Service, group: '', name: payments}]}".into(), GET, false),
+        ("{targetRefs: [{kind: Service, group: '', name: other}]}".into(), GET, true),
+        ("{selector: {matchLabels: {app: pay}}}".into(), GET, false),
+        ("{selector: {matchLabels: {app: other}}}".into(), GET, true),
+    ];
+    for (spec, request, expected) in cases {
+        let got = verdict(&[spec], "shop/checkout", request);
+        assert_eq!(got == "allowed", *expected, "{spec} {request}: {got}");
+    }
+}
+
+/// DENY /admin: no spelling that a lenient server reads as /admin gets through.
+#[test]
+fn denied_paths_in_every_spelling() {
+    let deny = ["{action: DENY, rules: [{to: [{operation: {paths: ['/admin', '/admin/*']}}]}]}"];
+    for target in [
+        "/admin",
+        "/admin/",
+        "/admin/x",
+        "//admin",
+        "/./admin",
+        "/x/../admin",
+        "/%61dmin",
+        "/admin?x",
+        "/admin;x",
+        "/admin;x/y",
+        "/;x/admin",
+        "/admin/.",
+        "/x/%2e%2e/admin",
+        "/admin%3bx",
+        "http://h/admin",
+        "/admin#x",
+        "/x/./../admin",
+        "///admin",
+    ] {
+        assert_eq!(verdict(&deny, "shop/a", &format!("GET {target}")), "denied by p0/0", "{target}");
+    }
+    for target in [
+        "/x%2f..%2fadmin",
+        "/%2561dmin",
+        "/x/..;/admin",
+        "/\\admin",
+        "/%5cadmin",
+        "/admin%00",
+        "/../admin",
+        "/x//../admin",
+        "/%zz",
+        "/%",
+        "/%c0%afadmin",
+        "/x/.;y/admin",
+        "/..%3b/admin",
+    ] {
+        assert_eq!(verdict(&deny, "shop/a", &format!("GET {target}")), "ambiguous", "{target}");
+    }
+    for target in ["/", "/adm", "/x/admin", "/administrator", "/admin2;admin"] {
+        assert_eq!(verdict(&deny, "shop/a", &format!("GET {target}")), "allowed", "{target}");
+    }
+    // Where nothing looks at paths every path goes on.
+    let other = ["{action: DENY, rules: [{to: [{operation: {methods: [PUT]}}]}]}"];
+    assert_eq!(verdict(&other, "shop/a", "GET /a%2fb"), "allowed");
+    // A shadow looks, and refuses nothing.
+    let shadow = ["{mode: Shadow, action: DENY, rules: [{to: [{operation: {paths: [/admin]}}]}]}"];
+    assert_eq!(verdict(&shadow, "shop/a", "GET /a%2fb"), "allowed +shadow p0");
+}
+
+#[test]
+fn a_deny_rule_matches_any_value_of_a_field() {
+    let deny = ["{action: DENY, rules: [{when: [{key: 'request.headers[x-role]', values: [admin]}]}]}"];
+    for fields in ["x-role: admin", "x-role: user,admin", "x-role: admin, user", "x-role: user; x-role:  admin"] {
+        assert_eq!(verdict(&deny, "shop/a", &format!("GET /; {fields}")), "denied by p0/0", "{fields}");
+    }
+    assert_eq!(verdict(&deny, "shop/a", "GET /; x-role: administrator"), "allowed");
+}
+
+#[test]
+fn a_trace_says_what_failed_and_with_which_value() {
+    let compiled =
+        in_force(&["{rules: [{from: [{source: {namespaces: [bank]}}], to: [{operation: {methods: [GET]}}]}]}"]);
+    let identity = SpiffeId::parse("spiffe://outrigger.local/ns/shop/sa/web").unwrap();
+    let labels = BTreeMap::new();
+    let connection = Connection {
+        identity: Some(&identity),
+        source_ip: None,
+        destination_ip: None,
+        destination_port: 80,
+        service: None,
+        labels: &labels,
+        now: Moment::default(),
+    };
+    let mut steps = Vec::new();
+    compiled.decide(&connection, None, &mut steps);
+    let said: Vec<String> = steps.iter().map(|step| format!("{} {}: {}", step.object, step.result, step.why)).collect();
+    assert_eq!(
+        said,
+        ["AuthorizationPolicy/shop/p0 rule 0 no match: from[0].source.namespaces: the caller is \
+             spiffe://outrigger.local/ns/shop/sa/web, expected one of bank"]
+    );
+}
+
+#[test]
+fn an_unknown_field_refuses_the_whole() {
+    let known = r#"{"policies":[{"namespace":"a","name":"b","action":"DENY","shadow":false,"rules":[{}]}],"defaultAction":"Allow"}"#;
+    assert!(serde_json::from_str::<Authorization>(known).is_ok());
+    for (from, to) in [
+        (r#""shadow":false"#, r#""shadow":false,"newer":1"#),
+        (r#""rules":[{}]"#, r#""rules":[{"newer":[]}]"#),
+        (r#""rules":[{}]"#, r#""rules":[{"from":[{"newer":{}}]}]"#),
+        (r#""rules":[{}]"#, r#""rules":[{"to":[{"newer":{}}]}]"#),
+        (r#""rules":[{}]"#, r#""rules":[{"when":[{"key":"Newer","values":{"Texts":{"anyOf":[],"noneOf":[]}}}]}]"#),
+        (r#""DENY""#, r#""CUSTOM""#),
+        (r#""Allow""#, r#""Ask""#),
+    ] {
+        let newer = known.replace(from, to);
+        assert_ne!(newer, known);
+        assert!(serde_json::from_str::<Authorization>(&newer).is_err(), "{newer}");
+    }
+}
