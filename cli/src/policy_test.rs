@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use outrigger_api::explain::{Asked, Explanation, Question, explain};
 use outrigger_api::identity::{SpiffeId, TrustDomain};
-use outrigger_api::resource::{Case, CaseFrom, Metadata, Resources};
+use outrigger_api::resource::{Case, CaseFrom, CaseRequest, Metadata, Resources};
 use outrigger_runtime::stdout;
 use serde::Serialize;
 
@@ -95,7 +95,8 @@ fn question(case: &Case, trust_domain: &TrustDomain, at: u64) -> Result<Question
             Some(SpiffeId::new(trust_domain, namespace, account).map_err(|error| (FAILED, error.to_string()))?)
         }
     };
-    let request = case.request.clone().map(|(method, target, headers)| Asked { method, target, headers });
+    let request = case.request.clone();
+    let request = request.map(|CaseRequest { method, target, headers }| Asked { method, target, headers });
     Ok(Question { from, from_ip: case.from_ip, to: case.to.clone(), port: case.port, request, at })
 }
 

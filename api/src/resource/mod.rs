@@ -35,7 +35,7 @@ pub use mesh_config::{
 };
 pub use nearest::nearest_word;
 pub use peer_authentication::{PeerAuthentication, Selector};
-pub use policy_test::{Case, Expect, From as CaseFrom, PolicyTest};
+pub use policy_test::{Case, CaseRequest, Expect, From as CaseFrom, PolicyTest};
 pub use problem::{ObjectName, Parsed, Problem, Remark, SourceFile};
 pub use service::{LOAD_BALANCER, SERVICE_ACCOUNTS, Service, ServicePort, TargetPort};
 pub use service_account::ServiceAccount;

@@ -24,9 +24,16 @@ pub struct Case {
     pub from_ip: Option<IpAddr>,
     pub to: ServiceName,
     pub port: Option<u16>,
-    /// Method, target, headers; None: a connection.
-    pub request: Option<(String, String, Vec<(String, String)>)>,
+    /// None: a connection.
+    pub request: Option<CaseRequest>,
     pub expect: Expect,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct CaseRequest {
+    pub method: String,
+    pub target: String,
+    pub headers: Vec<(String, String)>,
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -165,7 +172,8 @@ impl RawCase {
                 Header::One(value) => vec![(name, value)],
                 Header::Several(values) => values.into_iter().map(|value| (name.clone(), value)).collect(),
             });
-            (request.method.unwrap_or_else(|| "GET".to_owned()), target, headers.collect())
+            let method = request.method.unwrap_or_else(|| "GET".to_owned());
+            CaseRequest { method, target, headers: headers.collect() }
         });
         let expect = self.expect.check(&path.key("expect"), findings);
         Some(Case {
