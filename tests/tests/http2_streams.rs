@@ -536,7 +536,7 @@ async fn clients_that_leave_do_not_end_what_others_have_on_the_shared_connection
 /// As short as the sockets' own options allow.
 fn impatient(limits: &mut Limits) {
     limits.keepalive = Duration::from_secs(1);
-    limits.user_timeout = Duration::from_secs(1);
+    limits.no_ack_timeout = Duration::from_secs(1);
 }
 
 #[tokio::test]

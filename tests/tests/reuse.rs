@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use outrigger_tests::application::Backend;
 use outrigger_tests::wire::{self, Connection};
-use outrigger_tests::{Application, Mesh, MeshOptions, PATIENCE, Sidecar, eventually};
+use outrigger_tests::{Application, Mesh, MeshOptions, PATIENCE, Sidecar, eventually, under_test};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
@@ -24,6 +24,60 @@ async fn pair(app: SocketAddr) -> Pair {
     let far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app).start().await;
     let near = mesh.sidecar("cart-1").outbound("catalog:80").start().await;
     Pair { near, far, mesh }
+}
+
+/// Writes the head and the body of each answer apart and leaves it to its kernel when they go (Nagle), as Python's
+/// http.server does: on a connection that is used again the body waits for the ACK of the head.
+async fn writing_apart(head: &'static [&'static str]) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            stream.set_nodelay(false).unwrap();
+            tokio::spawn(async move {
+                let mut buffer = Vec::new();
+                while matches!(stream.read_buf(&mut buffer).await, Ok(count) if count > 0) {
+                    if buffer.ends_with(b"\r\n\r\n") {
+                        buffer.clear();
+                        for part in head.iter().chain(&["ok"]) {
+                            if stream.write_all(part.as_bytes()).await.is_err() {
+                                return;
+                            }
+                        }
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+/// The fastest of many, so that a slow machine alone cannot fail it: with a delayed ACK each one takes 40 ms and more.
+#[tokio::test]
+async fn nobody_waits_for_a_delayed_ack_of_a_connection_that_is_used_again() {
+    for head in [
+        &["HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"][..],
+        &["HTTP/1.1 200 OK\r\n", "Server: in pieces\r\n", "Content-Length: 2\r\n", "\r\n"],
+    ] {
+        let app = writing_apart(head).await;
+        let mesh = Mesh::start(MeshOptions::default()).await;
+        mesh.service("catalog.shop", 80, app.port(), Some("http"));
+        let mut far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app).spawn(under_test!()).await;
+        far.ready().await;
+        let mut near = mesh.sidecar("cart-1").outbound("catalog:80").spawn(under_test!()).await;
+        near.ready().await;
+        let mut client = Connection::open(near.address("outbound:catalog.shop:80").await).await;
+        let mut fastest = PATIENCE;
+        for round in 0..60 {
+            let begun = Instant::now();
+            assert_eq!(client.ask(GET).await.text(), "ok");
+            // A fresh connection is acknowledged at once by itself.
+            if round >= 20 {
+                fastest = fastest.min(begun.elapsed());
+            }
+        }
+        assert!(fastest < Duration::from_millis(30), "{fastest:?}, {head:?}");
+    }
 }
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: catalog\r\n\r\n";

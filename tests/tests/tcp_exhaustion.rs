@@ -1,5 +1,6 @@
 //! Promise: a sidecar that has run out of file descriptors says so, in a metric and in few words in its log; what is
-//! open goes on, and it accepts again within two seconds of having some.
+//! open goes on, and it accepts again within two seconds of having some. With what it has at its start it does not run out: it
+//! refuses connections beyond, keeps a share for itself, and says so in `/ready`.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -87,4 +88,42 @@ async fn without_descriptors_what_is_open_goes_on_and_the_rest_waits() {
         (samples.sum("outrigger_tcp_connections_closed_total", &[]) >= 20.0).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn few_descriptors_are_few_connections_and_a_share_is_kept() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let backend = Backend::start().await;
+    mesh.service("queue.shop", 5672, backend.port(), Some("tcp"));
+    let _far = mesh.sidecar("queue-1").label("app", "queue").inbound(backend.address()).start().await;
+    let few = mesh.path("few.sh");
+    std::fs::write(&few, format!("#!/bin/sh\nulimit -n 300 && exec {} \"$@\"\n", under_test!())).unwrap();
+    std::fs::set_permissions(&few, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut near = mesh.sidecar("cart-1").outbound("queue:5672").spawn(few.to_str().unwrap()).await;
+    near.ready().await;
+    let (door, health) = (near.address("outbound:queue.shop:5672").await, near.address("health").await);
+    let mut open = Vec::new();
+    let mut refused = 0;
+    let mut apps = Vec::new();
+    for _ in 0..200 {
+        let mut client = Connection::open(door).await;
+        let _ = client.try_send("hello").await;
+        // Served or refused, and nothing hangs.
+        tokio::select! {
+            mut app = backend.accept() => {
+                assert_eq!(app.take(5).await, b"hello");
+                apps.push(app);
+                open.push(client);
+            }
+            _ = client.expect_end() => refused += 1,
+        }
+    }
+    assert!(open.len() >= 50 && refused >= 50, "{} open, {refused} refused", open.len());
+    let answer = wire::get(health, "/ready").await;
+    assert_eq!(answer.status, 503, "{}", answer.text());
+    assert!(answer.text().contains("overloaded") && answer.text().contains("ulimit -Hn"), "{}", answer.text());
+    let metrics = wire::get(near.address("metrics").await, "/metrics").await;
+    assert_eq!(Samples::parse(&metrics.text()).sum("outrigger_accept_failures_total", &[]), 0.0, "it ran out of none");
+    drop((open, apps));
+    eventually("it is ready again", async || (wire::get(health, "/ready").await.status == 200).then_some(())).await;
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
+use crate::connection::Places;
 use crate::discovery::{Directory, LeaseState};
 use crate::identity::IdentityStatus;
 use crate::tls::Tls;
@@ -50,6 +51,8 @@ pub struct Readiness {
     /// The redirect rules bring this sidecar's own connections back to it: then whatever else is missing is missing for
     /// that, and what the state directory still has does not make up for it: no connection of the application leaves.
     pub comes_back: Arc<AtomicBool>,
+    /// Whether another connection has room.
+    pub places: Arc<Places>,
 }
 
 impl Readiness {
@@ -57,7 +60,7 @@ impl Readiness {
         if self.drain.is_draining() {
             return Err(NotReady::new("draining", "this sidecar is shutting down; nothing is to be done"));
         }
-        let complete = self.complete();
+        let complete = self.complete().and_then(|()| self.has_room());
         if !self.comes_back.load(Ordering::Relaxed) {
             return complete;
         }
@@ -66,6 +69,24 @@ impl Readiness {
             "the redirect rules send this sidecar's own connections back to it: {EXEMPT_HINT}. What it waits for: {waits}"
         );
         Err(NotReady::new("redirect_not_exempt", hint))
+    }
+
+    /// Whether the next connection can be accepted.
+    fn has_room(&self) -> Result<(), NotReady> {
+        let limit = self.places.limit();
+        if self.places.is_starved() {
+            let hint = "the kernel gives no descriptor or memory for another connection: raise the hard limit of open files \
+                        (`ulimit -Hn`), or of memory";
+            return Err(NotReady::new("overloaded", hint));
+        }
+        if self.places.are_taken() {
+            let hint = format!(
+                "all {limit} connections that this sidecar may have are open; it has two descriptors for each, and keeps some for \
+                 itself: raise the hard limit of open files (`ulimit -Hn`) where that is what bounds them"
+            );
+            return Err(NotReady::new("overloaded", hint));
+        }
+        Ok(())
     }
 
     /// Whether everything is there and the control plane is, too: then nothing comes back that should leave.

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::time::Duration;
 
 use outrigger_api::snapshot::Key;
 
@@ -30,7 +31,8 @@ pub(super) struct DataListener {
     pub(super) purpose: Purpose,
 }
 
-pub(super) fn bind(config: &Config, options: &SocketOptions) -> io::Result<Bound> {
+/// Nobody looks after what operators and the resolver accept, so the kernel ends what takes nothing for `user_timeout`.
+pub(super) fn bind(config: &Config, options: &SocketOptions, user_timeout: Duration) -> io::Result<Bound> {
     if let Some(mark) = options.mark {
         net::check_mark(mark).map_err(|error| {
             let hint = "setting it needs CAP_NET_ADMIN (or CAP_NET_RAW); grant it, or leave out --mark and exempt the \
@@ -38,7 +40,8 @@ pub(super) fn bind(config: &Config, options: &SocketOptions) -> io::Result<Bound
             io::Error::new(error.kind(), format!("--mark {mark} cannot be set on sockets: {error}; {hint}"))
         })?;
     }
-    let mut binding = Binding { options, listening: Vec::new() };
+    let operators = SocketOptions { user_timeout: Some(user_timeout), ..*options };
+    let mut binding = Binding { data: *options, operators, listening: Vec::new() };
     let operators = ForOperators {
         admin: binding.single("admin", config.admin_listen)?,
         metrics: binding.everywhere("metrics", config.metrics_listen, config.transparent)?,
@@ -49,7 +52,8 @@ pub(super) fn bind(config: &Config, options: &SocketOptions) -> io::Result<Bound
         data.extend(intercepting(&mut binding, config.workers)?);
     }
     let mut one = |name: String, address, purpose| -> io::Result<()> {
-        let (address, sockets) = binding.open(&name, address, config.workers)?;
+        let options = binding.data;
+        let (address, sockets) = binding.open(&name, address, config.workers, &options)?;
         data.push(DataListener { address, sockets, purpose });
         Ok(())
     };
@@ -73,46 +77,55 @@ pub(super) fn bind(config: &Config, options: &SocketOptions) -> io::Result<Bound
 
 /// Where redirect rules lead. What the application sends is redirected in OUTPUT and arrives on loopback, whatever it
 /// was sent to; what others send keeps the interface that it came by.
-fn intercepting(binding: &mut Binding<'_>, workers: usize) -> io::Result<Vec<DataListener>> {
+fn intercepting(binding: &mut Binding, workers: usize) -> io::Result<Vec<DataListener>> {
     let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
     let everywhere = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
     let directions = [
         ("outbound", loopback, OUTBOUND_PORT, Direction::Outbound),
         ("inbound", everywhere, INBOUND_PORT, Direction::Inbound),
     ];
+    let options = binding.data;
     let mut all = Vec::new();
     for (name, addresses, port, direction) in directions {
-        for (address, sockets) in binding.present(name, addresses, port, workers)? {
+        for (address, sockets) in binding.present(name, addresses, port, workers, &options)? {
             all.push(DataListener { address, sockets, purpose: Purpose::Redirected(direction) });
         }
     }
     Ok(all)
 }
 
-struct Binding<'a> {
-    options: &'a SocketOptions,
+struct Binding {
+    data: SocketOptions,
+    operators: SocketOptions,
     listening: Vec<(String, SocketAddr)>,
 }
 
-impl Binding<'_> {
-    fn open(&mut self, name: &str, address: SocketAddr, count: usize) -> io::Result<(SocketAddr, Vec<TcpListener>)> {
+impl Binding {
+    fn open(
+        &mut self,
+        name: &str,
+        address: SocketAddr,
+        count: usize,
+        options: &SocketOptions,
+    ) -> io::Result<(SocketAddr, Vec<TcpListener>)> {
         if net::is_taken(address) {
             let message =
                 format!("cannot listen on {address} ({name}): the port is in use; end what holds it or choose another");
             return Err(io::Error::new(io::ErrorKind::AddrInUse, message));
         }
-        let first = net::listen(address, self.options)?;
+        let first = net::listen(address, options)?;
         let bound = first.local_addr()?;
         let mut all = vec![first];
         for _ in 1..count {
-            all.push(net::listen(bound, self.options)?);
+            all.push(net::listen(bound, options)?);
         }
         self.listening.push((name.to_owned(), bound));
         Ok((bound, all))
     }
 
     fn single(&mut self, name: &str, address: SocketAddr) -> io::Result<Vec<TcpListener>> {
-        Ok(self.open(name, address, 1)?.1)
+        let options = self.operators;
+        Ok(self.open(name, address, 1, &options)?.1)
     }
 
     /// `both`: an address 0.0.0.0 means every address of either family.
@@ -121,7 +134,12 @@ impl Binding<'_> {
             return self.single(name, address);
         }
         let families = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
-        Ok(self.present(name, families, address.port(), 1)?.into_iter().flat_map(|(_, sockets)| sockets).collect())
+        let options = self.operators;
+        Ok(self
+            .present(name, families, address.port(), 1, &options)?
+            .into_iter()
+            .flat_map(|(_, sockets)| sockets)
+            .collect())
     }
 
     /// The resolver's. `both`: with redirect rules a question comes to loopback of the family of whom it was for.
@@ -152,7 +170,8 @@ impl Binding<'_> {
     fn both_transports(&mut self, address: SocketAddr) -> io::Result<resolver::Listener> {
         let mut tries = if address.port() == 0 { 8 } else { 1 };
         loop {
-            let (bound, tcp) = self.open("dns", address, 1)?;
+            let options = self.operators;
+            let (bound, tcp) = self.open("dns", address, 1, &options)?;
             tries -= 1;
             match (net::bind_udp(bound), tcp.into_iter().next()) {
                 (Ok(udp), Some(tcp)) => return Ok(resolver::Listener { udp, tcp }),
@@ -181,11 +200,12 @@ impl Binding<'_> {
         addresses: [IpAddr; 2],
         port: u16,
         count: usize,
+        options: &SocketOptions,
     ) -> io::Result<Vec<(SocketAddr, Vec<TcpListener>)>> {
         let mut all: Vec<(SocketAddr, Vec<TcpListener>)> = Vec::new();
         for ip in addresses {
             let port = all.first().map_or(port, |(first, _)| first.port());
-            match self.open(name, SocketAddr::new(ip, port), count) {
+            match self.open(name, SocketAddr::new(ip, port), count, options) {
                 Ok(opened) => all.push(opened),
                 Err(error) if net::is_absent(&error) => {
                     tracing::debug!(%ip, name, "this network namespace has no such address; nothing listens there");

@@ -55,11 +55,12 @@ impl Sidecar {
     pub fn start(config: Config, limits: Limits, logs: Logs) -> anyhow::Result<Sidecar> {
         let socket = SocketOptions {
             keepalive: limits.keepalive,
+            keepalive_interval: limits.keepalive_interval,
             keepalive_probes: limits.keepalive_probes,
-            user_timeout: limits.user_timeout,
+            user_timeout: None,
             mark: config.mark,
         };
-        let bound = bind(&config, &socket)?;
+        let bound = bind(&config, &socket, limits.no_ack_timeout)?;
         let own_listeners = OwnListeners::default();
         for (_, address) in &bound.listening {
             own_listeners.add(*address);
@@ -90,6 +91,7 @@ impl Sidecar {
             drain: drain.handle(),
             offers: offers(&config),
             comes_back: Arc::default(),
+            places: places.clone(),
         };
         let shared = Shared {
             own: Arc::new(Own {

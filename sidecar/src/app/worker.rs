@@ -158,13 +158,17 @@ async fn accept(worker: Rc<Worker>, crew: Crew, listener: TcpListener, purpose: 
             () = &mut closing => return,
         };
         match accepted {
-            Ok((stream, client)) => match crew.less_busy() {
-                Some(other) => hand_over(&worker, &crew, other, stream, client, &purpose),
-                None => begin(&worker, stream, client, &purpose),
-            },
+            Ok((stream, client)) => {
+                worker.table.places().starve(false);
+                match crew.less_busy() {
+                    Some(other) => hand_over(&worker, &crew, other, stream, client, &purpose),
+                    None => begin(&worker, stream, client, &purpose),
+                }
+            }
             Err(error) if is_of_the_connection(&error) => {}
             Err(error) => {
                 worker.telemetry.accept_failed();
+                worker.table.places().starve(true);
                 trouble.tell(&error);
                 tokio::time::sleep(worker.limits.accept_pause).await;
             }

@@ -120,12 +120,15 @@ pub struct Limits {
     pub tunnel_idle: Duration,
 
     // --- Sockets ----------------------------------------------------------------------------------------------
-    /// TCP keep-alive: idle time before the first probe, and the pause between probes.
+    /// TCP keep-alive: idle time before the first probe ...
     pub keepalive: Duration,
-    /// Probes without an answer that end a connection: a pulled cable is noticed within keepalive x probes.
+    /// ... the pause between probes ...
+    pub keepalive_interval: Duration,
+    /// ... and probes without an answer that end a connection: a pulled cable is noticed in two minutes.
     pub keepalive_probes: u32,
-    /// TCP_USER_TIMEOUT: unacknowledged data this old ends a connection.
-    pub user_timeout: Duration,
+    /// Bytes wait, and the peer has acknowledged nothing at all for this long: it is not there. A peer that acknowledges
+    /// is, whatever its window.
+    pub no_ack_timeout: Duration,
     /// Read-ahead of an opaque connection, each direction.
     pub copy_buffer: usize,
 
@@ -222,8 +225,9 @@ impl Default for Limits {
             tunnel_idle: Duration::from_secs(60 * 60),
 
             keepalive: Duration::from_secs(60),
+            keepalive_interval: Duration::from_secs(20),
             keepalive_probes: 3,
-            user_timeout: Duration::from_secs(30),
+            no_ack_timeout: Duration::from_secs(30),
             copy_buffer: 64 * KIB,
 
             dns_in_flight: 256,
@@ -250,9 +254,11 @@ impl Default for Limits {
 
 impl Limits {
     /// The same limits for a process that may open `open_files` descriptors (`outrigger_runtime::open_files::raise`):
-    /// connections are at most what the spare ones leave. At least one connection is always let in.
+    /// connections are at most what the spare ones leave, at two descriptors each, one for either side. Where there are few,
+    /// half of them are spare. At least one connection is always let in.
     pub fn with_open_files(self, open_files: u64) -> Limits {
-        let left = usize::try_from(open_files.saturating_sub(self.spare_files)).unwrap_or(usize::MAX);
+        let spare = self.spare_files.min(open_files / 2);
+        let left = usize::try_from((open_files - spare) / 2).unwrap_or(usize::MAX);
         Limits { connections: self.connections.min(left).max(1), ..self }
     }
 
@@ -270,7 +276,9 @@ mod tests {
 
     #[test]
     fn connections_follow_the_descriptors() {
-        for (open_files, connections) in [(0, 1), (500, 1), (1_024, 524), (10_500, 10_000), (u64::MAX, 10_000)] {
+        for (open_files, connections) in
+            [(0, 1), (256, 64), (500, 125), (1_024, 262), (20_500, 10_000), (u64::MAX, 10_000)]
+        {
             assert_eq!(Limits::default().with_open_files(open_files).connections, connections, "{open_files}");
         }
     }

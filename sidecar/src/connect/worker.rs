@@ -251,6 +251,7 @@ impl Worker {
     /// The watchdog's tick.
     pub fn sweep(&self) {
         self.here.borrow_mut().clear();
+        net::give_up_silent_peers(self.limits.no_ack_timeout);
         let now = Instant::now();
         let wall = SystemTime::now();
         let limits = IdleLimits {

@@ -410,6 +410,11 @@ impl Table {
         self.entries().values().filter(idle).cloned().collect()
     }
 
+    /// The places of the whole process.
+    pub fn places(&self) -> &Places {
+        &self.places
+    }
+
     pub fn len(&self) -> usize {
         self.entries().len()
     }

@@ -17,6 +17,8 @@ pub struct Places {
     open: [AtomicUsize; 2],
     /// Memory is short.
     refused: AtomicBool,
+    /// The last connection could not be accepted for want of descriptors or memory.
+    starved: AtomicBool,
     tables: Mutex<Vec<Weak<Table>>>,
 }
 
@@ -32,7 +34,13 @@ const BATCH: usize = 64;
 
 impl Places {
     pub fn new(limit: usize) -> Arc<Places> {
-        Arc::new(Places { limit, open: Default::default(), refused: AtomicBool::new(false), tables: Mutex::default() })
+        Arc::new(Places {
+            limit,
+            open: Default::default(),
+            refused: AtomicBool::new(false),
+            starved: AtomicBool::new(false),
+            tables: Mutex::default(),
+        })
     }
 
     pub fn open(&self) -> usize {
@@ -42,6 +50,27 @@ impl Places {
     /// Whether connections are refused beyond a few; open ones go on.
     pub fn refuse(&self, refused: bool) {
         self.refused.store(refused, Relaxed);
+    }
+
+    /// Every place of a direction is taken: its next connection is refused, unless an idle stranger's makes room.
+    pub fn are_taken(&self) -> bool {
+        let share = self.limit - self.limit / KEPT;
+        self.open() >= self.limit || self.open.iter().any(|open| open.load(Relaxed) >= share)
+    }
+
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Whether the kernel gives no descriptor, or no memory, for the next connection.
+    pub fn is_starved(&self) -> bool {
+        self.starved.load(Relaxed)
+    }
+
+    pub fn starve(&self, starved: bool) {
+        if self.starved.load(Relaxed) != starved {
+            self.starved.store(starved, Relaxed);
+        }
     }
 
     pub(super) fn watch(&self, table: &Arc<Table>) {

@@ -2,11 +2,13 @@
 //! meant to go, and [`Stream`], the one byte-stream type of the walk.
 
 mod cut;
+mod liveness;
 mod original_dst;
 mod socket;
 mod stream;
 
 pub use cut::Cut;
+pub use liveness::give_up_silent_peers;
 pub use original_dst::OriginalDst;
 pub use socket::{SocketOptions, bind_udp, check_mark, connect, connect_marked, is_absent, is_local, is_taken, listen};
 pub use stream::Stream;

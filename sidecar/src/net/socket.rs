@@ -8,12 +8,14 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
-/// Idle time and interval of TCP keep-alive probes, their count, and how long unacknowledged data may stay so.
+/// When TCP asks an idle peer whether it is there: idle time, then interval and count of probes.
 #[derive(Clone, Copy, Debug)]
 pub struct SocketOptions {
     pub keepalive: Duration,
+    pub keepalive_interval: Duration,
     pub keepalive_probes: u32,
-    pub user_timeout: Duration,
+    /// TCP_USER_TIMEOUT, which also ends a connection whose peer pauses. None where [`super::give_up_silent_peers`] looks.
+    pub user_timeout: Option<Duration>,
     /// SO_MARK, by which redirect rules know the sidecar's own traffic.
     pub mark: Option<u32>,
 }
@@ -28,10 +30,15 @@ impl SocketOptions {
         socket.set_tcp_keepalive(
             &TcpKeepalive::new()
                 .with_time(self.keepalive)
-                .with_interval(self.keepalive)
+                .with_interval(self.keepalive_interval)
                 .with_retries(self.keepalive_probes),
         )?;
-        socket.set_tcp_user_timeout(Some(self.user_timeout))
+        // What a peer sends as urgent is a byte in its place, as it is for most servers that ever look at it.
+        socket.set_out_of_band_inline(true)?;
+        match self.user_timeout {
+            Some(timeout) => socket.set_tcp_user_timeout(Some(timeout)),
+            None => Ok(()),
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::cut::{Cut, Handle};
+use super::liveness::{Liveness, unacknowledged};
 
 /// A byte stream of the walk.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ const BULK: usize = 64 * 1024;
 
 #[derive(Debug)]
 enum Io {
-    Tcp(TcpStream),
+    Tcp(Tcp),
     /// The server end of mutual TLS; below it a stream that replays the ClientHello.
     Accepted(Box<tokio_rustls::server::TlsStream<Stream>>),
     /// The client end.
@@ -55,6 +56,27 @@ struct Dialled {
     tls: tokio_rustls::client::TlsStream<Stream>,
 }
 
+#[derive(Debug)]
+struct Tcp {
+    /// First, so that it goes before the socket is closed.
+    liveness: Arc<Liveness>,
+    socket: TcpStream,
+    /// Whether a read that took less than it could has taken all.
+    marks: Marks,
+}
+
+/// The kernel ends a read at the mark of urgent data, so that a short one does not mean that there is no more, and what is
+/// behind the mark is not announced again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Marks {
+    /// None is expected: a short read took all there was, and the next one waits without asking the kernel.
+    No,
+    /// There may be some: only the kernel knows whether there is no more.
+    Maybe,
+    /// The same, and what was read before may have ended at one.
+    Unseen,
+}
+
 /// Bytes that one end of a pipe may be ahead of the other, in each direction.
 const PIPE: usize = 64 * 1024;
 
@@ -67,7 +89,8 @@ struct Pipe {
 
 impl From<TcpStream> for Stream {
     fn from(tcp: TcpStream) -> Stream {
-        Stream { ahead: BytesMut::new(), io: Io::Tcp(tcp), below: Below::Nothing }
+        let io = Io::Tcp(Tcp { liveness: Liveness::of(&tcp), socket: tcp, marks: Marks::No });
+        Stream { ahead: BytesMut::new(), io, below: Below::Nothing }
     }
 }
 
@@ -116,6 +139,23 @@ impl Stream {
         matches!(self.io, Io::Tcp(_))
     }
 
+    /// From now on urgent data in what is read, as some protocols that are not HTTP send it, holds up nothing. It costs a
+    /// system call whenever all was read.
+    pub fn pass_marks(&mut self) {
+        if let Io::Tcp(tcp) = &mut self.io {
+            tcp.marks = Marks::Unseen;
+        }
+    }
+
+    /// Acknowledges at once what has come on plain TCP, and does not wait for an answer that could carry the ACK: the peer's
+    /// kernel may hold back the next bytes until then (Nagle, RFC 896, against the delayed ACK of RFC 1122 4.2.3.2).
+    pub fn acknowledge(&self) {
+        if let Io::Tcp(tcp) = &self.io {
+            // Failing leaves the ACK to the kernel's timer.
+            let _ = SockRef::from(&tcp.socket).set_tcp_quickack(true);
+        }
+    }
+
     /// What was read ahead and not consumed yet.
     pub fn ahead(&self) -> &[u8] {
         &self.ahead
@@ -143,7 +183,12 @@ impl Stream {
     pub fn poll_read_ahead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let mut chunk = [0; 2048];
         let mut buffer = ReadBuf::new(&mut chunk);
-        std::task::ready!(self.io.poll_read(cx, &mut buffer))?;
+        match &mut self.io {
+            Io::Tcp(tcp) if self.below == Below::Nothing => {
+                std::task::ready!(tcp.poll_read_past_marks(cx, &mut buffer))?
+            }
+            io => std::task::ready!(io.poll_read(cx, &mut buffer))?,
+        }
         self.ahead.extend_from_slice(buffer.filled());
         Poll::Ready(Ok(buffer.filled().len()))
     }
@@ -170,7 +215,7 @@ impl Stream {
     /// The socket below, if there is one.
     pub fn tcp(&self) -> Option<&TcpStream> {
         match &self.io {
-            Io::Tcp(tcp) => Some(tcp),
+            Io::Tcp(tcp) => Some(&tcp.socket),
             Io::Accepted(tls) => tls.get_ref().0.tcp(),
             Io::Dialled(dialled) => dialled.tls.get_ref().0.tcp(),
             Io::Pipe(_) => None,
@@ -189,7 +234,7 @@ impl Stream {
     /// Waits until the peer's kernel has everything that was written; the caller bounds the time.
     pub async fn delivered(&self) {
         let mut pause = Duration::from_millis(1);
-        while self.tcp().is_some_and(|tcp| unacknowledged(tcp) > 0) {
+        while self.tcp().is_some_and(|tcp| unacknowledged(tcp.as_raw_fd()) > 0) {
             tokio::time::sleep(pause).await;
             pause = (2 * pause).min(Duration::from_millis(50));
         }
@@ -207,7 +252,7 @@ impl Stream {
     /// old as the thread's last look. Asked of plain TCP; TLS has records of its own that say nothing.
     pub fn has_unseen(&self) -> bool {
         let Io::Tcp(tcp) = &self.io else { return false };
-        !matches!(SockRef::from(tcp).peek(&mut [std::mem::MaybeUninit::uninit()]),
+        !matches!(SockRef::from(&tcp.socket).peek(&mut [std::mem::MaybeUninit::uninit()]),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
 
@@ -232,19 +277,48 @@ impl Stream {
     }
 }
 
-/// Bytes that the peer's kernel has not acknowledged; 0 as well when that cannot be known.
-#[expect(unsafe_code, reason = "ioctl(2) with SIOCOUTQ, which Linux calls TIOCOUTQ too, has no safe form")]
-fn unacknowledged(tcp: &TcpStream) -> libc::c_int {
-    let mut bytes: libc::c_int = 0;
-    // SAFETY: the descriptor is open for as long as `tcp` is borrowed, and the kernel writes one int.
-    let done = unsafe { libc::ioctl(tcp.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
-    if done == 0 { bytes } else { 0 }
+impl Tcp {
+    fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.marks == Marks::No {
+            return Pin::new(&mut self.socket).poll_read(cx, buffer).map_err(|error| self.told(error));
+        }
+        if std::mem::replace(&mut self.marks, Marks::Maybe) == Marks::Unseen {
+            // Whether there is something is not known here, so the kernel is asked first.
+            match io::Read::read(&mut &*SockRef::from(&self.socket), buffer.initialize_unfilled()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => return Poll::Ready(read.map(|count| buffer.advance(count)).map_err(|error| self.told(error))),
+            }
+        }
+        self.poll_read_past_marks(cx, buffer)
+    }
+
+    /// Unlike the runtime's own read this one believes that there is no more only when the kernel says so.
+    fn poll_read_past_marks(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            std::task::ready!(self.socket.poll_read_ready(cx))?;
+            match self.socket.try_read(buffer.initialize_unfilled()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => return Poll::Ready(read.map(|count| buffer.advance(count)).map_err(|error| self.told(error))),
+            }
+        }
+    }
+
+    /// What an error means when it is ours.
+    fn told(&self, error: io::Error) -> io::Error {
+        if self.liveness.is_given_up() {
+            return io::Error::new(
+                io::ErrorKind::TimedOut,
+                "the peer acknowledged nothing for too long, not even a probe",
+            );
+        }
+        error
+    }
 }
 
 impl Io {
     fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self {
-            Io::Tcp(tcp) => Pin::new(tcp).poll_read(cx, buffer),
+            Io::Tcp(tcp) => tcp.poll_read(cx, buffer),
             // HTTP looks for more several times per request; most times there is nothing, which the socket's readiness
             // tells for a fraction of what a round through TLS costs. What TLS holds already comes first.
             Io::Accepted(tls) => {
@@ -298,10 +372,10 @@ impl Stream {
                 self.ahead.clear();
                 self.ahead.reserve(BULK);
                 let count = {
-                    let reading = std::pin::pin!(tcp.read_buf(&mut self.ahead));
+                    let reading = std::pin::pin!(tcp.socket.read_buf(&mut self.ahead));
                     reading.poll(cx)
                 };
-                match count {
+                match count.map_err(|error| tcp.told(error)) {
                     Poll::Ready(Ok(count)) if count > 0 => {
                         if count <= buffer.remaining() {
                             self.below = Below::Tls;
@@ -332,7 +406,10 @@ impl Stream {
 impl AsyncWrite for Stream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match &mut self.io {
-            Io::Tcp(tcp) => Pin::new(tcp).poll_write(cx, bytes),
+            Io::Tcp(tcp) => {
+                tcp.liveness.wrote();
+                Pin::new(&mut tcp.socket).poll_write(cx, bytes).map_err(|error| tcp.told(error))
+            }
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_write(cx, bytes),
             Io::Dialled(dialled) => Pin::new(&mut dialled.tls).poll_write(cx, bytes),
             Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_write(cx, bytes),
@@ -345,7 +422,10 @@ impl AsyncWrite for Stream {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match &mut self.io {
-            Io::Tcp(tcp) => Pin::new(tcp).poll_write_vectored(cx, slices),
+            Io::Tcp(tcp) => {
+                tcp.liveness.wrote();
+                Pin::new(&mut tcp.socket).poll_write_vectored(cx, slices).map_err(|error| tcp.told(error))
+            }
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_write_vectored(cx, slices),
             Io::Dialled(dialled) => Pin::new(&mut dialled.tls).poll_write_vectored(cx, slices),
             Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_write_vectored(cx, slices),
@@ -358,7 +438,7 @@ impl AsyncWrite for Stream {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.io {
-            Io::Tcp(tcp) => Pin::new(tcp).poll_flush(cx),
+            Io::Tcp(tcp) => Pin::new(&mut tcp.socket).poll_flush(cx),
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_flush(cx),
             Io::Dialled(dialled) => Pin::new(&mut dialled.tls).poll_flush(cx),
             Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_flush(cx),
@@ -367,7 +447,7 @@ impl AsyncWrite for Stream {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.io {
-            Io::Tcp(tcp) => Pin::new(tcp).poll_shutdown(cx),
+            Io::Tcp(tcp) => Pin::new(&mut tcp.socket).poll_shutdown(cx),
             Io::Accepted(tls) => Pin::new(tls.as_mut()).poll_shutdown(cx),
             Io::Dialled(dialled) => Pin::new(&mut dialled.tls).poll_shutdown(cx),
             Io::Pipe(pipe) => Pin::new(&mut pipe.io).poll_shutdown(cx),

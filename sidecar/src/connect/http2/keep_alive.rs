@@ -37,7 +37,7 @@ impl KeepAlive {
     pub fn new(pings: Option<PingPong>, heard: Rc<Cell<bool>>, limits: &Limits) -> KeepAlive {
         let tick = limits.keepalive / 2;
         let timer = Box::pin(tokio::time::sleep(tick));
-        KeepAlive { pings, timer, heard, state: State::Alive, tick, timeout: limits.user_timeout }
+        KeepAlive { pings, timer, heard, state: State::Alive, tick, timeout: limits.no_ack_timeout }
     }
 
     /// Ready when the peer is gone. To be polled before the connection, which writes the PING. `in_use`: somebody waits
