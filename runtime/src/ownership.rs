@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 const WRITE: u32 = 0o022;
 /// Every permission of group and others.
 const ALL: u32 = 0o077;
+/// Read permission of the group.
+const GROUP_READ: u32 = 0o040;
 
 /// A file or directory that another user could change, or a key that another user could read.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +67,8 @@ fn look(path: &Path, refused: u32, own: u32) -> Result<bool, Exposed> {
     if owner != own && owner != 0 {
         return Err(Exposed::Owner { path: path.to_owned(), owner, own });
     }
+    // Root gives a key to the group of a process without privileges: mounted secrets are like that.
+    let refused = if owner == 0 && own != 0 { refused & !GROUP_READ } else { refused };
     match mode & refused {
         0 => Ok(true),
         exposed if exposed & WRITE != 0 => Err(Exposed::Writable { path: path.to_owned(), mode }),
@@ -142,6 +146,22 @@ mod tests {
             // What another user owns may not even be readable by us.
             let said = check(state.path(), &["ca"]).unwrap_err().to_string();
             assert!(said.contains("uid 12345") && said.contains(&format!("chown -R 0 {}", path.display())), "{said}");
+        }
+    }
+
+    #[test]
+    fn root_may_give_a_key_to_the_group_of_another_user() {
+        let state = state();
+        let path = place(&state, "ca/root.key");
+        if chown(&path, Some(0), None).is_err() {
+            println!("DID NOT RUN: only root has files of root");
+            return;
+        }
+        for (mode, own, expected) in
+            [(0o440, 1000, true), (0o444, 1000, false), (0o460, 1000, false), (0o440, 0, false)]
+        {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(look(&path, ALL, own).is_ok(), expected, "{mode:o} for uid {own}");
         }
     }
 

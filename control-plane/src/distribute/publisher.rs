@@ -414,11 +414,10 @@ impl Inner {
         if self.streams.get(&subscriber.id) == Some(&subscriber.number) {
             self.streams.remove(&subscriber.id);
         }
-        let topics = subscriber.topics();
+        let topics = subscriber.leave_all();
         self.give_back(subscriber, 1, topics.len());
         for topic in topics {
             self.leave(&topic, subscriber.number);
-            subscriber.left(&topic);
         }
     }
 

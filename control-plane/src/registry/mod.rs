@@ -345,8 +345,10 @@ impl Registry {
     /// the document's ports.
     fn check_address(&self, instance: &Instance, ip: IpAddr) -> Result<(), RegisterError> {
         let (claim, id) = (instance.claim(), &instance.id);
-        let fixed =
-            |other: &&Arc<Instance>| other.ip == ip && (!ip.is_loopback() || other.claim().overlap(&claim).is_some());
+        let fixed = |other: &&Arc<Instance>| {
+            let beside = ip.is_loopback() && other.claim().overlap(&claim).is_none();
+            other.id != *id && other.ip == ip && !beside
+        };
         if let Some(holder) = self.workloads.values().find(fixed) {
             return Err(RegisterError::AddressOfWorkload { ip, holder: holder.id.clone() });
         }

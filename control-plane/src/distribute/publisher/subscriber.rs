@@ -140,8 +140,11 @@ impl Subscriber {
         subscribed
     }
 
-    pub(super) fn topics(&self) -> Vec<Topic> {
-        self.state().topics.iter().cloned().collect()
+    /// Leaves everything, and says what that was.
+    pub(super) fn leave_all(&self) -> Vec<Topic> {
+        let State { topics, .. } = std::mem::take(&mut *self.state());
+        self.subscribed.fetch_sub(topics.len(), Ordering::Relaxed);
+        topics.into_iter().collect()
     }
 
     pub(super) fn status(&self) -> SidecarStatus {
