@@ -186,6 +186,12 @@ impl Stream {
         Some(cut)
     }
 
+    /// Whether the peer's kernel acknowledged anything within this time, a keep-alive probe among it. The other end of a pipe
+    /// lives as long as this process.
+    pub fn was_heard_within(&self, time: Duration) -> bool {
+        self.tcp().is_none_or(|tcp| heard_ago(tcp).is_some_and(|ago| ago < time))
+    }
+
     /// Waits until the peer's kernel has everything that was written; the caller bounds the time.
     pub async fn delivered(&self) {
         let mut pause = Duration::from_millis(1);
@@ -230,6 +236,24 @@ impl Stream {
             pipe.reset.store(true, Ordering::Relaxed);
         }
     }
+}
+
+/// Since the last segment of the peer, with or without bytes.
+#[expect(unsafe_code, reason = "getsockopt(2) with TCP_INFO has no safe form")]
+fn heard_ago(tcp: &TcpStream) -> Option<Duration> {
+    let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut length = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).ok()?;
+    // SAFETY: the descriptor is open for as long as `tcp` is borrowed, and the kernel writes at most `length` bytes; all
+    // fields are integers, for which what it leaves out stays zero.
+    let info = unsafe {
+        let to = info.as_mut_ptr().cast();
+        let done = libc::getsockopt(tcp.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, to, &mut length);
+        if done != 0 {
+            return None;
+        }
+        info.assume_init()
+    };
+    Some(Duration::from_millis(info.tcpi_last_ack_recv.min(info.tcpi_last_data_recv).into()))
 }
 
 /// Bytes that the peer's kernel has not acknowledged; 0 as well when that cannot be known.
