@@ -148,9 +148,8 @@ impl Protocol {
             "http" | "http1" | "grpc-web" => Some(Protocol::Http),
             "http2" | "h2c" => Some(Protocol::Http2),
             "grpc" => Some(Protocol::Grpc),
-            "tcp" | "amqp" | "memcache" | "mongo" | "mongodb" | "mysql" | "postgresql" | "redis" | "smtp" | "ssh" => {
-                Some(Protocol::Tcp)
-            }
+            "tcp" | "amqp" | "kafka" | "memcache" | "mongo" | "mongodb" | "mysql" | "postgres" | "postgresql"
+            | "redis" | "smtp" | "ssh" => Some(Protocol::Tcp),
             "tls" | "https" => Some(Protocol::Tls),
             _ => None,
         }
@@ -225,6 +224,12 @@ mod tests {
             ("mysql", Some(Protocol::Tcp)),
             ("mongo-primary", Some(Protocol::Tcp)),
             ("redis-cache", Some(Protocol::Tcp)),
+            ("kafka", Some(Protocol::Tcp)),
+            ("kafka-internal", Some(Protocol::Tcp)),
+            ("amqp-broker", Some(Protocol::Tcp)),
+            ("postgres", Some(Protocol::Tcp)),
+            ("postgres-ro", Some(Protocol::Tcp)),
+            ("kafkaesque", None),
             ("httpish", None),
             ("web", None),
             ("udp", None),
@@ -240,7 +245,10 @@ mod tests {
             (&["http", "HTTP", "http1", "grpc-web", "kubernetes.io/ws"], Some(Protocol::Http)),
             (&["http2", "h2c", "kubernetes.io/h2c", "Kubernetes.io/H2C"], Some(Protocol::Http2)),
             (&["grpc", "GRPC"], Some(Protocol::Grpc)),
-            (&["tcp", "redis", "mongo", "mysql", "postgresql", "amqp", "smtp"], Some(Protocol::Tcp)),
+            (
+                &["tcp", "redis", "mongo", "mysql", "postgres", "postgresql", "amqp", "kafka", "smtp"],
+                Some(Protocol::Tcp),
+            ),
             (&["tls", "https", "kubernetes.io/wss"], Some(Protocol::Tls)),
             (&["", "udp", "example.com/own", "kubernetes.io/http", "http-web"], None),
         ];

@@ -265,13 +265,9 @@ impl Reason {
                 "http_response_incomplete",
                 "The upstream's answer ended before it was complete.",
             ),
-            Reason::StreamIdleTimeout => row(
-                "stream_idle_timeout",
-                504,
-                4,
-                "http_response_timeout",
-                "Nothing moved on the stream for five minutes.",
-            ),
+            Reason::StreamIdleTimeout => {
+                row("stream_idle_timeout", 504, 4, "http_response_timeout", "Nothing moved on the stream for too long.")
+            }
             Reason::Overloaded => {
                 row("overloaded", 503, 8, "connection_limit_reached", "This sidecar is at a limit; try again later.")
             }

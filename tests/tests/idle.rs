@@ -213,3 +213,73 @@ async fn a_hundred_idle_connections_stay_usable() {
     })
     .await;
 }
+
+/// A watch, a long poll or a bidirectional stream may be silent for long. Bytes that nobody takes may not wait for as long.
+#[tokio::test]
+async fn silence_is_not_a_stall() {
+    const STALLED: Duration = Duration::from_secs(1);
+    let app = Application::start("catalog").await;
+    let pair = pair(app.address(), Some("http"), |limits| limits.stream_stalled = STALLED).await;
+    // Silent: an answer that does not come, on both framings, and a call that has begun to be answered.
+    let mut polling = Connection::open(pair.near.outbound()).await;
+    polling.send("GET /hold HTTP/1.1\r\nHost: catalog\r\n\r\n").await;
+    let http2 = Http2::open(pair.near.outbound()).await;
+    let watching = http2.begin(http::Request::get("http://test/hold").body(()).unwrap(), true).await.unwrap();
+    let (mut answer, mut send) = http2.call("Bidi", &[]).await.unwrap().answer_keeping().await.unwrap();
+    // Stalled: a client that does not read, on both framings.
+    let mut lazy = Connection::open(pair.near.outbound()).await;
+    lazy.send("GET /bytes/50000000 HTTP/1.1\r\nHost: catalog\r\n\r\n").await;
+    lazy.take_until(b"\r\n\r\n").await;
+    let lazy_http2 = Http2::open(pair.near.outbound()).await;
+    let request = http::Request::get("http://test/bytes/50000000").body(()).unwrap();
+    let unread = lazy_http2.begin(request, true).await.unwrap();
+    let _unread = unread.answer().await.unwrap();
+    eventually("what nobody reads is ended", async || {
+        let cancelled = app.requests().iter().filter(|seen| seen.target.contains("bytes") && seen.cancelled).count();
+        (cancelled == 2).then_some(())
+    })
+    .await;
+    tokio::time::sleep(2 * STALLED).await;
+    send.send_data(outrigger_tests::grpc::frame(b"x"), false).unwrap();
+    assert!(answer.data().await.unwrap().is_some(), "the bidirectional stream lives");
+    app.release();
+    assert_eq!(polling.response(false).await.status, 200);
+    assert_eq!(watching.answer().await.unwrap().status.as_u16(), 200);
+}
+
+/// Bytes of a client that the application does not take.
+#[tokio::test]
+async fn an_upload_that_nobody_reads_is_ended() {
+    let backend = Backend::start().await;
+    let pair = pair(backend.address(), Some("http"), |limits| limits.stream_stalled = LIMIT).await;
+    let mut client = Connection::open(pair.near.outbound()).await;
+    client.send("POST / HTTP/1.1\r\nHost: catalog\r\nContent-Length: 100000000\r\n\r\n").await;
+    let _unread = backend.accept().await;
+    let block = vec![b'x'; 256 * 1024];
+    let ended = eventually("the client is told", async || {
+        match tokio::time::timeout(Duration::from_millis(100), client.try_send(&block)).await {
+            Ok(Ok(())) => None,
+            Ok(Err(_)) => Some(()),
+            Err(_) => client.try_response(false).await.ok().map(|answer| assert_eq!(answer.status, 504)),
+        }
+    });
+    ended.await;
+}
+
+/// The kernels of both sides acknowledge keep-alive probes, so both live.
+#[tokio::test]
+async fn a_tunnel_whose_peers_acknowledge_is_not_closed() {
+    let backend = Backend::start().await;
+    let alive = |limits: &mut Limits| {
+        limits.keepalive = Duration::from_secs(1);
+        limits.tunnel_idle = Duration::from_secs(3);
+    };
+    let pair = pair(backend.address(), Some("tcp"), alive).await;
+    let mut client = Connection::open(pair.near.outbound()).await;
+    let mut app = backend.accept().await;
+    assert!(client.stays_silent(Duration::from_secs(7)).await, "more than twice the limit");
+    client.send(b"question").await;
+    assert_eq!(app.take(8).await, b"question");
+    app.send(b"answer").await;
+    assert_eq!(client.take(6).await, b"answer");
+}

@@ -194,7 +194,7 @@ async fn grpc_has_the_attributes_of_rpc() {
             assert_eq!(span.name, format!("echo.Echo/{method}"));
             assert_eq!(span.error, error, "{span:#?}");
             let rpc_method = format!("echo.Echo/{method}");
-            has(span, &[("rpc.system.name", "grpc"), ("rpc.method", &rpc_method), ("rpc.status_code", name)]);
+            has(span, &[("rpc.system.name", "grpc"), ("rpc.method", &rpc_method), ("rpc.response.status_code", name)]);
         }
     }
 }
@@ -356,4 +356,95 @@ async fn without_an_endpoint_headers_stay_as_they_came() {
     let (_, seen) = chain.ask("").await;
     assert_eq!((seen.header("traceparent"), seen.header("b3")), (None, None));
     assert!(chain.collector.spans().is_empty());
+}
+
+#[tokio::test]
+async fn a_request_that_is_never_attempted_has_a_span() {
+    let collector = Collector::start().await;
+    let mesh = traced_mesh(ALL, &collector).await;
+    let app = Application::start("catalog").await;
+    mesh.service("catalog.shop", 80, app.port(), None);
+    mesh.service("empty.shop", 80, 8080, None);
+    let _far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app.address()).start().await;
+    let builder = mesh.sidecar("cart-1").outbound("catalog:80").outbound("empty:80").outbound("absent.bank:81");
+    let near = builder.http_proxy().start().await;
+    eventually("traces are on", async || {
+        ask(&near, "/", "").await;
+        (!collector.spans().is_empty()).then_some(())
+    })
+    .await;
+    let service = |name: &'static str, namespace: &'static str, port: &'static str| {
+        vec![("service.peer.name", name), ("service.peer.namespace", namespace), ("server.port", port)]
+    };
+    let cases = [
+        ("outbound:empty.shop:80", "/x", "destination_unavailable", service("empty", "shop", "80")),
+        ("outbound:absent.bank:81", "/x", "not_registered", service("absent", "bank", "81")),
+        ("http-proxy", "http://nowhere.invalid/x", "unknown_destination", vec![("server.address", "nowhere.invalid")]),
+        ("http-proxy", "/x", "bad_request", vec![]),
+    ];
+    for (number, (listener, target, reason, attributes)) in cases.into_iter().enumerate() {
+        let trace = format!("{:032x}", 0xabc + number);
+        let address = near.address(listener);
+        let host = if target.starts_with("http") { "nowhere.invalid".to_owned() } else { address.to_string() };
+        let context = format!("traceparent: 00-{trace}-{SPAN}-01");
+        let request = format!("GET {target} HTTP/1.1\r\nHost: {host}\r\n{context}\r\nConnection: close\r\n\r\n");
+        let answer = wire::ask(address, request).await;
+        assert!(answer.status >= 400, "{reason}");
+        assert_eq!(answer.reason(), reason);
+        let spans = collector.trace(&trace, 1).await;
+        let span = &spans[0];
+        assert_eq!((span.kind, span.parent.as_str(), span.error), ("CLIENT", SPAN, true), "{reason}: {span:#?}");
+        has(span, &[("error.type", reason), ("outrigger.reason", reason), ("network.peer.address", "")]);
+        has(span, &attributes);
+    }
+}
+
+#[tokio::test]
+async fn a_span_says_which_service_was_called_and_who_answered() {
+    let chain = chain(ALL).await.settled().await;
+    let host = chain.cart.outbound().to_string();
+    let trace = "0123456789abcdef0123456789abcdef";
+    let request = format!(
+        "GET /books HTTP/1.1\r\nHost: {host}\r\ntraceparent: 00-{trace}-{SPAN}-01\r\nConnection: close\r\n\r\n"
+    );
+    assert_eq!(wire::ask(chain.cart.outbound(), request).await.status, 200);
+    let spans = chain.collector.trace(trace, 2).await;
+    has(
+        &spans[0],
+        &[
+            ("service.peer.name", "catalog"),
+            ("service.peer.namespace", "shop"),
+            ("server.address", "catalog.shop"),
+            ("server.port", "80"),
+            ("url.full", "http://catalog.shop:80/books"),
+            ("outrigger.peer.identity", "spiffe://outrigger.local/ns/shop/sa/catalog"),
+            ("outrigger.mtls", "true"),
+        ],
+    );
+    has(
+        &spans[1],
+        &[("outrigger.peer.identity", "spiffe://outrigger.local/ns/shop/sa/cart"), ("service.peer.name", "")],
+    );
+}
+
+#[tokio::test]
+async fn a_call_to_the_own_service_names_no_port_and_no_plaintext() {
+    let collector = Collector::start().await;
+    let mesh = traced_mesh(ALL, &collector).await;
+    let app = Application::start("catalog").await;
+    mesh.service("catalog.shop", 80, app.port(), None);
+    let builder = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app.address());
+    let sidecar = builder.outbound("catalog:80").start().await;
+    let spans = eventually("traces are on", async || {
+        assert_eq!(ask(&sidecar, "/", "").await.status, 200);
+        let seen = app.last();
+        let context = seen.header("traceparent")?;
+        let spans = collector.trace(parts(context).0, 2).await;
+        Some(spans)
+    })
+    .await;
+    for span in &spans {
+        assert_ne!(span.attribute("network.peer.port"), "0", "{span:#?}");
+        has(span, &[("outrigger.mtls", "")]);
+    }
 }

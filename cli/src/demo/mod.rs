@@ -145,6 +145,9 @@ pub(crate) fn command(args: &Args) -> ExitCode {
     };
     let code = match crate::status::run(async {
         let signals = Signals::listen().map_err(DemoError::Listen)?;
+        if let Some(endpoint) = &args.otlp {
+            warn_of_absent(endpoint).await;
+        }
         run(Options {
             duration: args.duration,
             otlp: args.otlp.clone(),
@@ -162,6 +165,20 @@ pub(crate) fn command(args: &Args) -> ExitCode {
     };
     logs.flush(SECOND);
     code
+}
+
+/// A collector that is not there is no reason not to begin: it may come later.
+async fn warn_of_absent(endpoint: &str) {
+    let address = endpoint.trim_start_matches("http://").trim_end_matches('/');
+    let connecting = tokio::time::timeout(SECOND, tokio::net::TcpStream::connect(address));
+    let why = match connecting.await {
+        Ok(Ok(_)) => return,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("no answer within {SECOND:?}"),
+    };
+    stdout::complain(&format!(
+        "outrigger demo: nobody takes traces at {endpoint} ({why}): they are dropped until a collector listens there"
+    ));
 }
 
 fn judgement(report: &Report) -> ExitCode {

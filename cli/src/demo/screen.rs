@@ -11,7 +11,7 @@ use super::edge::CALLS;
 use super::mesh::Mesh;
 use super::scrape::Sample;
 use super::{Options, Report, services};
-use crate::table::{Align, Table, percent, seconds, yes_no};
+use crate::table::{Align, Table, cut, percent, seconds, yes_no};
 
 /// Where to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,11 +84,13 @@ pub(super) struct Screen {
     shown: u64,
     /// Lines to go up before the table is drawn again.
     drawn: usize,
+    /// Columns that the terminal had then.
+    columns: usize,
 }
 
 impl Screen {
     pub(super) fn new(show: Show) -> Screen {
-        Screen { show, recent: VecDeque::new(), shown: 0, drawn: 0 }
+        Screen { show, recent: VecDeque::new(), shown: 0, drawn: 0, columns: 0 }
     }
 
     /// Once, when the traffic begins: where everything can be found.
@@ -127,20 +129,43 @@ impl Screen {
         }
         let mut lines = table(&report.rows);
         lines.extend([String::new(), summary(report)]);
-        self.draw(&lines);
+        // Nothing is drawn over it any more: long lines may wrap, and nothing of them is missing.
+        let text = lines.join("\n");
+        if self.show == Show::Terminal {
+            return stdout::say(&format!("{}{text}", self.over(columns())));
+        }
+        stdout::say(&format!("\n{text}"));
     }
 
-    /// Over what was drawn before. Lines that are too long for the terminal are cut, because what wraps would not be
+    /// Over what was drawn before. Lines that are too long for the terminal are cut, because lines that wrap would not be
     /// drawn over.
     fn draw(&mut self, lines: &[String]) {
-        let text = lines.join("\n");
-        if self.show != Show::Terminal {
-            return stdout::say(&format!("\n{text}"));
-        }
-        let up = if self.drawn > 0 { format!("\x1b[{}A\r\x1b[J", self.drawn) } else { "\n".to_owned() };
-        stdout::say(&format!("{up}\x1b[?7l{text}\x1b[?7h"));
+        let columns = columns();
+        let over = self.over(columns);
+        let fitting: Vec<String> = lines.iter().map(|line| cut(line.clone(), columns)).collect();
+        stdout::say(&format!("{over}{}", fitting.join("\n")));
         self.drawn = lines.len();
+        self.columns = columns;
     }
+
+    /// Goes to where the table begins. A terminal whose width has changed has moved the old table about: it begins anew.
+    fn over(&self, columns: usize) -> String {
+        match self.drawn {
+            0 => "\n".to_owned(),
+            _ if columns != self.columns => "\x1b[2J\x1b[H".to_owned(),
+            drawn => format!("\x1b[{drawn}A\r\x1b[J"),
+        }
+    }
+}
+
+/// How wide the terminal is; as wide as most where it does not say.
+fn columns() -> usize {
+    const MOST_COMMON: usize = 80;
+    rustix::termios::tcgetwinsize(std::io::stdout())
+        .map(|size| usize::from(size.ws_col))
+        .ok()
+        .filter(|columns| *columns > 0)
+        .unwrap_or(MOST_COMMON)
 }
 
 fn table(rows: &[Row]) -> Vec<String> {
@@ -190,11 +215,9 @@ fn summary(report: &Report) -> String {
 fn introduction(mesh: &Mesh, options: &Options, startup: Duration) -> Vec<String> {
     let admin = mesh.control_plane_admin();
     let mut lines = vec![
-        format!(
-            "A mesh of its own runs in this process since {:.1} s ago: a control plane, four",
-            startup.as_secs_f64()
-        ),
-        "sidecars, and load -> web -> catalog, ledger behind them. STRICT mutual TLS is in force.".to_owned(),
+        format!("A mesh of its own runs in this process since {:.1} s ago: a control plane,", startup.as_secs_f64()),
+        "four sidecars, and load -> web -> catalog, ledger behind them.".to_owned(),
+        "STRICT mutual TLS is in force.".to_owned(),
         String::new(),
     ];
     lines.push("call the shop through the load's sidecar".to_owned());
@@ -252,6 +275,18 @@ mod tests {
             ]
         );
         assert!(lines.iter().all(|line| line.chars().count() <= 100));
+    }
+
+    #[test]
+    fn a_narrow_terminal_shows_that_something_is_missing() {
+        let lines: Vec<String> = table(&[row()]).into_iter().map(|line| cut(line, 80)).collect();
+        assert_eq!(lines[2].chars().count(), 80);
+        assert!(lines[2].ends_with('…'), "{}", lines[2]);
+        let mut screen = Screen::new(Show::Terminal);
+        assert_eq!(screen.over(80), "\n");
+        (screen.drawn, screen.columns) = (9, 80);
+        assert_eq!(screen.over(80), "\x1b[9A\r\x1b[J");
+        assert_eq!(screen.over(60), "\x1b[2J\x1b[H", "the old table has wrapped");
     }
 
     #[test]

@@ -23,8 +23,11 @@ pub struct Limits {
     /// Until the first byte of the first request on a port that is declared HTTP, and at the forward proxy: a connection
     /// that never asked anything is kept for less than one that did. It is closed without a word.
     pub first_byte_timeout: Duration,
-    /// How long a body or an answer may stand still, in either direction, before its stream is ended.
+    /// How long a stream may be silent, with nothing to be sent in either direction: a watch, a long poll, a bidirectional
+    /// gRPC stream.
     pub stream_idle: Duration,
+    /// How long bytes of a stream may wait for a reader that takes none, when that is shorter.
+    pub stream_stalled: Duration,
 
     // --- HTTP/2 -----------------------------------------------------------------------------------------------
     /// Decoded header list, advertised as SETTINGS_MAX_HEADER_LIST_SIZE; h2 alone would take 16 MiB.
@@ -182,7 +185,8 @@ impl Default for Limits {
             chunk_extension_bytes: 16 * KIB,
             head_timeout: Duration::from_secs(10),
             first_byte_timeout: Duration::from_secs(60),
-            stream_idle: Duration::from_secs(5 * 60),
+            stream_idle: Duration::from_secs(60 * 60),
+            stream_stalled: Duration::from_secs(5 * 60),
 
             h2_header_list: 64 * KIB as u32,
             h2_header_list_taken: 256 * KIB as u32,
@@ -288,6 +292,7 @@ mod tests {
         let limits = Limits::default();
         assert!(limits.target_bytes < limits.head_bytes);
         assert!(limits.first_byte_timeout < limits.client_idle);
+        assert!(limits.stream_stalled < limits.stream_idle);
         assert!(limits.connect_timeout * limits.connect_tries <= limits.connect_budget);
         assert!(limits.h2_stream_window <= limits.h2_connection_window);
         assert!(limits.memory_accept_percent < limits.memory_refuse_percent);

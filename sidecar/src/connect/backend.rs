@@ -57,6 +57,14 @@ pub struct Slot {
 type Edges = RefCell<[Option<Arc<Edge>>; 5]>;
 
 impl Backend {
+    /// The Service that was asked for, whether there is one or not.
+    pub fn service(&self) -> Option<&ServicePort> {
+        match &self.key {
+            Key::Service(service) => Some(service),
+            Key::Address(_) | Key::Name(_) | Key::Own => None,
+        }
+    }
+
     pub fn new(worker: &Worker, key: Key) -> Backend {
         let known = RefCell::new(worker.directory.destination(&key));
         Backend { key, known, view: RefCell::default(), used: Cell::new(Instant::now()), touched: Cell::new(true) }

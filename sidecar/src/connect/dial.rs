@@ -57,7 +57,8 @@ pub struct MutualTls {
 #[derive(Debug)]
 pub struct Dialled {
     pub stream: Stream,
-    pub peer: Option<Peer>,
+    /// Boxed: a connection's task holds this in several of its phases.
+    pub peer: Option<Box<Peer>>,
     /// When the certificate that we showed ends.
     own_not_after: Option<SystemTime>,
 }
@@ -240,7 +241,7 @@ impl Dialer {
                 let own_not_after = Some(material.credential().not_after());
                 let mut stream = Stream::from(stream);
                 self.keep_proof(&mut stream, &peer);
-                Ok(Dialled { stream, peer: Some(peer), own_not_after })
+                Ok(Dialled { stream, peer: Some(Box::new(peer)), own_not_after })
             }
             Ok(Err(error)) => {
                 // An endpoint that proves nothing is not the one that was meant: no fault of the caller's.

@@ -182,6 +182,13 @@ impl RequestBody {
         self.streaming.is_none()
     }
 
+    /// Whether bytes of it wait for an upstream that takes none.
+    pub fn stalled(&self, stalled: bool) {
+        if let Some(streaming) = &self.streaming {
+            streaming.progress.stalled(stalled);
+        }
+    }
+
     pub fn spelling(&self) -> Option<&Spelling> {
         self.spelling.as_ref()
     }

@@ -26,11 +26,19 @@ struct Activity {
     moved: Cell<bool>,
     still_since: Cell<Option<Instant>>,
     expired: Cell<bool>,
+    /// Bytes wait for the upstream, or for the downstream, which takes none.
+    stalled: Cell<Stalled>,
     waker: RefCell<Option<Waker>>,
     /// The task of an HTTP/2 stream, which can be ended alone.
     task: Cell<Task>,
     /// The downstream broke off its request.
     broken: Cell<bool>,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Stalled {
+    upstream: bool,
+    downstream: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -56,6 +64,7 @@ impl Streams {
             moved: Cell::new(true),
             still_since: Cell::new(None),
             expired: Cell::new(false),
+            stalled: Cell::default(),
             waker: RefCell::default(),
             task: Cell::new(Task::Shared),
             broken: Cell::new(false),
@@ -78,8 +87,8 @@ impl Streams {
         }
     }
 
-    /// The watchdog's tick.
-    pub fn sweep(&self, limit: Duration) {
+    /// The watchdog's tick. A stream may be silent for longer than bytes of it may wait for a reader.
+    pub fn sweep(&self, silent: Duration, stalled: Duration) {
         let now = Instant::now();
         for activity in self.0.borrow().iter() {
             if activity.moved.take() {
@@ -89,6 +98,7 @@ impl Streams {
             }
             let still = activity.still_since.get().map_or(Duration::ZERO, |since| now.duration_since(since));
             if !activity.expired.get() {
+                let limit = if activity.stalled.get() == Stalled::default() { silent } else { silent.min(stalled) };
                 if still > limit {
                     activity.expired.set(true);
                     activity.wake();
@@ -168,6 +178,11 @@ impl Progress {
         self.0.moved.set(true);
     }
 
+    /// Whether bytes wait for an upstream that takes none.
+    pub fn stalled(&self, upstream: bool) {
+        self.0.stalled.set(Stalled { upstream, ..self.0.stalled.get() });
+    }
+
     /// The downstream broke off its request.
     pub fn broke_off(&self) {
         self.0.broken.set(true);
@@ -183,6 +198,11 @@ pub struct Stream {
 impl Stream {
     pub fn moved(&self) {
         self.activity.moved.set(true);
+    }
+
+    /// Whether bytes wait for a downstream that takes none.
+    pub fn stalled(&self, downstream: bool) {
+        self.activity.stalled.set(Stalled { downstream, ..self.activity.stalled.get() });
     }
 
     pub fn progress(&self) -> Progress {
@@ -250,6 +270,56 @@ impl Drop for Busy {
         self.running.set(left);
         if left == 0 {
             self.entry.enter(State::Idle);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connection::{Direction, Places, Table};
+
+    /// Whether a stream expires at once when its limit for silence, or for a stall, is zero.
+    #[test]
+    fn silence_has_another_limit_than_a_stall() {
+        let entry = Table::new(Places::new(1)).enter(Direction::Outbound, ([127, 0, 0, 1], 1).into()).unwrap();
+        let (zero, long) = (Duration::ZERO, Duration::from_secs(3600));
+        let none: fn(&Stream) = |_| {};
+        let cases = [
+            ("silent", none, zero, long, true),
+            ("silent", none, long, zero, false),
+            ("a reader", |stream: &Stream| stream.stalled(true), long, zero, true),
+            ("an upstream", |stream: &Stream| stream.progress().stalled(true), long, zero, true),
+            (
+                "no longer",
+                |stream: &Stream| [true, false].into_iter().for_each(|on| stream.stalled(on)),
+                long,
+                zero,
+                false,
+            ),
+            (
+                "the other side still does",
+                |stream: &Stream| {
+                    stream.progress().stalled(true);
+                    stream.stalled(false);
+                },
+                long,
+                zero,
+                true,
+            ),
+            ("a stall is no longer than silence", |stream: &Stream| stream.stalled(true), zero, long, true),
+        ];
+        for (what, happens, silent, stalled, expires) in cases {
+            let streams = Streams::default();
+            let stream = streams.begin(&entry, false);
+            happens(&stream);
+            streams.sweep(silent, stalled);
+            let swept = Instant::now();
+            while swept.elapsed().is_zero() {
+                std::hint::spin_loop();
+            }
+            streams.sweep(silent, stalled);
+            assert_eq!(stream.has_expired(), expires, "{what}");
         }
     }
 }

@@ -259,10 +259,11 @@ impl Worker {
             client_idle: self.limits.client_idle,
             // The streams come first: they can still answer. What is left then is a downstream that takes nothing.
             stream_idle: self.limits.stream_idle + 4 * self.tick(),
+            stream_stalled: self.limits.stream_stalled + 4 * self.tick(),
             tunnel_idle: self.limits.tunnel_idle,
         };
         self.table.sweep(&limits, self.tls.clock().now());
-        self.streams.sweep(self.limits.stream_idle);
+        self.streams.sweep(self.limits.stream_idle, self.limits.stream_stalled);
         self.speculation.sweep();
         self.judge();
         self.backends.borrow_mut().retain(|_, backend| {

@@ -137,6 +137,10 @@ pub struct Entry {
     clock: Arc<Clock>,
     /// Its task is woken at each tick.
     ticking: AtomicBool,
+    /// HTTP/1: bytes of the answer wait for a client that takes none.
+    stalled: AtomicBool,
+    /// Milliseconds for which nothing has moved on a tunnel, whose task is to find out whether its peers are alive; 0: none.
+    doubted: AtomicU64,
     /// Requests that began on it.
     requests: AtomicU64,
     /// Wall clock, milliseconds since 1970: when the peer's certificate ends.
@@ -226,6 +230,27 @@ impl Entry {
             places.give_back(self.direction);
         }
         had
+    }
+
+    /// Whether bytes wait for a client that takes none.
+    pub fn stall(&self, stalled: bool) {
+        self.stalled.store(stalled, Relaxed);
+    }
+
+    /// Asks the task of a tunnel whether its peers are alive: nothing has moved on it for so long.
+    fn doubt(&self, idle: Duration) {
+        self.doubted.store(u64::try_from(idle.as_millis()).unwrap_or(u64::MAX).max(1), Relaxed);
+        self.waker.wake();
+    }
+
+    /// For how long nothing has moved, when the watchdog asks whether the peers are alive all the same.
+    pub fn take_doubt(&self) -> Option<Duration> {
+        let doubted = self.doubted.load(Relaxed);
+        if doubted == 0 {
+            return None;
+        }
+        self.doubted.store(0, Relaxed);
+        Some(Duration::from_millis(doubted))
     }
 
     /// From now on the watchdog wakes the task that listens at each of its ticks: for what no readiness tells.
@@ -333,7 +358,14 @@ pub struct IdleLimits {
     pub head: Duration,
     pub client_idle: Duration,
     pub stream_idle: Duration,
+    pub stream_stalled: Duration,
     pub tunnel_idle: Duration,
+}
+
+impl IdleLimits {
+    fn of_stream(&self, entry: &Entry) -> Duration {
+        if entry.stalled.load(Relaxed) { self.stream_idle.min(self.stream_stalled) } else { self.stream_idle }
+    }
 }
 
 /// One worker's connections.
@@ -392,6 +424,8 @@ impl Table {
             waker: AtomicWaker::new(),
             clock: self.clock.clone(),
             ticking: AtomicBool::new(false),
+            stalled: AtomicBool::new(false),
+            doubted: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             retire_at: AtomicU64::new(u64::MAX),
         });
@@ -440,8 +474,8 @@ impl Table {
                 State::Opening => {}
                 State::Idle if idle > limits.client_idle => entry.ask(Command::Finish),
                 State::Head if idle > limits.head => entry.ask(Command::HeadTimeout),
-                State::Busy if idle > limits.stream_idle => entry.close(Reason::StreamIdleTimeout),
-                State::Tunnel if idle > limits.tunnel_idle => entry.close(Reason::IdleTimeout),
+                State::Busy if idle > limits.of_stream(entry) => entry.close(Reason::StreamIdleTimeout),
+                State::Tunnel if idle > limits.tunnel_idle => entry.doubt(limits.tunnel_idle),
                 State::Busy | State::Tunnel if entry.ticking.load(Relaxed) => entry.waker.wake(),
                 State::Idle | State::Head | State::Busy | State::Tunnel => {}
             }
@@ -598,7 +632,8 @@ mod tests {
     fn what_does_not_end_when_its_certificate_does_is_closed() {
         let table = Table::new(Places::new(10));
         let long = Duration::from_secs(3600);
-        let limits = IdleLimits { head: long, client_idle: long, stream_idle: long, tunnel_idle: long };
+        let limits =
+            IdleLimits { head: long, client_idle: long, stream_idle: long, stream_stalled: long, tunnel_idle: long };
         let end = SystemTime::now();
         let states = [State::Idle, State::Head, State::Busy, State::Tunnel];
         let open: Vec<_> = states
@@ -690,6 +725,7 @@ mod tests {
             head: Duration::ZERO,
             client_idle: Duration::ZERO,
             stream_idle: Duration::ZERO,
+            stream_stalled: Duration::ZERO,
             tunnel_idle: Duration::ZERO,
         };
         let cases = [
@@ -697,7 +733,8 @@ mod tests {
             (State::Idle, Command::Finish),
             (State::Head, Command::HeadTimeout),
             (State::Busy, Command::Close),
-            (State::Tunnel, Command::Close),
+            // Its task is asked first.
+            (State::Tunnel, Command::Run),
         ];
         let entries: Vec<_> = cases
             .iter()
@@ -713,6 +750,7 @@ mod tests {
         table.sweep(&zero, SystemTime::now());
         for (entry, (state, command)) in entries.iter().zip(cases) {
             assert_eq!(entry.command(), command, "{state:?}");
+            assert_eq!(entry.take_doubt().is_some(), state == State::Tunnel, "{state:?}");
         }
     }
 

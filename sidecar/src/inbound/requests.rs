@@ -56,6 +56,7 @@ impl Walk {
                 .map(|protocol| self.caller.edge(&self.worker, protocol)),
             application: self.application,
             identity: identity.cloned(),
+            in_process: self.caller.peer.as_ref().is_some_and(|peer| !peer.mtls),
             _permit: permit,
         })
     }
@@ -68,6 +69,8 @@ struct Service {
     edges: [Arc<Edge>; 3],
     application: SocketAddr,
     identity: Option<SpiffeId>,
+    /// The caller is the workload itself.
+    in_process: bool,
     _permit: Permit,
 }
 
@@ -111,6 +114,7 @@ async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<Re
         claims.insert(&mut outgoing.parts.headers);
     }
     exchange.record.set_upstream(service.application);
+    exchange.record.set_in_process(service.in_process);
     exchange.record.trace_server(&mut outgoing.parts.headers);
     let request = exchange.request(outgoing);
     match exchange.patiently(service.lane.send(request)).await {

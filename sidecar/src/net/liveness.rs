@@ -130,17 +130,27 @@ mod kernel {
     }
 
     #[expect(unsafe_code, reason = "getsockopt(2) with TCP_INFO has no safe form")]
-    pub(super) fn facts(socket: RawFd) -> Option<Facts> {
+    fn info(socket: RawFd) -> Option<libc::tcp_info> {
         let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
         let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
         // SAFETY: the kernel writes at most `size` bytes into `info`, whose every bit pattern, zeros among them, is valid.
-        let info = unsafe {
+        unsafe {
             let done = libc::getsockopt(socket, libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut size);
             if done != 0 {
                 return None;
             }
-            info.assume_init()
-        };
+            Some(info.assume_init())
+        }
+    }
+
+    /// Since the last segment of the peer, with or without bytes.
+    pub(in crate::net) fn heard_ago(socket: RawFd) -> Option<Duration> {
+        let info = info(socket)?;
+        Some(Duration::from_millis(info.tcpi_last_ack_recv.min(info.tcpi_last_data_recv).into()))
+    }
+
+    pub(super) fn facts(socket: RawFd) -> Option<Facts> {
+        let info = info(socket)?;
         Some(Facts {
             probes: info.tcpi_probes,
             last_sent: info.tcpi_last_data_sent.into(),
@@ -167,7 +177,7 @@ mod kernel {
     }
 }
 
-pub(super) use kernel::unacknowledged;
+pub(super) use kernel::{heard_ago, unacknowledged};
 
 #[cfg(test)]
 mod tests {

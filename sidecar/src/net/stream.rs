@@ -16,7 +16,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::cut::{Cut, Handle};
-use super::liveness::{Liveness, unacknowledged};
+use super::liveness::{Liveness, heard_ago, unacknowledged};
 
 /// A byte stream of the walk.
 #[derive(Debug)]
@@ -229,6 +229,12 @@ impl Stream {
         let cut = Handle::cut(&handle);
         dialled.handle = Some(handle);
         Some(cut)
+    }
+
+    /// Whether the peer's kernel acknowledged anything within this time, a keep-alive probe among it. The other end of a pipe
+    /// lives as long as this process.
+    pub fn was_heard_within(&self, time: Duration) -> bool {
+        self.tcp().is_none_or(|tcp| heard_ago(tcp.as_raw_fd()).is_some_and(|ago| ago < time))
     }
 
     /// Waits until the peer's kernel has everything that was written; the caller bounds the time.

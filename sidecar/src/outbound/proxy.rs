@@ -43,6 +43,7 @@ async fn proxy(session: Rc<Session>, request: Request<Received>, permit: Permit)
         Ok(backend) => backend,
         Err(error) => {
             exchange.set_edge(&lost_edge(worker, exchange.protocol));
+            exchange.record.unattempted(&mut outgoing.parts.headers);
             return exchange.refuse(&error);
         }
     };

@@ -77,11 +77,15 @@ pub(super) async fn respond_to(
         Ok(view) => view,
         Err(error) => {
             exchange.set_edge(&lost_edge(worker, exchange.protocol));
+            exchange.record.set_called(backend.service());
+            exchange.record.unattempted(&mut outgoing.parts.headers);
             return exchange.refuse(&error);
         }
     };
+    exchange.record.set_called(view.service.as_ref());
     if let Err(error) = exchange.clean(&mut outgoing, || view.authority()) {
         exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
+        exchange.record.unattempted(&mut outgoing.parts.headers);
         return exchange.refuse(&error);
     }
     if exchange.is_last_hop() {
@@ -112,12 +116,14 @@ async fn forward(
         let Some((index, slot)) = bound.or_else(pick) else {
             if tried.indices().is_empty() {
                 exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
+                exchange.record.unattempted(request.headers_mut());
             }
             return Err(tried.last_error(view));
         };
         let edge = view.edge(worker, &slot, exchange.protocol);
         exchange.set_edge(&edge);
         let Some(load) = view.endpoints.start(index) else { return Err(unavailable(view)) };
+        exchange.record.set_in_process(slot.target.own.is_some());
         exchange.record.attempt(request.headers_mut(), slot.target.address, began);
         match exchange.patiently(slot.lane(framing).send(request)).await? {
             Ok(answered) => {

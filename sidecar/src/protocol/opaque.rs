@@ -160,6 +160,12 @@ pub async fn copy(
         if entry.command() == crate::connection::Command::Close {
             return Poll::Ready(entry.closed_for().map_or(Ok(false), |reason| Err(CopyError::Closed(reason))));
         }
+        if let Some(idle) = entry.take_doubt() {
+            if ![&*downstream, &*upstream].into_iter().all(|stream| stream.was_heard_within(idle)) {
+                return Poll::Ready(Err(CopyError::Closed(Reason::IdleTimeout)));
+            }
+            entry.touch();
+        }
         let forth_done = forth.poll(cx, downstream, upstream, from_client);
         let forth_done = match forth_done {
             Poll::Ready(Err(End::Read(error))) => return Poll::Ready(Err(CopyError::Downstream(error))),

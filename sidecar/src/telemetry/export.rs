@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use tonic::transport::Endpoint;
 
 use super::collect::Metrics;
+use super::span::SCHEMA_URL;
 use crate::net;
 
 /// Spans that may wait for the thread.
@@ -255,6 +256,6 @@ fn exporter(target: &Target, mark: Option<u32>) -> Result<opentelemetry_otlp::Sp
         KeyValue::new("service.namespace", target.service_namespace.clone()),
         KeyValue::new("service.instance.id", target.service_instance_id.clone()),
     ];
-    exporter.set_resource(&Resource::builder_empty().with_attributes(attributes).build());
+    exporter.set_resource(&Resource::builder_empty().with_schema_url(attributes, SCHEMA_URL).build());
     Ok(exporter)
 }

@@ -9,6 +9,7 @@ use std::time::{Instant, SystemTime};
 
 use http::header::{HOST, HeaderMap, HeaderValue, USER_AGENT};
 use http::{Method, Uri};
+use outrigger_api::name::ServicePort;
 
 use crate::outcome::Reason;
 
@@ -36,6 +37,10 @@ pub struct HttpRecord {
     finished: Cell<bool>,
     downstream: Cell<Option<SocketAddr>>,
     upstream: Cell<Option<SocketAddr>>,
+    /// The Service that is called, for spans.
+    called: RefCell<Option<ServicePort>>,
+    /// Nothing of it is on a wire: the workload calls itself.
+    in_process: Cell<bool>,
     /// Log and spans only.
     words: RefCell<Words>,
     /// The trace that goes on; 0: none yet.
@@ -96,6 +101,8 @@ impl HttpRecord {
             finished: Cell::new(false),
             downstream: Cell::new(None),
             upstream: Cell::new(None),
+            called: RefCell::default(),
+            in_process: Cell::new(false),
             words: RefCell::new(Words {
                 method: None,
                 path: ShortText::empty(),
@@ -161,6 +168,18 @@ impl HttpRecord {
     /// Where the request goes on the inbound side; outbound it is [`attempt`](HttpRecord::attempt) that says it.
     pub fn set_upstream(&self, address: SocketAddr) {
         self.upstream.set(Some(address));
+    }
+
+    /// The Service that is called, for spans: what the client says in Host may be the address of a listener.
+    pub fn set_called(&self, service: Option<&ServicePort>) {
+        if self.telemetry.traces() {
+            self.called.replace(service.cloned());
+        }
+    }
+
+    /// The workload calls itself: neither a peer's port nor TLS is there to be told of.
+    pub fn set_in_process(&self, in_process: bool) {
+        self.in_process.set(in_process);
     }
 
     /// Body bytes after framing.
@@ -230,6 +249,14 @@ impl HttpRecord {
         self.close_span(&SpanEnd { at: now, status: None, grpc_status: None, reason: None });
         self.upstream.set(Some(upstream));
         self.open_span(Kind::Client, headers, now);
+    }
+
+    /// Outbound: the request fails before there is an attempt. It has a CLIENT span all the same, in the trace that its
+    /// headers name.
+    pub fn unattempted(&self, headers: &mut HeaderMap) {
+        if self.telemetry.traces() && self.trace.borrow().is_none() {
+            self.open_span(Kind::Client, headers, self.started);
+        }
     }
 
     /// Outbound: the attempt ended here and the request may be sent again.
@@ -350,6 +377,7 @@ impl HttpRecord {
         let Some(trace) = slot.as_mut().filter(|trace| trace.ids.span != 0) else { return };
         let edge = self.edge_or_unresolved();
         let words = self.words.borrow();
+        let called = self.called.borrow();
         let facts = Facts {
             kind: trace.kind,
             ids: trace.ids,
@@ -363,6 +391,8 @@ impl HttpRecord {
             resend: trace.resend,
             downstream: self.downstream.get(),
             upstream: self.upstream.get(),
+            called: called.as_ref(),
+            in_process: self.in_process.get(),
             status: end.status,
             grpc_status: end.grpc_status,
             reason: end.reason,

@@ -10,11 +10,16 @@ use opentelemetry::trace::{SpanContext, SpanId, SpanKind, Status, TraceFlags, Tr
 use opentelemetry::{InstrumentationScope, KeyValue};
 use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanLinks};
 
+use outrigger_api::name::ServicePort;
+
 use crate::outcome::Reason;
 
 use super::context::Ids;
 use super::edge::Edge;
 use super::labels::{MethodLabel, WireProtocol, grpc_status_name, is_failing_grpc_status};
+
+/// Of the conventions that names and attributes follow.
+pub(super) const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.44.0";
 
 /// SERVER inbound, CLIENT outbound.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,6 +44,10 @@ pub(super) struct Facts<'r> {
     pub resend: u32,
     pub downstream: Option<SocketAddr>,
     pub upstream: Option<SocketAddr>,
+    /// The Service that is called.
+    pub called: Option<&'r ServicePort>,
+    /// The workload calls itself.
+    pub in_process: bool,
     pub status: Option<u16>,
     pub grpc_status: Option<u8>,
     pub reason: Option<Reason>,
@@ -73,6 +82,7 @@ impl Facts<'_> {
             status: if error.is_some() { Status::error("") } else { Status::Unset },
             instrumentation_scope: InstrumentationScope::builder("outrigger")
                 .with_version(env!("CARGO_PKG_VERSION"))
+                .with_schema_url(SCHEMA_URL)
                 .build(),
         }
     }
@@ -123,7 +133,8 @@ impl Facts<'_> {
         if self.is_grpc() {
             attributes.push(KeyValue::new("rpc.system.name", "grpc"));
             attributes.push(KeyValue::new("rpc.method", rpc_method(self.path).unwrap_or("_OTHER").to_owned()));
-            let status = self.grpc_status.map(|status| KeyValue::new("rpc.status_code", grpc_status_name(status)));
+            let status =
+                self.grpc_status.map(|status| KeyValue::new("rpc.response.status_code", grpc_status_name(status)));
             attributes.extend(status);
         } else {
             self.http_attributes(&mut attributes);
@@ -131,7 +142,18 @@ impl Facts<'_> {
         self.network_attributes(&mut attributes);
         attributes.extend(error.map(|error| KeyValue::new("error.type", error.to_owned())));
         attributes.extend(self.reason.map(|reason| KeyValue::new("outrigger.reason", reason.word())));
-        attributes.push(KeyValue::new("outrigger.mtls", self.edge.labels().mtls));
+        let labels = self.edge.labels();
+        // No TLS is spoken within a process, and nothing of it is plaintext either.
+        if !self.in_process {
+            attributes.push(KeyValue::new("outrigger.mtls", labels.mtls));
+        }
+        let peer = match self.kind {
+            Kind::Server => &labels.source_principal,
+            Kind::Client => &labels.destination_principal,
+        };
+        if !peer.is_empty() {
+            attributes.push(KeyValue::new("outrigger.peer.identity", peer.clone()));
+        }
         attributes
     }
 
@@ -146,7 +168,11 @@ impl Facts<'_> {
         attributes.push(KeyValue::new("url.scheme", "http"));
         attributes.push(KeyValue::new("url.path", self.path.to_owned()));
         if self.kind == Kind::Client {
-            attributes.push(KeyValue::new("url.full", format!("http://{}{}", self.authority, self.path)));
+            let url = match self.called {
+                Some(called) => format!("http://{called}{}", self.path),
+                None => format!("http://{}{}", self.authority, self.path),
+            };
+            attributes.push(KeyValue::new("url.full", url));
         }
         let status = self.status.map(|status| KeyValue::new("http.response.status_code", i64::from(status)));
         attributes.extend(status);
@@ -164,9 +190,16 @@ impl Facts<'_> {
     }
 
     fn network_attributes(&self, attributes: &mut Vec<KeyValue>) {
-        let (host, port) = host_and_port(self.authority);
+        let (host, mut port) = host_and_port(self.authority);
+        let mut host = Cow::Borrowed(host);
+        // Whatever the client says in Host: it may be the address of a listener.
+        if let Some(ServicePort { service, port: called }) = self.called {
+            (host, port) = (service.to_string().into(), Some(*called));
+            attributes.push(KeyValue::new("service.peer.name", service.name.to_string()));
+            attributes.push(KeyValue::new("service.peer.namespace", service.namespace.to_string()));
+        }
         if !host.is_empty() {
-            attributes.push(KeyValue::new("server.address", host.to_owned()));
+            attributes.push(KeyValue::new("server.address", host.into_owned()));
         }
         attributes.extend(port.map(|port| KeyValue::new("server.port", i64::from(port))));
         let peer = match self.kind {
@@ -175,7 +208,9 @@ impl Facts<'_> {
         };
         if let Some(peer) = peer {
             attributes.push(KeyValue::new("network.peer.address", peer.ip().to_string()));
-            attributes.push(KeyValue::new("network.peer.port", i64::from(peer.port())));
+            if peer.port() != 0 {
+                attributes.push(KeyValue::new("network.peer.port", i64::from(peer.port())));
+            }
             if self.kind == Kind::Server {
                 attributes.push(KeyValue::new("client.address", peer.ip().to_string()));
             }

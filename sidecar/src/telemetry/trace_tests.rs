@@ -127,6 +127,9 @@ async fn the_client_span_is_the_parent_of_the_server_span() {
     tokio::join!(web.flush(), catalog.flush());
 
     let (first, second) = (received.recv().await.unwrap(), received.recv().await.unwrap());
+    let (of_resource, of_scope) =
+        (&first.resource_spans[0].schema_url, &first.resource_spans[0].scope_spans[0].schema_url);
+    assert_eq!((of_resource, of_scope), (of_scope, &"https://opentelemetry.io/schemas/1.44.0".to_owned()));
     let resource = &first.resource_spans[0].resource.as_ref().unwrap().attributes;
     for (key, value) in
         [("service.name", "catalog"), ("service.namespace", "shop"), ("service.instance.id", "catalog-0")]
@@ -232,7 +235,7 @@ async fn grpc_spans_carry_the_method_and_the_status() {
     let told = |key: &str| all.iter().map(|span| text(&span.attributes, key).unwrap_or_default()).collect::<Vec<_>>();
     assert_eq!(told("rpc.system.name"), ["grpc"; 3]);
     assert_eq!(told("rpc.method"), ["shop.v1.Catalog/List", "shop.v1.Catalog/List", "_OTHER"]);
-    assert_eq!(told("rpc.status_code"), ["UNAVAILABLE", "NOT_FOUND", "OK"]);
+    assert_eq!(told("rpc.response.status_code"), ["UNAVAILABLE", "NOT_FOUND", "OK"]);
     assert_eq!(told("error.type"), ["UNAVAILABLE", "", ""]);
 }
 

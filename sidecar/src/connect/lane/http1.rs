@@ -243,6 +243,7 @@ impl<'a> Attempt<'a> {
         if self.request.body().client_has_ended() {
             self.sending.end_direction(cx, self.conn);
         }
+        self.request.body().stalled(!self.conn.is_flushed());
         if std::mem::take(&mut self.silent) && self.sending.failed.is_none() {
             return Poll::Pending;
         }
@@ -428,6 +429,9 @@ impl Answer {
         let broke = self.sending.poll(cx, &mut self.connection.conn, self.request.as_mut()).is_err();
         if self.sending.done || broke {
             self.request = None;
+        }
+        if let Some(request) = &self.request {
+            request.stalled(!self.connection.conn.is_flushed());
         }
         // The answer may be whole without the rest of the request; nothing may follow on this connection then.
         self.keep_alive &= !broke && self.sending.failed.is_none();

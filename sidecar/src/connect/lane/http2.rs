@@ -418,7 +418,9 @@ impl Rest {
     /// error only when the client broke off, because the upstream may have answered without wanting the rest.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RequestBroke>> {
         let Some(body) = self.body.as_mut().filter(|_| !self.sent) else { return Poll::Ready(Ok(())) };
-        let sent = ready!(self.sending.poll(cx, &mut **body));
+        let sent = self.sending.poll(cx, &mut **body);
+        body.stalled(sent.is_pending() && self.sending.is_blocked());
+        let sent = ready!(sent);
         self.sent = true;
         match sent {
             Ok(()) | Err(Stop::Reset(_) | Stop::Peer(_)) => Poll::Ready(Ok(())),

@@ -158,6 +158,13 @@ impl ResponseBody {
         }
     }
 
+    /// Whether bytes of the answer wait for a client that takes none.
+    pub fn stalled(&self, stalled: bool) {
+        if let Kind::Upstream(upstream) = &self.0 {
+            upstream.stream.stalled(stalled);
+        }
+    }
+
     /// Sends more of the request while the client does not take the answer: it may do so only when all is sent.
     pub fn send_on(&mut self, cx: &mut Context<'_>) {
         if let Kind::Upstream(upstream) = &mut self.0

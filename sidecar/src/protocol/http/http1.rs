@@ -157,7 +157,12 @@ async fn answer_with(
     if !close && downstream.may_wait() {
         turn::end().await;
     }
-    std::future::poll_fn(|cx| downstream.conn().poll_flush(cx)).await.map_err(BodyError::Downstream)?;
+    let flushing = std::future::poll_fn(|cx| {
+        let flushed = downstream.conn().poll_flush(cx);
+        downstream.entry.stall(flushed.is_pending());
+        flushed
+    });
+    flushing.await.map_err(BodyError::Downstream)?;
     drop(busy);
     if let Some(then) = switched {
         return Ok(Next::Switch(then));
@@ -242,6 +247,7 @@ impl Writing<'_> {
         while !self.ended {
             if !self.downstream.conn().has_room() {
                 let flushed = self.flush(cx);
+                self.stalled(flushed.is_pending(), body);
                 if flushed.is_pending() {
                     body.send_on(cx);
                 }
@@ -259,7 +265,9 @@ impl Writing<'_> {
                     return Poll::Ready(Err(error));
                 }
                 Poll::Pending => {
-                    if self.flush(cx).map_err(BodyError::Downstream)?.is_pending() {
+                    let flushed = self.flush(cx).map_err(BodyError::Downstream)?;
+                    self.stalled(flushed.is_pending(), body);
+                    if flushed.is_pending() {
                         return Poll::Pending;
                     }
                     match self.downstream.presence(cx) {
@@ -287,6 +295,12 @@ impl Writing<'_> {
         ready!(conn.poll_flush(cx))?;
         self.downstream.entry.touch();
         Poll::Ready(Ok(()))
+    }
+
+    /// Whether what is queued waits for a client that takes none: also behind the end of the body, when its stream is gone.
+    fn stalled(&self, stalled: bool, body: &ResponseBody) {
+        self.downstream.entry.stall(stalled);
+        body.stalled(stalled);
     }
 
     fn queue(&mut self, frame: Frame<Bytes>, last: bool) {

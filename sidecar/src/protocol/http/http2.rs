@@ -281,6 +281,7 @@ impl<F: Future<Output = Response<ResponseBody>>> Future for Answering<F> {
             Poll::Ready(Err(Stop::Reset(code))) => leaving::with(Some(code), || this.stage.set(Stage::Ended)),
             Poll::Ready(Err(Stop::Peer(_))) => {}
             Poll::Pending => {
+                body.stalled(sending.is_blocked());
                 if sending.is_blocked() {
                     body.send_on(cx);
                 }
