@@ -341,7 +341,7 @@ fn workload(name: &str, app: &str, address: SocketAddr) -> String {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_swallows_connects_costs_at_most_three_seconds() {
+async fn an_endpoint_that_swallows_connects_costs_at_most_five_seconds() {
     let mesh = Mesh::start(MeshOptions::permissive()).await;
     let hole = tokio::task::spawn_blocking(|| black_hole("127.0.0.1")).await.unwrap();
     mesh.service("far.shop", 80, hole.address.port(), Some("http"));
@@ -350,7 +350,9 @@ async fn an_endpoint_that_swallows_connects_costs_at_most_three_seconds() {
     let begun = Instant::now();
     let answer = wire::get(near.outbound(), "/").await;
     assert_eq!((answer.status, answer.reason().as_str()), (503, "connect_timeout"));
-    assert!(begun.elapsed() < Duration::from_millis(3500), "{:?}", begun.elapsed());
+    // Long enough for a packet that was lost twice.
+    assert!(begun.elapsed() > Duration::from_secs(4), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(9), "{:?}", begun.elapsed());
 
     // With another endpoint beside it every request is answered, at the worst a connect timeout later.
     let alive = Application::start_at("alive", SocketAddr::new([127, 0, 0, 9].into(), hole.address.port())).await;

@@ -100,12 +100,17 @@ pub struct Limits {
     pub detect_memory: Duration,
 
     // --- Connecting -------------------------------------------------------------------------------------------
-    /// One TCP connect.
-    pub connect_timeout: Duration,
-    /// Connects for one request or connection, other endpoints included.
+    /// How long an endpoint is dialled alone; then another one is beside it. The kernel sends a lost first packet again
+    /// after as long.
+    pub connect_beside: Duration,
+    /// Endpoints that one request or connection dials.
     pub connect_tries: u32,
-    /// All tries together.
+    /// All tries together, and one alone when there is no other.
     pub connect_budget: Duration,
+    /// Connecting to the own application, whose listen queue may be full.
+    pub application_connect: Duration,
+    /// How long the control plane's first answer about a destination is waited for.
+    pub first_answer: Duration,
     /// Handshakes with upstreams in flight, per worker: a burst after a restart must not starve what runs.
     pub handshakes_in_flight: usize,
 
@@ -217,9 +222,11 @@ impl Default for Limits {
             speculation_settles: Duration::from_secs(1),
             detect_memory: Duration::from_secs(10 * 60),
 
-            connect_timeout: Duration::from_secs(1),
+            connect_beside: Duration::from_secs(1),
             connect_tries: 3,
-            connect_budget: Duration::from_secs(3),
+            connect_budget: Duration::from_secs(5),
+            application_connect: Duration::from_secs(10),
+            first_answer: Duration::from_secs(3),
             handshakes_in_flight: 32,
 
             client_idle: Duration::from_secs(60 * 60),
@@ -293,7 +300,8 @@ mod tests {
         assert!(limits.target_bytes < limits.head_bytes);
         assert!(limits.first_byte_timeout < limits.client_idle);
         assert!(limits.stream_stalled < limits.stream_idle);
-        assert!(limits.connect_timeout * limits.connect_tries <= limits.connect_budget);
+        assert!(limits.connect_beside * limits.connect_tries <= limits.connect_budget);
+        assert!(limits.connect_budget < limits.application_connect);
         assert!(limits.h2_stream_window <= limits.h2_connection_window);
         assert!(limits.memory_accept_percent < limits.memory_refuse_percent);
         assert!(limits.renew_retry_first < limits.renew_retry_longest);

@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use outrigger_api::name::{Protocol, ServiceName, ServicePort};
 use outrigger_api::snapshot::{Destination, Endpoint, EndpointTls, Key, LoadBalancer};
@@ -119,7 +119,7 @@ impl Backend {
             *self.known.borrow_mut() = again;
         }
         let mut known = self.known.borrow().clone();
-        let budget = worker.limits.connect_budget;
+        let budget = worker.limits.first_answer;
         // An elapsed wait leaves `Pending`, which the caller turns into an answer.
         let _ = tokio::time::timeout(budget, known.wait_for(|known| !matches!(known, Known::Pending))).await;
         Ok(self.known.borrow_mut().borrow_and_update().clone())
@@ -238,6 +238,11 @@ impl View {
         self.slots.iter().enumerate().find(begun).map(|(index, slot)| (index, slot.clone()))
     }
 
+    /// How long one of its endpoints is dialled alone.
+    pub fn dialled_beside(&self, worker: &Worker) -> Duration {
+        worker.limits.connect_beside
+    }
+
     /// The edge of what ends before an endpoint is picked.
     pub fn unpicked_edge(&self, worker: &Worker, protocol: WireProtocol) -> Arc<Edge> {
         edge(&self.unpicked, worker, protocol, || outbound_labels(worker, self.service.as_ref(), None, protocol))
@@ -277,8 +282,7 @@ impl Slot {
             (None, None) => worker.limits.application_pool_idle,
         };
         // No TLS through itself: who the workload is needs no proof in its own process.
-        let target =
-            Target { address: endpoint.address, tls: tls.filter(|_| own.is_none()), own, lone: service.is_none() };
+        let target = Target { address: endpoint.address, tls: tls.filter(|_| own.is_none()), own, application: false };
         let lane = |framing| Lane::new(target.clone(), framing, worker.dialer.clone(), worker.limits.clone(), idle);
         Slot {
             endpoint: endpoint.clone(),

@@ -25,15 +25,14 @@ pub struct Target {
     /// The workload's own endpoint: the application behind it, which is reached through the inbound walk of this very
     /// process, without a socket and without TLS through itself.
     pub own: Option<SocketAddr>,
-    /// Nobody else could be tried, and it may be far away: it has the whole connect budget, in which a lost first packet
-    /// is sent again.
-    pub lone: bool,
+    /// The workload's own application, which may take longer: nobody else can serve its requests.
+    pub application: bool,
 }
 
 impl Target {
-    /// An address without TLS.
-    pub fn plain(address: SocketAddr) -> Target {
-        Target { address, tls: None, own: None, lone: false }
+    /// The workload's own application.
+    pub fn application(address: SocketAddr) -> Target {
+        Target { address, tls: None, own: None, application: true }
     }
 
     /// Whether a connection to either leads to the same application, by the same proof.
@@ -67,8 +66,9 @@ pub struct Dialled {
 pub struct Dialer {
     tls: Tls,
     socket: SocketOptions,
-    connect_timeout: Duration,
+    probe_timeout: Duration,
     connect_budget: Duration,
+    application_budget: Duration,
     handshake_timeout: Duration,
     handshakes: Semaphore,
     own_listeners: OwnListeners,
@@ -119,8 +119,9 @@ impl Dialer {
         Rc::new(Dialer {
             tls,
             socket,
-            connect_timeout: limits.connect_timeout,
+            probe_timeout: limits.connect_beside,
             connect_budget: limits.connect_budget,
+            application_budget: limits.application_connect,
             handshake_timeout: limits.handshake_timeout.min(limits.connect_budget),
             handshakes: Semaphore::new(limits.handshakes_in_flight),
             own_listeners,
@@ -156,7 +157,7 @@ impl Dialer {
 
     /// Whether the rules bring this sidecar's own connections back to it, found out at an address where nobody listens.
     pub async fn comes_back(&self, exempt_target: SocketAddr) -> bool {
-        let connecting = tokio::time::timeout(self.connect_timeout, net::connect(exempt_target, &self.socket));
+        let connecting = tokio::time::timeout(self.probe_timeout, net::connect(exempt_target, &self.socket));
         matches!(connecting.await, Ok(Ok(_)))
     }
 
@@ -201,7 +202,8 @@ impl Dialer {
         if target.tls.is_none() && self.own_listeners.contain(address) {
             return Err(Error::own(Stage::Connect, Reason::OwnPort, format!("{address} is this sidecar's own")));
         }
-        let patience = if target.lone { self.connect_budget } else { self.connect_timeout };
+        // A lost first packet is sent again after 1 s and 3 s.
+        let patience = if target.application { self.application_budget } else { self.connect_budget };
         let connecting = tokio::time::timeout(patience, net::connect(address, &self.socket));
         let tcp = match connecting.await {
             Ok(Ok(tcp)) => {

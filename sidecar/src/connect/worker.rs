@@ -202,7 +202,7 @@ impl Worker {
     pub fn application_lane(&self, address: SocketAddr, framing: Framing, caller: Option<&SpiffeId>) -> Rc<Lane> {
         let new = || {
             Lane::new(
-                Target::plain(address),
+                Target::application(address),
                 framing,
                 self.dialer.clone(),
                 self.limits.clone(),

@@ -19,6 +19,7 @@ use crate::telemetry::WireProtocol;
 
 mod opaque;
 mod proxy;
+mod race;
 mod redirected;
 mod refusal;
 mod requests;

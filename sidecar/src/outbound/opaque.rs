@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use outrigger_runtime::drain::Hold;
 
-use crate::balance::{Kind, Outcome};
+use crate::balance::{Kind, Open, Outcome};
 use crate::connect::backend::{Slot, View};
 use crate::connect::dial::Dialled;
 use crate::connect::worker::Worker;
@@ -18,8 +18,9 @@ use crate::protocol::sni::{self, Sniffed};
 use crate::telemetry::{TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
 
+use super::race::{self, Connected, Counted};
 use super::refusal::refuse_connection;
-use super::tried::{Tried, blame, unavailable};
+use super::tried::{Tried, blame};
 
 pub(super) async fn opaque(
     worker: &Rc<Worker>,
@@ -45,7 +46,7 @@ pub(super) struct Opened {
     pub(super) dialled: Dialled,
     view: Rc<View>,
     slot: Rc<Slot>,
-    _load: crate::balance::Open,
+    _load: Open,
     _hold: Hold,
 }
 
@@ -66,25 +67,24 @@ impl AsMut<Stream> for Opened {
     }
 }
 
+impl Counted for Open {
+    fn begin(view: &View, index: usize) -> Option<Open> {
+        view.endpoints.open(index)
+    }
+
+    fn failed(self, worker: &Worker, _began: Instant, error: &Error) {
+        self.connected(worker.now(), blame(error));
+    }
+}
+
 pub(super) async fn dial(worker: &Rc<Worker>, view: &Rc<View>, _permit: Permit) -> Result<Opened, Error> {
     let mut tried = Tried::new(worker, Instant::now());
-    loop {
-        let Some((index, slot)) = view.pick(worker, Kind::Tcp, worker.now(), tried.indices()) else {
-            return Err(tried.last_error(view));
-        };
-        let Some(load) = view.endpoints.open(index) else { return Err(unavailable(view)) };
-        match Box::pin(worker.dialer.dial(&slot.target, MeshAlpn::Tcp)).await {
-            Ok(dialled) => {
-                load.connected(worker.now(), Outcome::Success);
-                let view = view.clone();
-                return Ok(Opened { dialled, view, slot, _load: load, _hold: worker.drain.hold() });
-            }
-            Err(error) => {
-                load.connected(worker.now(), blame(&error));
-                tried.again(index, error, Some(()))?;
-            }
-        }
-    }
+    let open = async |slot: Rc<Slot>| worker.dialer.dial(&slot.target, MeshAlpn::Tcp).await;
+    let mut lost = Vec::new();
+    let connecting = race::connect::<Open, Dialled>(worker, view, Kind::Tcp, None, &mut tried, &mut lost, open);
+    let Connected { slot, guard, opened, .. } = Box::pin(connecting).await?;
+    guard.connected(worker.now(), Outcome::Success);
+    Ok(Opened { dialled: opened, view: view.clone(), slot, _load: guard, _hold: worker.drain.hold() })
 }
 
 pub(super) async fn copy(

@@ -1,15 +1,17 @@
 //! HTTP to others: a connection of requests, and one request from its head to the answer's head, tried at another endpoint
 //! when the first provably did nothing with it.
 
+use std::future::poll_fn;
 use std::rc::Rc;
+use std::task::Poll;
 use std::time::Instant;
 
 use http::{Request, Response};
 
-use crate::balance::{Kind, Outcome};
-use crate::connect::backend::{Backend, View, lost_edge};
+use crate::balance::{InFlight, Kind, Outcome};
+use crate::connect::backend::{Backend, Slot, View, lost_edge};
 use crate::connect::lane::{Answered, Framing, Unsent};
-use crate::connect::request_body::Received;
+use crate::connect::request_body::{Received, RequestBody};
 use crate::connect::worker::Worker;
 use crate::connection::Registered;
 use crate::net::Stream;
@@ -20,6 +22,7 @@ use crate::protocol::http::exchange::{Exchange, Outgoing, Session};
 use crate::protocol::http::headers::Strip;
 use crate::protocol::http::serve;
 
+use super::race::{self, Connected, Counted, Lost};
 use super::refusal::{head_refusals, stream_refusals};
 use super::tried::{Tried, blame, unavailable};
 
@@ -108,21 +111,11 @@ async fn forward(
     let worker = &exchange.session.worker;
     let framing = if exchange.session.http2 { Framing::Http2 } else { Framing::Http1 };
     let mut request = exchange.request(outgoing);
-    let mut began = Instant::now();
-    let mut tried = Tried::new(worker, began);
+    let mut tried = Tried::new(worker, Instant::now());
     loop {
-        let bound = view.bound(&exchange.session.bound, tried.indices());
-        let pick = || view.pick(worker, Kind::Http, worker.nanos(began), tried.indices());
-        let Some((index, slot)) = bound.or_else(pick) else {
-            if tried.indices().is_empty() {
-                exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
-                exchange.record.unattempted(request.headers_mut());
-            }
-            return Err(tried.last_error(view));
-        };
+        let Chosen { slot, load, mut began } = choose(exchange, view, framing, &mut request, &mut tried).await?;
         let edge = view.edge(worker, &slot, exchange.protocol);
         exchange.set_edge(&edge);
-        let Some(load) = view.endpoints.start(index) else { return Err(unavailable(view)) };
         exchange.record.set_in_process(slot.target.own.is_some());
         exchange.record.attempt(request.headers_mut(), slot.target.address, began);
         match exchange.patiently(slot.lane(framing).send(request)).await? {
@@ -138,8 +131,67 @@ async fn forward(
                 began = Instant::now();
                 load.finish(worker.nanos(began), exchange.elapsed(), blame(&error));
                 exchange.record.attempt_failed(error.reason, began);
-                request = tried.again(index, error, unsent)?;
+                request = tried.again(error, unsent)?;
             }
         }
     }
+}
+
+/// An endpoint with a connection for the next request.
+struct Chosen {
+    slot: Rc<Slot>,
+    load: InFlight,
+    began: Instant,
+}
+
+impl Counted for InFlight {
+    fn begin(view: &View, index: usize) -> Option<InFlight> {
+        view.endpoints.start(index)
+    }
+
+    fn failed(self, worker: &Worker, began: Instant, error: &Error) {
+        self.finish(worker.now(), began.elapsed(), blame(error));
+    }
+}
+
+/// The endpoint that is best, when it has a connection that waits or none is needed; else one that connects first.
+async fn choose(
+    exchange: &Exchange,
+    view: &View,
+    framing: Framing,
+    request: &mut Request<RequestBody>,
+    tried: &mut Tried,
+) -> Result<Chosen, Error> {
+    let worker = &exchange.session.worker;
+    let began = Instant::now();
+    // A login that holds for one connection goes on there: nothing else is dialled beside it.
+    let bound = if tried.may_begin() { view.bound(&exchange.session.bound, tried.indices()) } else { None };
+    let pinned = bound.is_some();
+    let pick = || view.pick(worker, Kind::Http, worker.nanos(began), tried.indices());
+    let picked = if tried.may_begin() { bound.or_else(pick) } else { None };
+    let Some((index, slot)) = picked else {
+        if tried.indices().is_empty() {
+            exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
+            exchange.record.unattempted(request.headers_mut());
+        }
+        return Err(tried.last_error(view));
+    };
+    let warm = pinned || poll_fn(|cx| Poll::Ready(slot.lane(framing).is_warm(request.body(), cx))).await;
+    if warm {
+        tried.begin(index);
+        let load = view.endpoints.start(index).ok_or_else(|| unavailable(view))?;
+        return Ok(Chosen { slot, load, began });
+    }
+    let mut lost = Vec::new();
+    let body = request.body();
+    let open = async |slot: Rc<Slot>| slot.lane(framing).warm(body).await;
+    let first = Some((index, slot));
+    let connecting = race::connect::<InFlight, ()>(worker, view, Kind::Http, first, tried, &mut lost, open);
+    let connected = Box::pin(connecting).await;
+    for Lost { slot, began, ended, reason } in lost {
+        exchange.set_edge(&view.edge(worker, &slot, exchange.protocol));
+        exchange.record.attempt(request.headers_mut(), slot.target.address, began);
+        exchange.record.attempt_failed(reason, ended);
+    }
+    connected.map(|Connected { slot, guard, began, .. }| Chosen { slot, load: guard, began })
 }

@@ -29,17 +29,36 @@ impl Tried {
         &self.indices[..self.count]
     }
 
+    /// The end of all tries together.
+    pub(super) fn until(&self) -> Instant {
+        self.until
+    }
+
+    pub(super) fn may_begin(&self) -> bool {
+        self.count < self.tries && (self.count == 0 || Instant::now() < self.until)
+    }
+
+    /// Notes that an endpoint is being tried.
+    pub(super) fn begin(&mut self, index: usize) {
+        if let Some(place) = self.indices.get_mut(self.count) {
+            *place = index;
+            self.count += 1;
+        }
+    }
+
+    pub(super) fn failed(&mut self, error: Error) {
+        self.last = Some(error);
+    }
+
     /// Why nothing is left to be tried.
     pub(super) fn last_error(&mut self, view: &View) -> Error {
         self.last.take().unwrap_or_else(|| unavailable(view))
     }
 
-    /// Notes a failure; gives back what may be tried elsewhere.
-    pub(super) fn again<T>(&mut self, index: usize, error: Error, what: Option<T>) -> Result<T, Error> {
+    /// Notes a failure of the one that was begun last; gives back what may be tried elsewhere.
+    pub(super) fn again<T>(&mut self, error: Error, what: Option<T>) -> Result<T, Error> {
         match what {
-            Some(what) if error.retry == Retry::Safe && self.count + 1 < self.tries && Instant::now() < self.until => {
-                self.indices[self.count] = index;
-                self.count += 1;
+            Some(what) if error.retry == Retry::Safe && self.may_begin() => {
                 self.last = Some(error);
                 Ok(what)
             }

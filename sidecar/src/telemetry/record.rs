@@ -397,7 +397,8 @@ impl HttpRecord {
             grpc_status: end.grpc_status,
             reason: end.reason,
             duration: end.at.saturating_duration_since(trace.opened),
-            ended: SystemTime::now(),
+            // An attempt may be told of after its end.
+            ended: SystemTime::now() - end.at.elapsed(),
         };
         self.telemetry.export(facts.span());
         trace.ids.span = 0;

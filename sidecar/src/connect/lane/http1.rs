@@ -152,6 +152,23 @@ impl Lane {
         None
     }
 
+    /// Whether [`Lane::take_idle`] would find one.
+    pub(super) fn has_idle(&self, cx: &mut Context<'_>) -> bool {
+        let now = Instant::now();
+        let Some(connection) = self.take_idle(now, cx) else { return false };
+        self.idle.borrow_mut().push(Idle { connection, since: now });
+        true
+    }
+
+    pub(super) async fn warm_http1(&self) -> Result<(), Error> {
+        if poll_fn(|cx| Poll::Ready(self.has_idle(cx))).await {
+            return Ok(());
+        }
+        let connection = Box::pin(self.open_http1()).await?;
+        self.idle.borrow_mut().push(Idle { connection, since: Instant::now() });
+        Ok(())
+    }
+
     fn put_back(&self, connection: Box<Http1>, since: Instant) {
         let mut idle = self.idle.borrow_mut();
         if idle.len() < self.limits.pool_idle_per_endpoint {

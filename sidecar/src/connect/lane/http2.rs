@@ -159,8 +159,15 @@ impl Lane {
         }
     }
 
+    pub(super) async fn warm_http2(self: &Rc<Lane>) -> Result<(), Error> {
+        while self.find_shared().is_none() {
+            self.open_or_wait().await?;
+        }
+        Ok(())
+    }
+
     /// A connection that takes one more stream.
-    fn find_shared(&self) -> Option<RefMut<'_, Shared>> {
+    pub(super) fn find_shared(&self) -> Option<RefMut<'_, Shared>> {
         let material = self.dialer.material();
         let (ours, percent) = (self.most_streams() as usize, self.limits.h2_streams_used_percent);
         let untold = self.untold_streams();

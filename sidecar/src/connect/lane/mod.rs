@@ -242,6 +242,26 @@ impl Lane {
         }
     }
 
+    /// Whether a request with this body need not wait for a connection.
+    pub fn is_warm(self: &Rc<Lane>, body: &RequestBody, cx: &mut Context<'_>) -> bool {
+        let own = body.own_lane(self);
+        let lane = own.as_ref().unwrap_or(self);
+        match lane.framing {
+            Framing::Http1 => lane.has_idle(cx),
+            Framing::Http2 => lane.find_shared().is_some(),
+        }
+    }
+
+    /// Sees to it that a request with this body need not. Its connection is for whoever sends next.
+    pub async fn warm(self: &Rc<Lane>, body: &RequestBody) -> Result<(), Error> {
+        let own = body.own_lane(self);
+        let lane = own.as_ref().unwrap_or(self);
+        match lane.framing {
+            Framing::Http1 => lane.warm_http1().await,
+            Framing::Http2 => lane.warm_http2().await,
+        }
+    }
+
     /// True when nothing is pooled and nothing is being opened.
     pub fn is_idle(&self) -> bool {
         self.idle.borrow().is_empty() && self.shared.borrow().is_empty() && self.opening.borrow().is_none()
