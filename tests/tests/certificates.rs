@@ -455,3 +455,44 @@ async fn a_typo_in_the_identity_does_not_spend_the_token() {
     }
     mesh.sidecar("cart-1").token(&token).start().await;
 }
+
+/// The control plane's state comes back from a backup: what was in force since is not taken back, and is told.
+#[tokio::test]
+async fn a_control_plane_from_a_backup_takes_no_sidecar_back() {
+    let Pair { near, far, mesh, app: _app } = pair(None).await;
+    let other = Mesh::start(MeshOptions::default()).await;
+    let record = mesh.path("control-plane/ca/bundle.json");
+    let backup = std::fs::read(&record).unwrap();
+    let trust = mesh.path("control-plane/ca/trust");
+    std::fs::create_dir(&trust).unwrap();
+    std::fs::copy(other.trust_bundle(), trust.join("other.pem")).unwrap();
+    mesh.reload_control_plane();
+    let roots = async || far.admin_get("/certs").await["trust_bundle"]["roots"].as_array().unwrap().len();
+    eventually("both roots are believed", async || (roots().await == 2).then_some(())).await;
+    let in_force = mesh.control_plane_get("/status").await["authority"]["generation"].as_u64().unwrap();
+    mesh.stop_control_plane().await;
+    std::fs::remove_dir_all(&trust).unwrap();
+    std::fs::write(&record, backup).unwrap();
+    mesh.start_control_plane().await;
+    let refusal = eventually("status tells that sidecars refuse it", async || {
+        let status = mesh.control_plane_get("/status").await;
+        let refusal = |sidecar: &Value| sidecar["refusals"][0]["reason"].as_str().map(str::to_owned);
+        status["sidecars"].as_array().unwrap().iter().find_map(refusal)
+    })
+    .await;
+    assert!(refusal.contains("other roots") && refusal.ends_with("and start it again"), "{refusal}");
+    assert_eq!(roots().await, 2);
+    let answer = wire::get(near.outbound(), "/").await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    // Where the operator means it, it is a new set with a new generation, which is the clock's.
+    mesh.stop_control_plane().await;
+    eventually("a second has gone by since the last change", async || {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        (now > in_force).then_some(())
+    })
+    .await;
+    std::fs::remove_file(&record).unwrap();
+    mesh.start_control_plane().await;
+    eventually("the own root alone", async || (roots().await == 1).then_some(())).await;
+    assert_eq!(wire::get(near.outbound(), "/").await.status, 200);
+}

@@ -310,7 +310,9 @@ fn parse_with_last_good(
             }
             let Some(current) = chosen.remove(&problem.file) else { continue };
             progress = true;
-            if let Some(text) = good.get(&problem.file).filter(|text| **text != current) {
+            // An empty file is what an editor or a shell leaves for a moment before it writes: it stands for nothing.
+            let usable = |text: &&String| **text != current && !text.trim().is_empty();
+            if let Some(text) = good.get(&problem.file).filter(usable) {
                 chosen.insert(problem.file.clone(), text.clone());
             }
         }
@@ -507,6 +509,19 @@ mod tests {
             mesh.remove("mesh.yaml");
             assert_eq!(mesh.started(), (MtlsMode::Permissive, 0), "{what}");
         }
+    }
+
+    #[test]
+    fn a_file_that_was_empty_for_a_moment_has_no_last_good_text() {
+        let mesh = Restarts::new();
+        mesh.write("mesh.yaml", STRICT);
+        let mut reader = mesh.start();
+        reader.read();
+        mesh.write("mesh.yaml", "\n");
+        assert_eq!(said(&reader.read().unwrap()), (MtlsMode::Permissive, 0), "emptied on purpose, as far as one knows");
+        mesh.write("mesh.yaml", STRICT.replace("mode", "mod"));
+        assert_eq!(said(&reader.read().unwrap()).0, MtlsMode::Strict);
+        assert_eq!(mesh.started().0, MtlsMode::Strict);
     }
 
     #[test]

@@ -61,7 +61,8 @@ const MAX_REQUEST: usize = 64 * 1024;
 /// A report of some hundred edges has a tenth of it.
 const MAX_REPORT: usize = 256 * 1024;
 const MAX_RESPONSE: usize = 16 * 1024 * 1024;
-const MAX_STREAMS: u32 = 100;
+/// A sidecar has a Watch, a lease, a report and now and then a renewal.
+const MAX_STREAMS: u32 = 16;
 const MAX_HEADER_LIST: u32 = 64 * 1024;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// With the interval it bounds how long a peer that vanished still counts as connected.
@@ -188,7 +189,7 @@ const MEMBER: Grants = Grants {
     streams: MAX_STREAMS,
     header_list: MAX_HEADER_LIST,
     stream_window: 64 * 1024,
-    connection_window: 1024 * 1024,
+    connection_window: 256 * 1024,
 };
 const STRANGER: Grants = Grants {
     streams: STRANGER_STREAMS,

@@ -97,10 +97,10 @@ pub enum TlsError {
     Protocol(rustls::Error),
     #[error("the certificate and key cannot be used: {0}")]
     Material(rustls::Error),
+    // Short enough to be shown whole by `outrigger status`.
     #[error(
-        "the trust bundle of generation {found} has other roots than the one in force, whose generation is {in_force}, \
-         and is not newer: was the control plane's --state restored from a backup? When its roots are the right ones, \
-         remove STATE/ca/bundle.json there and start it again"
+        "trust bundle {found} is not newer than {in_force}, in force, and has other roots: a --state from a backup? If it \
+         is right, remove the control plane's STATE/ca/bundle.json and start it again"
     )]
     OlderBundle { found: u64, in_force: u64 },
 }
