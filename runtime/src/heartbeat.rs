@@ -10,7 +10,7 @@ use tokio::time::Instant;
 /// How long a worker may be silent before the process counts as dead.
 pub const LONGEST_SILENCE: Duration = Duration::from_secs(30);
 /// How often a worker beats.
-pub const INTERVAL: Duration = Duration::from_secs(5);
+pub const INTERVAL: Duration = Duration::from_secs(10);
 
 struct Worker {
     name: String,

@@ -1,36 +1,53 @@
 //! How much memory this process uses and may use: what is resident, and the least limit of the control groups that it is
 //! in, of version 2 or 1. Read anew at each call: an orchestrator may change a limit while a process runs.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use crate::process_metrics::number_behind;
 
 /// Where the controllers are mounted, as systemd and container engines do it.
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// The files that may hold a limit for this process.
-#[derive(Clone, Debug)]
+/// The files that hold a limit for this process, open: they are read again and again.
+#[derive(Debug)]
 pub struct Memory {
-    limits: Vec<PathBuf>,
+    limits: Vec<File>,
 }
 
 impl Memory {
     /// Of the control groups that this process is in now.
     pub fn of_this_process() -> Memory {
         let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        Memory { limits: limit_files(Path::new(ROOT), &groups) }
+        Memory::of(limit_files(Path::new(ROOT), &groups))
+    }
+
+    /// Those of these that there are.
+    fn of(limits: Vec<PathBuf>) -> Memory {
+        Memory { limits: limits.into_iter().filter_map(|path| File::open(path).ok()).collect() }
     }
 
     /// The least limit, in bytes; None where there is none.
     pub fn limit(&self) -> Option<u64> {
-        self.limits.iter().filter_map(|file| limit_in(&fs::read_to_string(file).ok()?)).min()
+        self.limits.iter().filter_map(|file| limit_in(&text_of(file)?)).min()
     }
 
     /// Resident memory of this process, in bytes.
     pub fn resident() -> Option<u64> {
-        number_behind(&fs::read_to_string("/proc/self/status").ok()?, "VmRSS:").map(|kib| kib * 1024)
+        static STATUS: OnceLock<Option<File>> = OnceLock::new();
+        let status = STATUS.get_or_init(|| File::open("/proc/self/status").ok()).as_ref()?;
+        number_behind(&text_of(status)?, "VmRSS:").map(|kib| kib * 1024)
     }
+}
+
+/// What a file of the kernel's says now; none of these is longer.
+fn text_of(file: &File) -> Option<String> {
+    let mut text = vec![0; 4096];
+    let length = file.read_at(&mut text, 0).ok()?;
+    text.truncate(length);
+    String::from_utf8(text).ok()
 }
 
 /// Of each group and of all above it. In a container the path may be the host's, which does not exist here; then the
@@ -83,14 +100,18 @@ mod tests {
         }
         let root = std::env::temp_dir().join(format!("outrigger-memory-{}", std::process::id()));
         fs::create_dir_all(root.join("a/b")).unwrap();
-        let memory = Memory { limits: limit_files(&root, "0::/a/b\n") };
-        assert_eq!(memory.limit(), None);
+        let files = || limit_files(&root, "0::/a/b\n");
+        assert_eq!(Memory::of(files()).limit(), None);
         fs::write(root.join("a/b/memory.max"), "max\n").unwrap();
         fs::write(root.join("a/memory.max"), "3000\n").unwrap();
         fs::write(root.join("memory.max"), "4000\n").unwrap();
+        let memory = Memory::of(files());
         let found = memory.limit();
+        // It may be changed while the process runs.
+        fs::write(root.join("a/memory.max"), "2000\n").unwrap();
+        let later = memory.limit();
         fs::remove_dir_all(&root).unwrap();
-        assert_eq!(found, Some(3000));
+        assert_eq!((found, later), (Some(3000), Some(2000)));
     }
 
     #[test]

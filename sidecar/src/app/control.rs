@@ -158,7 +158,8 @@ async fn follow_algorithm(
 async fn gauges(tls: Tls, directory: Directory, telemetry: Arc<Telemetry>) {
     let mut material = tls.subscribe();
     let mut connected = directory.connected();
-    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    // Changes come by themselves; this is for the age alone.
+    let mut tick = tokio::time::interval(Duration::from_secs(10));
     loop {
         if let Some(material) = material.borrow_and_update().as_ref() {
             let end = material.credential().not_after().duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -12,16 +12,16 @@ use crate::redirect::{PROBE_V4, PROBE_V6, exempt_target};
 
 /// Between two looks; the rules may come after the sidecar.
 const AGAIN: Duration = Duration::from_secs(2);
+/// Between two looks at whether it is still connected.
+const READY: Duration = Duration::from_secs(10);
 /// On loopback an answer, either way, comes at once.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Keeps `comes_back` true to the rules until the control plane is reached, and again whenever it is not.
 pub(super) async fn watch(mark: Option<u32>, readiness: Readiness, comes_back: Arc<AtomicBool>) {
-    let mut tick = tokio::time::interval(AGAIN);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        tick.tick().await;
-        let now = !readiness.is_connected() && (returns(mark, PROBE_V4).await || returns(mark, PROBE_V6).await);
+        let ready = readiness.is_connected();
+        let now = !ready && (returns(mark, PROBE_V4).await || returns(mark, PROBE_V6).await);
         if now && !comes_back.swap(now, Relaxed) {
             tracing::error!(
                 "the redirect rules send this sidecar's own connections back to it, those to the control plane too: {}",
@@ -29,6 +29,7 @@ pub(super) async fn watch(mark: Option<u32>, readiness: Readiness, comes_back: A
             );
         }
         comes_back.store(now, Relaxed);
+        tokio::time::sleep(if ready { READY } else { AGAIN }).await;
     }
 }
 

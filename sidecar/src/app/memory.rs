@@ -12,6 +12,8 @@ use crate::connection::Places;
 use crate::telemetry::Telemetry;
 
 const AGAIN: Duration = Duration::from_millis(250);
+/// While nothing moves nothing takes memory.
+const IDLE: Duration = Duration::from_secs(10);
 
 /// Bytes in use, and how many may be.
 #[derive(Clone, Copy, Debug)]
@@ -24,11 +26,8 @@ struct Use {
 pub(super) async fn watch(limits: Limits, places: Arc<Places>, telemetry: Arc<Telemetry>) {
     let memory = Memory::of_this_process();
     let look = || Some(Use { resident: Memory::resident()?, limit: memory.limit()? });
-    let mut tick = tokio::time::interval(AGAIN);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut short = false;
     loop {
-        tick.tick().await;
         let seen = look();
         let now = seen.is_some_and(|seen| is_short(seen, short, &limits));
         if let Some(seen) = seen.filter(|_| now != short) {
@@ -37,6 +36,7 @@ pub(super) async fn watch(limits: Limits, places: Arc<Places>, telemetry: Arc<Te
         short = now;
         places.refuse(short);
         telemetry.set_memory_pressure(short);
+        places.pause(AGAIN, IDLE).await;
     }
 }
 

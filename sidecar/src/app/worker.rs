@@ -99,7 +99,6 @@ async fn serve(start: Start) -> io::Result<()> {
         let listener = TcpListener::from_std(listener)?;
         vital.spawn_local(accept(worker.clone(), crew.clone(), listener, purpose));
     }
-    vital.spawn_local(heart.keep_beating());
     let receiving = worker.clone();
     vital.spawn_local(async move {
         while let Some(handed) = inbox.recv().await {
@@ -109,14 +108,7 @@ async fn serve(start: Start) -> io::Result<()> {
         }
     });
     let watching = worker.clone();
-    vital.spawn_local(async move {
-        let mut tick = tokio::time::interval(watching.tick());
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            tick.tick().await;
-            watching.sweep();
-        }
-    });
+    vital.spawn_local(watch(watching, heart));
     let broken = async {
         while let Some(ended) = vital.join_next().await {
             if ended.is_err_and(|error| error.is_panic()) {
@@ -137,6 +129,35 @@ async fn serve(start: Start) -> io::Result<()> {
     tokio::select! {
         () = to_the_end => Ok(()),
         () = broken => Err(io::Error::other("a part of this worker panicked")),
+    }
+}
+
+/// The watchdog. Where nothing has moved for some ticks it looks seldom, so that an idle sidecar does not wake a machine; it
+/// beats for the whole worker, whose runtime turns when this does.
+async fn watch(worker: Rc<Worker>, heart: Heart) {
+    /// Ticks without anything that moves, after which it rests ...
+    const QUIET: u32 = 5;
+    /// ... for so many ticks, while there are connections that may have to be ended, or pooled ones, or none.
+    const RESTING: u32 = 4;
+    const EMPTY: u32 = 10;
+    let tick = worker.tick();
+    let (mut own, mut material) = (worker.directory.own(), worker.tls.subscribe());
+    let mut quiet = 0;
+    loop {
+        heart.beat();
+        quiet = if worker.sweep() { quiet + 1 } else { 0 };
+        if quiet < QUIET {
+            tokio::time::sleep(tick).await;
+            continue;
+        }
+        let longest = tick * if worker.is_empty() { EMPTY } else { RESTING };
+        tokio::select! {
+            () = worker.table.rest() => quiet = 0,
+            // What was let in by the one before is judged again.
+            Ok(()) = own.changed() => {}
+            Ok(()) = material.changed() => {}
+            () = tokio::time::sleep(longest) => {}
+        }
     }
 }
 

@@ -248,8 +248,8 @@ impl Worker {
             .or_else(|| transparent().then(|| SocketAddr::new(address.ip(), endpoint.application_port)))
     }
 
-    /// The watchdog's tick.
-    pub fn sweep(&self) {
+    /// The watchdog's tick. True when nothing moves on this worker.
+    pub fn sweep(&self) -> bool {
         self.here.borrow_mut().clear();
         net::give_up_silent_peers(self.limits.no_ack_timeout);
         let now = Instant::now();
@@ -262,7 +262,7 @@ impl Worker {
             stream_stalled: self.limits.stream_stalled + 4 * self.tick(),
             tunnel_idle: self.limits.tunnel_idle,
         };
-        self.table.sweep(&limits, self.tls.clock().now());
+        let quiet = self.table.sweep(&limits, self.tls.clock().now());
         self.streams.sweep(self.limits.stream_idle, self.limits.stream_stalled);
         self.speculation.sweep();
         self.judge();
@@ -274,6 +274,14 @@ impl Worker {
             lane.sweep(now, wall);
             !(lane.is_idle() && Rc::strong_count(lane) == 1)
         });
+        quiet
+    }
+
+    /// Neither connections nor anything pooled.
+    pub fn is_empty(&self) -> bool {
+        self.table.is_empty()
+            && self.application.borrow().is_empty()
+            && self.backends.borrow().values().all(|backend| backend.is_idle())
     }
 
     /// Judges open connections again, by the facts on which they were let in: all of them when policy or the trust bundle

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::task::AtomicWaker;
 use serde::Serialize;
+use tokio::sync::Notify;
 
 use crate::outcome::Reason;
 
@@ -152,6 +153,47 @@ pub struct Entry {
 struct Clock {
     begun: Instant,
     now: AtomicU64,
+    /// The watchdog looks seldom, because nothing moves: whoever needs the clock wakes it.
+    rests: AtomicBool,
+    moved: Notify,
+}
+
+impl Clock {
+    fn new() -> Arc<Clock> {
+        Arc::new(Clock {
+            begun: Instant::now(),
+            now: AtomicU64::new(0),
+            rests: AtomicBool::new(false),
+            moved: Notify::new(),
+        })
+    }
+
+    fn read(&self) -> u64 {
+        if self.rests.load(Relaxed) { self.wake() } else { self.now.load(Relaxed) }
+    }
+
+    #[cold]
+    fn wake(&self) -> u64 {
+        self.rests.store(false, Relaxed);
+        self.moved.notify_one();
+        self.advance()
+    }
+
+    fn advance(&self) -> u64 {
+        let now = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.now.store(now, Relaxed);
+        now
+    }
+}
+
+/// The watchdog rests as long as there is one of these.
+struct Resting<'a>(&'a Table);
+
+impl Drop for Resting<'_> {
+    fn drop(&mut self) {
+        self.0.clock.rests.store(false, Relaxed);
+        self.0.places.wakes();
+    }
 }
 
 impl Entry {
@@ -177,12 +219,12 @@ impl Entry {
 
     /// Bytes moved.
     pub fn touch(&self) {
-        self.since.store(self.clock.now.load(Relaxed), Relaxed);
+        self.since.store(self.clock.read(), Relaxed);
     }
 
     /// Clock of the table, milliseconds: as coarse as the watchdog's ticks.
     pub fn clock(&self) -> u64 {
-        self.clock.now.load(Relaxed)
+        self.clock.read()
     }
 
     fn since(&self) -> u64 {
@@ -270,7 +312,7 @@ impl Entry {
     pub fn ask(&self, command: Command) {
         let before = self.command.fetch_max(command as u8, Relaxed);
         if before == Command::Run as u8 {
-            self.asked_at.store(self.clock.now.load(Relaxed), Relaxed);
+            self.asked_at.store(self.clock.read(), Relaxed);
         }
         if before < command as u8 {
             self.waker.wake();
@@ -379,13 +421,9 @@ pub struct Table {
 
 impl Table {
     pub fn new(places: Arc<Places>) -> Arc<Table> {
-        let table = Arc::new(Table {
-            entries: Mutex::default(),
-            clock: Arc::new(Clock { begun: Instant::now(), now: AtomicU64::new(0) }),
-            places,
-            next: AtomicU64::new(1),
-        });
+        let table = Arc::new(Table { entries: Mutex::default(), clock: Clock::new(), places, next: AtomicU64::new(1) });
         table.places.watch(&table);
+        table.places.wakes();
         table
     }
 
@@ -417,7 +455,7 @@ impl Table {
             http2: AtomicBool::new(false),
             placed: AtomicBool::new(placed),
             state: AtomicU8::new(State::Opening as u8),
-            since: AtomicU64::new(self.clock.now.load(Relaxed)),
+            since: AtomicU64::new(self.clock.read()),
             command: AtomicU8::new(Command::Run as u8),
             asked_at: AtomicU64::new(0),
             closed_for: OnceLock::new(),
@@ -458,14 +496,19 @@ impl Table {
     }
 
     /// The watchdog's tick: advances the clock and stops what has been in one state for too long. `wall` is the time by
-    /// which certificates end.
-    pub fn sweep(&self, limits: &IdleLimits, wall: SystemTime) {
-        let now = u64::try_from(self.clock.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    /// which certificates end. True when nothing moves: all connections are idle.
+    pub fn sweep(&self, limits: &IdleLimits, wall: SystemTime) -> bool {
+        let now = self.clock.advance();
         let wall = unix_millis(wall);
-        self.clock.now.store(now, Relaxed);
+        let mut quiet = true;
         for entry in self.entries().values() {
             let idle = Duration::from_millis(now.saturating_sub(entry.since()));
             let state = entry.state();
+            quiet &= match state {
+                State::Idle => entry.command() == Command::Run,
+                State::Tunnel => !entry.ticking.load(Relaxed),
+                State::Opening | State::Head | State::Busy => false,
+            };
             if matches!(state, State::Idle | State::Head | State::Busy) {
                 entry.retire(wall);
                 entry.hurry(now, idle);
@@ -480,6 +523,17 @@ impl Table {
                 State::Idle | State::Head | State::Busy | State::Tunnel => {}
             }
         }
+        quiet
+    }
+
+    /// The watchdog's long pause, while nothing moves: until something does.
+    pub async fn rest(&self) {
+        self.clock.rests.store(true, Relaxed);
+        self.places.rests();
+        let resting = Resting(self);
+        self.clock.moved.notified().await;
+        drop(resting);
+        self.places.begins();
     }
 
     /// Closes each inbound connection for which `verdict` has a reason. Asked of every connection when what it was decided

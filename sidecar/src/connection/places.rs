@@ -5,6 +5,9 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::Notify;
 
 use super::{Direction, Entry, Table};
 use crate::outcome::Reason;
@@ -20,6 +23,10 @@ pub struct Places {
     /// The last connection could not be accepted for want of descriptors or memory.
     starved: AtomicBool,
     tables: Mutex<Vec<Weak<Table>>>,
+    /// Tables on which something moves.
+    awake: AtomicUsize,
+    /// Told when one of them wakes.
+    begun: Notify,
 }
 
 /// This many connections of each direction are accepted even when memory is short: they are not what uses it, and an
@@ -40,11 +47,34 @@ impl Places {
             refused: AtomicBool::new(false),
             starved: AtomicBool::new(false),
             tables: Mutex::default(),
+            awake: AtomicUsize::new(0),
+            begun: Notify::new(),
         })
     }
 
     pub fn open(&self) -> usize {
         self.open.iter().map(|open| open.load(Relaxed)).sum()
+    }
+
+    /// Waits for `busy`, or while all workers rest for `idle`, at most until one wakes.
+    pub async fn pause(&self, busy: Duration, idle: Duration) {
+        if self.awake.load(Relaxed) > 0 {
+            return tokio::time::sleep(busy).await;
+        }
+        // Told of an earlier one it looks once more, which harms nobody.
+        let _ = tokio::time::timeout(idle, self.begun.notified()).await;
+    }
+
+    pub(super) fn rests(&self) {
+        self.awake.fetch_sub(1, Relaxed);
+    }
+
+    pub(super) fn wakes(&self) {
+        self.awake.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn begins(&self) {
+        self.begun.notify_one();
     }
 
     /// Whether connections are refused beyond a few; open ones go on.

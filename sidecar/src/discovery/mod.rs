@@ -82,6 +82,8 @@ const FORGET_EVERY: Duration = Duration::from_secs(60);
 
 /// How often the control plane is told the golden signals.
 const REPORT_EVERY: Duration = Duration::from_secs(3);
+/// The same while there is nothing to report but that it is there.
+const REPORT_IDLE: Duration = Duration::from_secs(10);
 
 /// Makes the summary of the time since it was last asked.
 pub type ReportSource = Box<dyn FnMut() -> outrigger_api::wire::ReportRequest + Send>;
@@ -105,8 +107,7 @@ pub async fn run(
     watcher.dial_with(materials.borrow_and_update().clone());
     let mut forget = interval(FORGET_EVERY);
     forget.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut report = interval(REPORT_EVERY);
-    report.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut report = Box::pin(sleep(REPORT_EVERY));
     let mut withdraw = Box::pin(withdraw);
     let mut withdrawn = false;
     loop {
@@ -116,10 +117,16 @@ pub async fn run(
             Some(change) = changes.recv() => watcher.on_changes(change, &mut changes),
             Ok(()) = materials.changed() => watcher.dial_with(materials.borrow_and_update().clone()),
             _ = forget.tick() => watcher.directory.forget_unused(),
-            _ = report.tick() => {
+            () = &mut report => {
+                let mut every = REPORT_EVERY;
                 if let Some(session) = &watcher.session {
-                    session.report(reports());
+                    let summary = reports();
+                    if summary.edges.is_empty() {
+                        every = REPORT_IDLE;
+                    }
+                    session.report(summary);
                 }
+                report.as_mut().reset(tokio::time::Instant::now() + every);
             }
             () = &mut withdraw, if !withdrawn => {
                 withdrawn = true;

@@ -5,19 +5,19 @@
 use std::net::IpAddr;
 
 /// Bytes of a header.
-pub(super) const HEADER: usize = 12;
+pub const HEADER: usize = 12;
 /// What a client takes over UDP that says nothing (RFC 1035 section 4.2.1).
 const PLAIN_UDP: u16 = 512;
 /// What we say that we take, and the most that we send over UDP: passes every network without fragments.
 const OUR_UDP: u16 = 1232;
 
-pub(super) const A: u16 = 1;
+pub const A: u16 = 1;
 const SOA: u16 = 6;
-pub(super) const AAAA: u16 = 28;
+pub const AAAA: u16 = 28;
 const OPT: u16 = 41;
 const IXFR: u16 = 251;
 const AXFR: u16 = 252;
-pub(super) const ANY: u16 = 255;
+pub const ANY: u16 = 255;
 const IN: u16 = 1;
 
 const QR: u8 = 0x80;
@@ -32,7 +32,7 @@ const DO: u16 = 0x8000;
 
 /// Response codes; those above 15 need EDNS.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Code {
+pub enum Code {
     NoError = 0,
     FormErr = 1,
     ServFail = 2,
@@ -43,7 +43,7 @@ pub(super) enum Code {
 
 /// Why a question got no answer, for people who look at it with `dig` (RFC 8914).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Extended {
+pub enum Extended {
     /// No upstream answered, or there is none.
     NoReachableAuthority = 22,
     /// An upstream could not be talked to.
@@ -52,12 +52,12 @@ pub(super) enum Extended {
 
 /// One question as it came.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Query<'a> {
+pub struct Query<'a> {
     /// The whole message.
-    pub(super) bytes: &'a [u8],
+    pub bytes: &'a [u8],
     /// Name, type and class as they are spelled in it.
-    pub(super) question: &'a [u8],
-    pub(super) kind: u16,
+    pub question: &'a [u8],
+    pub kind: u16,
     edns: Option<Edns>,
 }
 
@@ -70,7 +70,7 @@ struct Edns {
 
 /// What a message that came in is.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Entry<'a> {
+pub enum Entry<'a> {
     Question(Query<'a>),
     /// Not for us to answer or forward; this is to be said.
     Refusal(Vec<u8>),
@@ -79,7 +79,7 @@ pub(super) enum Entry<'a> {
 }
 
 /// Reads a message.
-pub(super) fn read(bytes: &[u8]) -> Entry<'_> {
+pub fn read(bytes: &[u8]) -> Entry<'_> {
     let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else { return Entry::Noise };
     if header[2] & QR != 0 {
         return Entry::Noise;
@@ -179,19 +179,19 @@ fn record(bytes: &[u8]) -> Option<(Record, &[u8])> {
 
 /// How many bytes an answer may have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Transport {
+pub enum Transport {
     Udp,
     Tcp,
 }
 
 impl Query<'_> {
-    pub(super) fn id(&self) -> u16 {
+    pub fn id(&self) -> u16 {
         id(self.bytes)
     }
 
     /// The name as text, without its last dot and in its own spelling; None of what has a character that no service's name
     /// has. The root is empty.
-    pub(super) fn name(&self) -> Option<String> {
+    pub fn name(&self) -> Option<String> {
         let mut labels = &self.question[..self.question.len() - 4];
         let mut text = String::new();
         while let Some((length, rest)) = labels.split_first().filter(|(length, _)| **length != 0) {
@@ -210,7 +210,7 @@ impl Query<'_> {
 
     /// The answer with those of these addresses that were asked for, as many as `transport` holds; where there are fewer, it
     /// says so. None of the kind is a denial that may be remembered for `denial` seconds.
-    pub(super) fn answer(&self, ips: &[IpAddr], ttl: u32, denial: u32, transport: Transport) -> Vec<u8> {
+    pub fn answer(&self, ips: &[IpAddr], ttl: u32, denial: u32, transport: Transport) -> Vec<u8> {
         let most = match (transport, self.edns) {
             (Transport::Tcp, _) => usize::from(u16::MAX),
             (Transport::Udp, None) => PLAIN_UDP.into(),
@@ -252,7 +252,7 @@ impl Query<'_> {
     }
 
     /// An answer without records.
-    pub(super) fn failure(&self, code: Code, why: Option<Extended>) -> Vec<u8> {
+    pub fn failure(&self, code: Code, why: Option<Extended>) -> Vec<u8> {
         self.end(self.begin(code), code, why)
     }
 
@@ -303,12 +303,12 @@ fn bare(header: &[u8; HEADER], code: Code) -> Vec<u8> {
 }
 
 /// The id of a message; 0 of what is too short to have one.
-pub(super) fn id(bytes: &[u8]) -> u16 {
+pub fn id(bytes: &[u8]) -> u16 {
     bytes.first_chunk::<2>().map_or(0, |id| u16::from_be_bytes(*id))
 }
 
 /// The same message under another id.
-pub(super) fn with_id(mut bytes: Vec<u8>, id: u16) -> Vec<u8> {
+pub fn with_id(mut bytes: Vec<u8>, id: u16) -> Vec<u8> {
     if let Some(place) = bytes.first_chunk_mut::<2>() {
         *place = id.to_be_bytes();
     }
@@ -317,7 +317,7 @@ pub(super) fn with_id(mut bytes: Vec<u8>, id: u16) -> Vec<u8> {
 
 /// What an upstream's message is to the question that it was sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Answered {
+pub enum Answered {
     /// To be passed on.
     Yes,
     /// The server will not or cannot; another one may.
@@ -327,7 +327,7 @@ pub(super) enum Answered {
 }
 
 /// Whether an upstream's message answers `question`, sent as `id`. Servers keep the question's spelling or do not.
-pub(super) fn answers(bytes: &[u8], sent: u16, question: &[u8]) -> Answered {
+pub fn answers(bytes: &[u8], sent: u16, question: &[u8]) -> Answered {
     let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else { return Answered::No };
     let code = header[3] & 0x0F;
     let unwilling = [Code::FormErr, Code::ServFail, Code::NotImp, Code::Refused].map(|code| code as u8).contains(&code);

@@ -3,7 +3,7 @@
 //! silent upstream holds up the data path or the certificate's renewal. A name that the mesh knows is never forwarded.
 
 mod forward;
-mod message;
+pub mod message;
 mod serve;
 mod upstreams;
 

@@ -19,14 +19,14 @@ const SAMPLED: u8 = 0b01;
 
 /// A trace and a span in it; neither is zero.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Ids {
+pub struct Ids {
     pub trace: u128,
     pub span: u64,
 }
 
 /// What a request's headers say about its trace.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub(super) struct Incoming {
+pub struct Incoming {
     pub ids: Option<Ids>,
     /// None: whoever goes on decides.
     pub sampled: Option<bool>,
@@ -41,7 +41,7 @@ pub(super) struct Incoming {
 }
 
 impl Incoming {
-    pub(super) fn read(headers: &HeaderMap) -> Incoming {
+    pub fn read(headers: &HeaderMap) -> Incoming {
         let w3c = single(headers, &TRACEPARENT).and_then(parse_traceparent);
         let b3_single = single(headers, &B3).and_then(parse_b3);
         let b3_multi = read_b3_multi(headers);
@@ -62,7 +62,7 @@ impl Incoming {
     }
 
     /// The trace id alone, for a log line when no spans are made; 0 without one.
-    pub(super) fn trace_id(headers: &HeaderMap) -> u128 {
+    pub fn trace_id(headers: &HeaderMap) -> u128 {
         // One walk costs less than a search, and mostly there is none.
         if !headers.keys().any(|name| *name == TRACEPARENT) {
             return 0;
@@ -71,7 +71,7 @@ impl Incoming {
     }
 
     /// Says that the trace is not sampled, where that is not said already; what came in stays as it is.
-    pub(super) fn write_unsampled(&self, headers: &mut HeaderMap, ids: Ids) {
+    pub fn write_unsampled(&self, headers: &mut HeaderMap, ids: Ids) {
         if self.traceparent {
             return;
         }
@@ -90,7 +90,7 @@ impl Incoming {
     }
 
     /// Writes a sampled span as traceparent and in the B3 formats that came in.
-    pub(super) fn write_sampled(&self, headers: &mut HeaderMap, span: Ids) {
+    pub fn write_sampled(&self, headers: &mut HeaderMap, span: Ids) {
         set(headers, TRACEPARENT, &traceparent(span, (self.flags & KNOWN_FLAGS) | SAMPLED));
         if !self.traceparent {
             drop_orphaned_tracestate(headers);

@@ -7,7 +7,7 @@ mod about;
 mod access_log;
 mod callers;
 mod collect;
-mod context;
+pub mod context;
 mod edge;
 mod export;
 mod grpc;

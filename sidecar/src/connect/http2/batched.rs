@@ -217,3 +217,154 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Batched<S> {
         Pin::new(&mut inner.below).poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::future::poll_fn;
+
+    use bytes::Bytes;
+    use h2::server::SendResponse;
+    use http::{Request, Response};
+    use tokio::io::{AsyncReadExt, DuplexStream};
+
+    use super::*;
+
+    struct Counted {
+        stream: DuplexStream,
+        writes: Rc<Cell<usize>>,
+    }
+
+    impl AsyncRead for Counted {
+        fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.stream).poll_read(cx, buffer)
+        }
+    }
+
+    impl AsyncWrite for Counted {
+        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            self.writes.set(self.writes.get() + 1);
+            Pin::new(&mut self.stream).poll_write(cx, bytes)
+        }
+
+        fn poll_write_vectored(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            slices: &[io::IoSlice<'_>],
+        ) -> Poll<io::Result<usize>> {
+            self.writes.set(self.writes.get() + 1);
+            Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.stream).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.stream).poll_shutdown(cx)
+        }
+    }
+
+    fn counted() -> (DuplexStream, Batched<Counted>, Rc<Cell<usize>>) {
+        let (near, stream) = tokio::io::duplex(1 << 20);
+        let writes = Rc::<Cell<usize>>::default();
+        (near, Batched::new(Counted { stream, writes: writes.clone() }, 1 << 16), writes)
+    }
+
+    async fn answer(mut reply: SendResponse<Bytes>, length: usize) {
+        let mut sending = reply.send_response(Response::new(()), false).unwrap();
+        sending.send_data(Bytes::from(vec![b'x'; length]), true).unwrap();
+    }
+
+    async fn serve(io: Batched<Counted>, length: usize) {
+        let mut handshake = Box::pin(h2::server::Builder::new().handshake::<_, Bytes>(io.clone()));
+        let mut connection = poll_fn(|cx| {
+            let ready = handshake.as_mut().poll(cx);
+            io.end_turn(cx);
+            ready
+        })
+        .await
+        .unwrap();
+        poll_fn(|cx| {
+            let ended = loop {
+                match connection.poll_accept(cx) {
+                    Poll::Ready(Some(Ok((_, reply)))) => {
+                        tokio::task::spawn_local(answer(reply, length));
+                    }
+                    Poll::Ready(_) => break Poll::Ready(()),
+                    Poll::Pending => break Poll::Pending,
+                }
+            };
+            io.end_turn(cx);
+            ended
+        })
+        .await;
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn the_frames_of_all_streams_leave_in_one_write() {
+        // The library would write each DATA frame of these by itself.
+        for (length, most) in [(300, 3), (30_000, 60)] {
+            let (near, io, writes) = counted();
+            tokio::task::spawn_local(serve(io, length));
+            let mut client = h2::client::Builder::new();
+            client.initial_window_size(1 << 20).initial_connection_window_size(1 << 24);
+            let (mut sender, connection) = client.handshake::<_, Bytes>(near).await.unwrap();
+            tokio::task::spawn_local(async move {
+                let _ = connection.await;
+            });
+            sender = sender.ready().await.unwrap();
+            let mut answers = vec![sender.send_request(Request::get("http://a/").body(()).unwrap(), true).unwrap().0];
+            answers.pop().unwrap().await.unwrap();
+            let before = writes.get();
+            for _ in 0..20 {
+                let request = Request::get("http://a/").body(()).unwrap();
+                answers.push(sender.send_request(request, true).unwrap().0);
+            }
+            for answer in answers {
+                let mut body = answer.await.unwrap().into_body();
+                let mut count = 0;
+                while let Some(data) = body.data().await {
+                    count += data.unwrap().len();
+                }
+                assert_eq!(count, length);
+            }
+            let writes = writes.get() - before;
+            assert!(writes <= most, "{writes} writes for 20 answers of {length} bytes");
+        }
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn settings_announce_what_they_are_told_to() {
+        let max = |frames: &[u8]| {
+            let settings = frames[HEAD..].chunks_exact(6).find(|one| one[..2] == MAX_HEADER_LIST_SIZE);
+            settings.map(|one| u32::from_be_bytes(one[2..].try_into().unwrap()))
+        };
+        let (mut near, io, _) = counted();
+        let _server = tokio::task::spawn_local(async move {
+            let mut builder = h2::server::Builder::new();
+            let mut handshake = Box::pin(builder.max_header_list_size(1 << 18).handshake::<_, Bytes>(io.clone()));
+            poll_fn(|cx| {
+                let ready = handshake.as_mut().poll(cx);
+                io.end_turn(cx);
+                ready.map(|_| ())
+            })
+            .await;
+        });
+        let mut frame = vec![0; 200];
+        let count = near.read(&mut frame).await.unwrap();
+        assert_eq!(max(&frame[..count]), Some(1 << 16));
+        let (mut near, io, _) = counted();
+        let mut builder = h2::client::Builder::new();
+        let opening = builder.max_header_list_size(1 << 18).handshake::<_, Bytes>(io.clone());
+        let (_sender, mut connection) = opening.await.unwrap();
+        tokio::task::spawn_local(poll_fn(move |cx| {
+            let ended = Pin::new(&mut connection).poll(cx).map(|_| ());
+            io.end_turn(cx);
+            ended
+        }));
+        let count = near.read(&mut frame).await.unwrap();
+        assert!(frame.starts_with(PREFACE));
+        assert_eq!(max(&frame[PREFACE.len()..count]), Some(1 << 16));
+    }
+}

@@ -184,6 +184,11 @@ impl Heads {
     fn payload(&mut self, payload: &[u8]) {
         let [.., kind, flags, a, b, c, d] = self.head;
         let stream = u32::from_be_bytes([a & 0x7f, b, c, d]);
+        if kind == HEADERS && depends_on_itself(payload, flags, stream) {
+            // The library resets the stream and does not look at its block at all.
+            self.lost |= self.open.is_some();
+            return;
+        }
         let fragment = if kind == HEADERS { fragment(payload, flags) } else { Some(payload) };
         // What is wrong here ends the connection: the library looks at it next.
         let Some(fragment) = fragment.filter(|_| self.open.is_some() == (kind == CONTINUATION)) else {
@@ -230,6 +235,13 @@ impl Heads {
             malformed.push((stream, wrong));
         }
     }
+}
+
+/// A stream error of RFC 7540 (section 5.3.1), which for the library comes before all others of the frame.
+fn depends_on_itself(payload: &[u8], flags: u8, stream: u32) -> bool {
+    let rest = payload.get(usize::from(flags & PADDED != 0)..).unwrap_or_default();
+    let dependency = rest.first_chunk::<5>().map(|[a, b, c, d, _]| u32::from_be_bytes([a & 0x7f, *b, *c, *d]));
+    flags & PRIORITY != 0 && dependency == Some(stream) && stream != 0
 }
 
 /// The block's part of a HEADERS frame (RFC 9113 section 6.2).
@@ -289,6 +301,18 @@ mod tests {
                 "between others",
                 [head(1), head(3), frame(HEADERS, BOTH, 1, &[0x82]), head(5), frame(HEADERS, BOTH, 5, &field)].concat(),
                 vec![1],
+            ),
+            // The library skips the block of the second, whose field must not be in the table.
+            (
+                "one that depends on itself",
+                [
+                    frame(HEADERS, BOTH, 1, &[&REQUEST[..2], &[0x44, 2, b'/', b'a']].concat()),
+                    frame(HEADERS, BOTH | PRIORITY, 3, &[0, 0, 0, 3, 16, 0x44, 2, b'/', b'#']),
+                    frame(HEADERS, BOTH | PRIORITY | PADDED, 5, &[9, 0x80, 0, 0, 5, 16, 0x80]),
+                    frame(HEADERS, BOTH, 7, &[0x82, 0x86, 0xbe]),
+                ]
+                .concat(),
+                vec![],
             ),
             ("padded", frame(HEADERS, BOTH | PADDED, 1, &[&[2][..], REQUEST, &[0x82, 0x82]].concat()), vec![]),
             ("a fragment", frame(HEADERS, BOTH, 1, &[0x82, 0x86, 0x04, 3, b'/', b'#', b'a']), vec![1]),

@@ -5,7 +5,7 @@ pub mod body;
 mod date;
 mod downstream_io;
 pub mod exchange;
-mod flood;
+pub mod flood;
 pub mod head;
 pub mod headers;
 mod http1;
