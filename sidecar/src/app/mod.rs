@@ -80,6 +80,7 @@ impl Sidecar {
         let tls = Tls::new(clock.clone());
         let directory = Directory::new(clock);
         let places = Places::new(limits.connections);
+        let buffers = memory::budget(&limits);
         let tables: Arc<[Arc<Table>]> = (0..config.workers).map(|_| Table::new(places.clone())).collect();
         let hearts = Arc::new(Heartbeats::new());
         let (identity_status, identity) = watch::channel(IdentityStatus::default());
@@ -107,6 +108,7 @@ impl Sidecar {
             loads: Loads::default(),
             epoch: Instant::now(),
             limits: limits.clone(),
+            memory: buffers.clone(),
             drain: drain.handle(),
         };
         let lease = lease(&config, &bound);
@@ -149,6 +151,7 @@ impl Sidecar {
             lease,
             limits,
             places,
+            buffers,
             tables,
             drain: drain.handle(),
             admin,

@@ -24,6 +24,7 @@ use super::dial::{Dialer, Target};
 use super::http1::{Fault, Spelling};
 use super::http2::Broke;
 use super::request_body::RequestBody;
+use super::streams::Progress;
 use crate::config::limits::Limits;
 use crate::net::Stream;
 use crate::outcome::{Error, Reason};
@@ -122,6 +123,14 @@ impl UpstreamBody {
         match self {
             UpstreamBody::Http1(answer) => answer.size_hint(),
             UpstreamBody::Http2(answer) => answer.size_hint(),
+        }
+    }
+
+    /// From now on the watchdog knows how much waits here.
+    pub fn watch(&mut self, progress: &Progress) {
+        match self {
+            UpstreamBody::Http1(_) => {}
+            UpstreamBody::Http2(answer) => answer.watch(progress),
         }
     }
 
