@@ -134,8 +134,8 @@ impl Budget {
         self.holds(Budget::FULL)
     }
 
-    /// How much one connection's windows may add up to.
-    pub fn window_share(&self) -> u64 {
+    /// A quarter of it: what one connection's windows may add up to at most.
+    pub fn quarter(&self) -> u64 {
         self.limit.load(Relaxed).unsigned_abs() / 4
     }
 

@@ -268,11 +268,13 @@ impl Limits {
         Limits { connections: self.connections.min(left).max(1), ..self }
     }
 
-    /// Window of a connection that requests of several clients share: room for the window of every stream, so that streams
-    /// which nobody reads never stop the others. What they hold is bounded by the process's memory budget.
-    pub fn h2_shared_window(&self, streams: u32, window: u32) -> u32 {
+    /// Window of a connection that requests of several clients share, while so many bytes are held on it: room for every
+    /// stream's first window beyond that, so that streams which nobody reads never stop the others. What is held is bounded by
+    /// the process's memory budget.
+    pub fn h2_shared_window(&self, streams: u32, held: u32) -> u32 {
         const MOST: u32 = i32::MAX.cast_unsigned();
-        window.saturating_mul(streams).clamp(self.h2_connection_window, MOST)
+        let first = self.h2_stream_window.saturating_mul(streams).max(self.h2_connection_window);
+        first.saturating_add(held).min(MOST)
     }
 
     /// Window of an application's own connection, whose streams have such a window: its streams may stop each other.
@@ -300,6 +302,8 @@ mod tests {
         assert!(limits.connect_timeout * limits.connect_tries <= limits.connect_budget);
         assert!(limits.h2_stream_window <= limits.h2_connection_window);
         assert!(limits.h2_stream_window_most <= limits.h2_connection_window_most);
+        assert_eq!(limits.h2_shared_window(1_000, 1), 64_000 * KIB as u32 + 1);
+        assert_eq!(limits.h2_shared_window(1_000, u32::MAX), i32::MAX.cast_unsigned());
         assert_eq!(limits.h2_own_window(limits.h2_stream_window), limits.h2_connection_window);
         assert_eq!(limits.h2_own_window(limits.h2_stream_window_most), limits.h2_connection_window_most);
         assert!(limits.memory_accept_percent < limits.memory_refuse_percent);

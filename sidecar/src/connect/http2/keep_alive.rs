@@ -20,13 +20,30 @@ pub struct KeepAlive {
     timer: Option<Pin<Box<Sleep>>>,
     meter: Rc<Meter>,
     windows: Windows,
-    /// The library has been told of so large a window.
+    /// What the windows of all streams may add up to.
+    connection: u32,
+    /// The library has been told of so large a window ...
     set: u32,
+    /// ... and that so much is held.
+    held: u32,
     state: State,
     /// Half the time of silence after which the peer is asked.
     tick: Duration,
     timeout: Duration,
 }
+
+/// What has changed on a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Change {
+    /// Streams get this window.
+    Window(u32),
+    /// So many bytes are held, about: a connection that many share gets as much more window, so that who does not read stops
+    /// nobody else.
+    Held(u32),
+}
+
+/// A change of what is held that is worth telling.
+const HELD_STEP: u32 = 1 << 20;
 
 #[derive(Clone, Copy)]
 enum State {
@@ -45,7 +62,8 @@ impl KeepAlive {
         let timer = asks.then(|| Box::pin(tokio::time::sleep(tick)));
         let windows = Windows::new(limits);
         let (set, timeout) = (windows.window(), limits.user_timeout);
-        KeepAlive { pings, timer, meter, windows, set, state: State::Alive, tick, timeout }
+        let connection = limits.h2_connection_window_most;
+        KeepAlive { pings, timer, meter, windows, connection, set, held: 0, state: State::Alive, tick, timeout }
     }
 
     /// Ready when the peer is gone. To be polled before the connection, which writes the PING. `in_use`: somebody waits
@@ -72,9 +90,9 @@ impl KeepAlive {
         }
     }
 
-    /// To be called whenever the connection was polled: measures, and gives each new window of streams to `set`, until that
-    /// takes it. The library takes none while the last one is not acknowledged.
-    pub fn follow(&mut self, cx: &mut Context<'_>, mut set: impl FnMut(u32) -> bool) {
+    /// To be called whenever the connection was polled: measures, and gives each change to `set`, until that takes it. The
+    /// library takes no new window while the last one is not acknowledged.
+    pub fn follow(&mut self, cx: &mut Context<'_>, mut set: impl FnMut(Change) -> bool) {
         self.meter.rests();
         let data = self.meter.take_received();
         if self.windows.is_measuring()
@@ -90,10 +108,14 @@ impl KeepAlive {
             if self.meter.is_tight() {
                 self.windows.shrink();
             } else {
-                self.windows.limit(self.meter.window_share());
+                self.windows.limit(self.meter.window_share(self.connection));
             }
         }
-        if self.windows.window() != self.set && set(self.windows.window()) {
+        let held = self.meter.held();
+        if held.abs_diff(self.held) >= HELD_STEP && set(Change::Held(held)) {
+            self.held = held;
+        }
+        if self.windows.window() != self.set && set(Change::Window(self.windows.window())) {
             self.set = self.windows.window();
             // It is written when the connection is polled next.
             cx.waker().wake_by_ref();

@@ -141,11 +141,16 @@ impl Meter {
         self.ledger.budget.may_grow()
     }
 
-    /// How large the window of each stream may be with as many bodies as come now: all of them together stay within the
-    /// connection's share of the budget.
-    pub fn window_share(&self) -> u32 {
-        let share = self.ledger.budget.window_share() / self.bodies.get().max(1);
-        u32::try_from(share).unwrap_or(u32::MAX)
+    /// How large the window of each stream may be with as many bodies as come now: all of them together stay within `most`
+    /// bytes and a quarter of the budget.
+    pub fn window_share(&self, most: u32) -> u32 {
+        let share = self.ledger.budget.quarter().min(most.into()) / self.bodies.get().max(1);
+        u32::try_from(share).unwrap_or(most)
+    }
+
+    /// What the connection holds.
+    pub fn held(&self) -> u32 {
+        u32::try_from(self.held.get()).unwrap_or(0)
     }
 
     /// A body begins to come.

@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 use super::{Answered, Lane, Unsent, UpstreamBody, fault, usable};
 use crate::connect::http2::heads::{Heads, Marks, PSEUDO_IN_TRAILERS, Sender};
 use crate::connect::http2::{
-    Allowance, Batched, Broke, Incoming, KeepAlive, Meter, Sending, Stop, UpstreamIo, check_fields, leaving,
+    Allowance, Batched, Broke, Change, Incoming, KeepAlive, Meter, Sending, Stop, UpstreamIo, check_fields, leaving,
 };
 use crate::connect::interim::{self, Interim};
 use crate::connect::request_body::{RequestBody, RequestBroke};
@@ -230,7 +230,7 @@ impl Lane {
         let (sender, mut connection) = h2::client::Builder::new()
             .enable_push(false)
             .initial_window_size(limits.h2_stream_window)
-            .initial_connection_window_size(limits.h2_shared_window(most, limits.h2_stream_window))
+            .initial_connection_window_size(limits.h2_shared_window(most, 0))
             .data_frame_budget(limits.h2_data_frames_mesh)
             .max_header_list_size(limits.h2_header_list_taken)
             .max_send_buffer_size(limits.h2_send_buffer)
@@ -261,12 +261,12 @@ impl Lane {
             // How it ended, its streams tell.
             let ended = gone || Pin::new(&mut connection).poll(cx).is_ready();
             if !ended {
-                alive.follow(cx, |window| {
-                    let set = connection.set_initial_window_size(window).is_ok();
-                    if set {
-                        connection.set_target_window_size(limits.h2_shared_window(most, window));
+                alive.follow(cx, |change| match change {
+                    Change::Window(window) => connection.set_initial_window_size(window).is_ok(),
+                    Change::Held(held) => {
+                        connection.set_target_window_size(limits.h2_shared_window(most, held));
+                        true
                     }
-                    set
                 });
             }
             io.end_turn(cx);

@@ -22,7 +22,7 @@ use super::flood::Flood;
 use super::interim;
 use super::serve::{Connection, OnRefusal};
 use crate::connect::http2::heads::{Heads, Marks, Sender};
-use crate::connect::http2::{Batched, Incoming, KeepAlive, Meter, Sending, Stop, leaving};
+use crate::connect::http2::{Batched, Change, Incoming, KeepAlive, Meter, Sending, Stop, leaving};
 use crate::connect::interim::{Head, MOST_WAITING, size};
 use crate::connect::request_body::Received;
 use crate::connect::streams::StreamTask;
@@ -66,13 +66,7 @@ where
         }
         Client::Sidecar => {
             let streams = limits.h2_streams_mesh;
-            (
-                streams,
-                streams,
-                streams as usize,
-                limits.h2_local_resets_mesh,
-                limits.h2_shared_window(streams, limits.h2_stream_window),
-            )
+            (streams, streams, streams as usize, limits.h2_local_resets_mesh, limits.h2_shared_window(streams, 0))
         }
     };
     let marks = Marks::new(limits.h2_header_list);
@@ -179,15 +173,17 @@ where
                 }
                 let refused = self.marks.refused();
                 let (limits, client) = (&self.session.worker.limits, self.client);
-                alive.follow(cx, |window| {
-                    let set = connection.set_initial_window_size(window).is_ok();
-                    if set {
-                        connection.set_target_window_size(match client {
-                            Client::One => limits.h2_own_window(window),
-                            Client::Sidecar => limits.h2_shared_window(limits.h2_streams_mesh, window),
-                        });
+                alive.follow(cx, |change| match (change, client) {
+                    (Change::Window(window), _) if connection.set_initial_window_size(window).is_err() => false,
+                    (Change::Window(window), Client::One) => {
+                        connection.set_target_window_size(limits.h2_own_window(window));
+                        true
                     }
-                    set
+                    (Change::Held(held), Client::Sidecar) => {
+                        connection.set_target_window_size(limits.h2_shared_window(limits.h2_streams_mesh, held));
+                        true
+                    }
+                    (Change::Window(_), Client::Sidecar) | (Change::Held(_), Client::One) => true,
                 });
                 self.count_refused(refused);
                 return Poll::Pending;
