@@ -67,6 +67,7 @@ pub struct Unsent {
 
 /// The body of an answer. It holds the connection that it comes on: [`UpstreamBody::release`] gives it back, dropping
 /// the body does not.
+#[expect(clippy::large_enum_variant, reason = "a box would be one more allocation for each answer over HTTP/2")]
 pub enum UpstreamBody {
     Http1(Box<http1::Answer>),
     Http2(http2::Answer),

@@ -118,7 +118,7 @@ pub(super) struct Serving<R> {
 
 enum State {
     Opening { handshake: Handshake<Batched<DownstreamIo>, Bytes>, finish: bool },
-    Open { connection: h2::server::Connection<Batched<DownstreamIo>, Bytes>, alive: KeepAlive, refusing: Refusing },
+    Open { connection: h2::server::Connection<Batched<DownstreamIo>, Bytes>, alive: Box<KeepAlive>, refusing: Refusing },
 }
 
 /// The end of a connection whose peer does not acknowledge that it ends.
@@ -155,6 +155,7 @@ where
         if let State::Opening { handshake, finish } = &mut self.state {
             let Ok(mut connection) = ready!(Pin::new(handshake).poll(cx)) else { return Poll::Ready(()) };
             let alive = KeepAlive::new(connection.ping_pong(), self.meter.clone(), &self.session.worker.limits, true);
+            let alive = Box::new(alive);
             if *finish {
                 connection.graceful_shutdown();
             }
