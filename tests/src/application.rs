@@ -267,6 +267,13 @@ impl Backend {
         stream.into()
     }
 
+    /// The next connection, whenever it comes.
+    pub async fn wait(&self) -> Connection {
+        let (stream, _) = self.listener.accept().await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.into()
+    }
+
     /// A connection if one is waiting already.
     pub async fn accepted(&self) -> Option<Connection> {
         let waiting = std::future::poll_fn(|cx| match self.listener.poll_accept(cx) {

@@ -166,9 +166,14 @@ pub struct Http2Server {
 impl Http2Server {
     /// Takes the next connection to `backend`.
     pub async fn accept(backend: &Backend, set: impl FnOnce(&mut h2::server::Builder)) -> Http2Server {
+        Http2Server::over(backend.accept().await, set).await
+    }
+
+    /// On a connection that was taken already.
+    pub async fn over(connection: crate::Connection, set: impl FnOnce(&mut h2::server::Builder)) -> Http2Server {
         let mut builder = h2::server::Builder::new();
         set(&mut builder);
-        let (stream, ahead) = backend.accept().await.into_parts();
+        let (stream, ahead) = connection.into_parts();
         assert!(ahead.is_empty());
         let handshake = builder.handshake::<_, Bytes>(stream.expect("plain TCP"));
         let mut connection = soon("the HTTP/2 preface", handshake).await.unwrap();

@@ -405,7 +405,7 @@ async fn no_more_streams_than_the_application_allows() {
 fn few_streams(app: Backend, says: u32, takes: usize) {
     tokio::spawn(async move {
         loop {
-            let mut server = Http2Server::accept(&app, |server| {
+            let mut server = Http2Server::over(app.wait().await, |server| {
                 server.max_concurrent_streams(says);
             })
             .await;

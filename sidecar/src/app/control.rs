@@ -7,6 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use outrigger_api::snapshot::{KeyAlgorithm, Workload};
 use outrigger_runtime::drain::{DrainHandle, State};
+use outrigger_runtime::memory::Budget;
 use tokio::sync::{Notify, watch};
 
 use super::{exemption, memory};
@@ -29,6 +30,8 @@ pub(super) struct Control {
     pub(super) lease: Option<Lease>,
     pub(super) limits: Limits,
     pub(super) places: Arc<Places>,
+    /// What all buffers may hold.
+    pub(super) buffers: Arc<Budget>,
     pub(super) tables: Arc<[Arc<Table>]>,
     pub(super) drain: DrainHandle,
     pub(super) admin: Admin,
@@ -51,6 +54,7 @@ impl Control {
             lease,
             limits,
             places,
+            buffers,
             tables,
             drain,
             admin,
@@ -90,7 +94,7 @@ impl Control {
         tokio::spawn(discovery::run(discovery, tls.clone(), lease, directory.clone(), reports.source(), withdraw));
         tokio::spawn(follow(config.workload.clone(), directory, telemetry.clone()));
         tokio::spawn(gauges(tls, admin.directory.clone(), telemetry.clone()));
-        tokio::spawn(memory::watch(limits, places, telemetry.clone()));
+        tokio::spawn(memory::watch(limits, buffers, places, telemetry.clone()));
         if config.transparent {
             let readiness = admin.readiness.clone();
             let comes_back = readiness.comes_back.clone();

@@ -1,11 +1,12 @@
 //! Whether memory is short, looked at several times a second on the control thread. When it is, new connections are
-//! refused before they cost anything; what is open goes on. An allocation that fails ends a process, and a control group
-//! at its limit is killed: this is what keeps both from happening.
+//! refused before they cost anything; what is open goes on, but for streams that stand still, which the workers end. An
+//! allocation that fails ends a process, and a control group at its limit is killed: this is what keeps both from
+//! happening. Looking is too slow for buffers, which fill within milliseconds: they are counted (`memory::Budget`).
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use outrigger_runtime::memory::Memory;
+use outrigger_runtime::memory::{Budget, Memory};
 
 use crate::config::Limits;
 use crate::connection::Places;
@@ -22,16 +23,29 @@ struct Use {
     limit: u64,
 }
 
-/// Refuses connections while memory is short. Without a limit of memory it does nothing.
-pub(super) async fn watch(limits: Limits, places: Arc<Places>, telemetry: Arc<Telemetry>) {
+/// The budget of all buffers, for the limit that is in force now.
+pub(super) fn budget(limits: &Limits) -> Arc<Budget> {
+    Budget::new(limits.memory_buffers.unwrap_or_else(|| Budget::share(Memory::of_this_process().limit())))
+}
+
+/// Refuses connections while memory is short, and keeps the budget's limit.
+pub(super) async fn watch(limits: Limits, budget: Arc<Budget>, places: Arc<Places>, telemetry: Arc<Telemetry>) {
     let memory = Memory::of_this_process();
-    let look = || Some(Use { resident: Memory::resident()?, limit: memory.limit()? });
+    let mut had = None;
+    let mut look = || {
+        let limit = memory.limit();
+        if std::mem::replace(&mut had, limit) != limit && limits.memory_buffers.is_none() {
+            budget.set_limit(Budget::share(limit));
+        }
+        Some(Use { resident: Memory::resident()?, limit: limit? })
+    };
     let mut short = false;
     loop {
         let seen = look();
-        let now = seen.is_some_and(|seen| is_short(seen, short, &limits));
-        if let Some(seen) = seen.filter(|_| now != short) {
-            tell(seen, now, &limits);
+        budget.set_process_short(seen.is_some_and(|seen| seen.reaches(limits.memory_accept_percent)));
+        let now = budget.is_used_up() || seen.is_some_and(|seen| is_short(seen, short, &limits));
+        if now != short {
+            tell(seen, &budget, now, &limits);
         }
         short = now;
         places.refuse(short);
@@ -40,20 +54,27 @@ pub(super) async fn watch(limits: Limits, places: Arc<Places>, telemetry: Arc<Te
     }
 }
 
-/// It begins at one share of the limit and ends at a lower one, so that it does not begin again at once.
-fn is_short(seen: Use, was: bool, limits: &Limits) -> bool {
-    let percent = if was { limits.memory_accept_percent } else { limits.memory_refuse_percent };
-    u128::from(seen.resident) * 100 >= u128::from(seen.limit) * u128::from(percent)
+impl Use {
+    fn reaches(self, percent: u32) -> bool {
+        u128::from(self.resident) * 100 >= u128::from(self.limit) * u128::from(percent)
+    }
 }
 
-fn tell(seen: Use, short: bool, limits: &Limits) {
-    let (resident, limit) = (seen.resident >> 20, seen.limit >> 20);
+/// It begins at one share of the limit and ends at a lower one, so that it does not begin again at once.
+fn is_short(seen: Use, was: bool, limits: &Limits) -> bool {
+    seen.reaches(if was { limits.memory_accept_percent } else { limits.memory_refuse_percent })
+}
+
+fn tell(seen: Option<Use>, budget: &Budget, short: bool, limits: &Limits) {
+    let (resident, limit) = (seen.map(|seen| seen.resident >> 20), seen.map(|seen| seen.limit >> 20));
+    let buffers = budget.held() >> 20;
     if short {
         tracing::warn!(
             resident_mib = resident,
             limit_mib = limit,
+            buffers_mib = buffers,
             "memory is short: new connections are refused until less than {} % of the limit is in use; what is open goes \
-             on. Raise the memory limit of this container or control group",
+             on, but for HTTP/2 streams that stand still. Raise the memory limit of this container or control group",
             limits.memory_accept_percent
         );
     } else {

@@ -81,6 +81,7 @@ impl Sidecar {
         let tls = Tls::new(clock.clone());
         let directory = Directory::new(clock);
         let places = Places::new(limits.connections);
+        let buffers = memory::budget(&limits);
         let tables: Arc<[Arc<Table>]> = (0..config.workers).map(|_| Table::new(places.clone())).collect();
         let hearts = Arc::new(Heartbeats::new());
         let (identity_status, identity) = watch::channel(IdentityStatus::default());
@@ -109,6 +110,7 @@ impl Sidecar {
             loads: Loads::default(),
             epoch: Instant::now(),
             limits: limits.clone(),
+            memory: buffers.clone(),
             drain: drain.handle(),
         };
         let lease = lease(&config, &bound);
@@ -151,6 +153,7 @@ impl Sidecar {
             lease,
             limits,
             places,
+            buffers,
             tables,
             drain: drain.handle(),
             admin,

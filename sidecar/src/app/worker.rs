@@ -14,6 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
 use crate::connect::dial::{Dialer, OwnListeners};
+use crate::connect::http2::Ledger;
 use crate::connect::worker::{Shared, Worker};
 use crate::connection::{Command, Direction, Entry, Registered, Table};
 use crate::net::SocketOptions;
@@ -82,7 +83,9 @@ pub fn run(start: Start) -> io::Result<()> {
 
 async fn serve(start: Start) -> io::Result<()> {
     let Start { shared, crew, mut inbox, listeners, own_listeners, socket, heart } = start;
-    let dialer = Dialer::new(shared.tls.clone(), socket, &shared.limits, own_listeners, shared.own_dials.clone());
+    let ledger = Ledger::new(shared.memory.clone());
+    let own_dials = shared.own_dials.clone();
+    let dialer = Dialer::new(shared.tls.clone(), socket, &shared.limits, own_listeners, own_dials, ledger);
     let worker = Worker::new(&shared, crew.tables[crew.own].clone(), dialer);
     let itself = Rc::downgrade(&worker);
     worker.dialer.set_door(Box::new(move |application, alpn, stream| {
@@ -107,6 +110,8 @@ async fn serve(start: Start) -> io::Result<()> {
             }
         }
     });
+    let relieving = worker.clone();
+    vital.spawn_local(async move { relieving.relieve().await });
     let watching = worker.clone();
     vital.spawn_local(watch(watching, heart));
     let broken = async {

@@ -44,10 +44,16 @@ pub struct Limits {
     /// A new connection is opened to an endpoint when the streams of the open ones reach this share (percent) of the
     /// peer's limit: waiting for a free stream costs more than a handshake.
     pub h2_streams_used_percent: u32,
-    /// Flow-control window of one stream; with the next one the bound on what a slow reader makes us hold.
+    /// Flow-control window of one stream at first. It grows with bandwidth x round trip (`connect/http2/windows.rs`) ...
     pub h2_stream_window: u32,
-    /// Flow-control window of one connection of an application. See [`Limits::h2_shared_window`] for the others.
+    /// ... up to here, and is small again while the process's memory budget is nearly used up.
+    pub h2_stream_window_most: u32,
+    /// Flow-control window of one connection of an application at first. See [`Limits::h2_shared_window`] for the others.
     pub h2_connection_window: u32,
+    pub h2_connection_window_most: u32,
+    /// What small DATA frames may cost a connection between two sidecars before they have gone on, in bytes that each is
+    /// short of 256.
+    pub h2_data_frames_mesh: usize,
     /// What is buffered for sending on one stream: one window.
     pub h2_send_buffer: usize,
     /// Streams that the peer reset and that we have not yet forgotten; beyond is GOAWAY (rapid reset, CVE-2023-44487).
@@ -159,6 +165,8 @@ pub struct Limits {
     pub memory_refuse_percent: u32,
     /// ... and under which they are accepted again. What open connections hold is bounded by their own limits.
     pub memory_accept_percent: u32,
+    /// What all buffers may hold together, bytes; None: a share of the limit of memory (`outrigger_runtime::memory::Budget`).
+    pub memory_buffers: Option<u64>,
     /// SIGTERM to exit, drain delay included.
     pub drain_total: Duration,
 
@@ -199,7 +207,10 @@ impl Default for Limits {
             h2_streams_mesh: 1_000,
             h2_streams_used_percent: 80,
             h2_stream_window: 64 * KIB as u32,
+            h2_stream_window_most: 4 * MIB as u32,
             h2_connection_window: MIB as u32,
+            h2_connection_window_most: 16 * MIB as u32,
+            h2_data_frames_mesh: 32 * MIB,
             h2_send_buffer: 64 * KIB,
             h2_pending_resets: 20,
             h2_local_resets: 100,
@@ -250,6 +261,7 @@ impl Default for Limits {
 
             memory_refuse_percent: 90,
             memory_accept_percent: 80,
+            memory_buffers: None,
             drain_total: Duration::from_secs(30),
 
             control_plane_message: 16 * MIB,
@@ -273,11 +285,18 @@ impl Limits {
         Limits { connections: self.connections.min(left).max(1), ..self }
     }
 
-    /// Window of a connection that requests of several clients share: room for every stream's window, so that streams
-    /// which nobody reads never stop the others.
-    pub fn h2_shared_window(&self, streams: u32) -> u32 {
+    /// Window of a connection that requests of several clients share, while so many bytes are held on it: room for every
+    /// stream's first window beyond that, so that streams which nobody reads never stop the others. What is held is bounded by
+    /// the process's memory budget.
+    pub fn h2_shared_window(&self, streams: u32, held: u32) -> u32 {
         const MOST: u32 = i32::MAX.cast_unsigned();
-        self.h2_stream_window.saturating_mul(streams).clamp(self.h2_connection_window, MOST)
+        let first = self.h2_stream_window.saturating_mul(streams).max(self.h2_connection_window);
+        first.saturating_add(held).min(MOST)
+    }
+
+    /// Window of an application's own connection, whose streams have such a window: its streams may stop each other.
+    pub fn h2_own_window(&self, window: u32) -> u32 {
+        window.saturating_mul(4).clamp(self.h2_connection_window, self.h2_connection_window_most)
     }
 }
 
@@ -303,6 +322,11 @@ mod tests {
         assert!(limits.connect_beside * limits.connect_tries <= limits.connect_budget);
         assert!(limits.connect_budget < limits.application_connect);
         assert!(limits.h2_stream_window <= limits.h2_connection_window);
+        assert!(limits.h2_stream_window_most <= limits.h2_connection_window_most);
+        assert_eq!(limits.h2_shared_window(1_000, 1), 64_000 * KIB as u32 + 1);
+        assert_eq!(limits.h2_shared_window(1_000, u32::MAX), i32::MAX.cast_unsigned());
+        assert_eq!(limits.h2_own_window(limits.h2_stream_window), limits.h2_connection_window);
+        assert_eq!(limits.h2_own_window(limits.h2_stream_window_most), limits.h2_connection_window_most);
         assert!(limits.memory_accept_percent < limits.memory_refuse_percent);
         assert!(limits.renew_retry_first < limits.renew_retry_longest);
         assert!(limits.dns_server_timeout < limits.dns_budget);

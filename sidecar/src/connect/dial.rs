@@ -10,6 +10,7 @@ use outrigger_api::identity::SpiffeId;
 use rustls_pki_types::ServerName;
 use tokio::sync::Semaphore;
 
+use super::http2::Ledger;
 use super::own_dials::OwnDials;
 use crate::config::limits::Limits;
 use crate::connection::Proof;
@@ -73,6 +74,8 @@ pub struct Dialer {
     handshakes: Semaphore,
     own_listeners: OwnListeners,
     own_dials: OwnDials,
+    /// What the HTTP/2 connections hold.
+    ledger: Rc<Ledger>,
     door: OnceCell<Door>,
     /// Every connection to another sidecar, pooled ones and those in use, with what its peer proved.
     proved: RefCell<Vec<(Cut, Proof)>>,
@@ -115,6 +118,7 @@ impl Dialer {
         limits: &Limits,
         own_listeners: OwnListeners,
         own_dials: OwnDials,
+        ledger: Rc<Ledger>,
     ) -> Rc<Dialer> {
         Rc::new(Dialer {
             tls,
@@ -126,10 +130,16 @@ impl Dialer {
             handshakes: Semaphore::new(limits.handshakes_in_flight),
             own_listeners,
             own_dials,
+            ledger,
             door: OnceCell::new(),
             proved: RefCell::default(),
             clean_at: Cell::new(64),
         })
+    }
+
+    /// What this worker's HTTP/2 connections hold.
+    pub fn ledger(&self) -> &Rc<Ledger> {
+        &self.ledger
     }
 
     /// Says where connections of the workload to itself go. The first one counts.

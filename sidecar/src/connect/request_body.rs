@@ -11,7 +11,7 @@ use http_body::{Body, Frame, SizeHint};
 
 use super::bound::Bound;
 use super::http1::{self, Fault, Spelling};
-use super::http2;
+use super::http2::{self, Meter};
 use super::interim::Interim;
 use super::lane::Lane;
 use super::streams::Progress;
@@ -44,8 +44,9 @@ pub struct RequestBody {
 }
 
 /// The beginning of a body, for a peer that refuses its stream. The first frame is apart because most requests have one.
-#[derive(Default)]
 struct Replay {
+    /// Of the connection that it came on, which holds it.
+    meter: Rc<Meter>,
     first: Option<Bytes>,
     more: Vec<Bytes>,
     bytes: usize,
@@ -155,8 +156,11 @@ impl RequestBody {
 
     /// From now on what is taken is kept, up to so many bytes, so that [`RequestBody::rewind`] can give it again.
     pub fn keep(&mut self, most: usize) {
-        if self.streaming.is_some() && self.replay.is_none() {
-            self.replay = Some(Replay { most, ..Replay::default() });
+        if let Some(Streaming { received: Received::Http2(incoming), .. }) = &self.streaming
+            && self.replay.is_none()
+        {
+            let meter = incoming.meter().clone();
+            self.replay = Some(Replay { meter, first: None, more: Vec::new(), bytes: 0, most, given: 0, again: 0 });
         }
     }
 
@@ -167,6 +171,9 @@ impl RequestBody {
             && let Some(replay) = &mut self.replay
         {
             replay.most = 0;
+        }
+        if let Some(body) = self.streaming.as_ref().filter(|_| self.replay.is_none()) {
+            body.progress.keeps(0);
         }
     }
 
@@ -236,10 +243,11 @@ impl Replay {
 
     /// False when there is no room for it.
     fn keep(&mut self, data: &Bytes) -> bool {
-        self.bytes += data.len();
-        if self.bytes > self.most {
+        if self.bytes + data.len() > self.most || self.meter.is_tight() {
             return false;
         }
+        self.bytes += data.len();
+        self.meter.hold(data.len());
         match &self.first {
             None => self.first = Some(data.clone()),
             Some(_) => self.more.push(data.clone()),
@@ -247,6 +255,12 @@ impl Replay {
         self.given += 1;
         self.again += 1;
         true
+    }
+}
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        self.meter.release(self.bytes);
     }
 }
 
@@ -276,6 +290,9 @@ impl Body for RequestBody {
         };
         if !kept {
             this.replay = None;
+        }
+        if frame.is_data() {
+            body.progress.keeps(this.replay.as_ref().map_or(0, |replay| replay.bytes));
         }
         if let Some(data) = frame.data_ref() {
             body.record.add_request_bytes(data.len() as u64);

@@ -1,22 +1,33 @@
 //! The requests in flight on one worker, so that one on which nothing moves is ended. Its task is woken and ends the
 //! stream; where the task cannot, because it waits for a downstream that takes nothing, its task is ended (HTTP/2: the
-//! other streams of a shared connection go on) or the downstream connection is closed (HTTP/1).
+//! other streams of a shared connection go on) or the downstream connection is closed (HTTP/1). When memory is short,
+//! HTTP/2 streams that stand still and hold bytes are ended the same way (`relieve`).
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use h2::FlowControl;
 use outrigger_runtime::drain::{DrainHandle, Hold};
 
+use super::http2::{Ledger, Meter};
 use crate::connection::{Command, Entry, State};
+use crate::outcome::Reason;
 use crate::telemetry::HttpRecord;
 
+/// A stream on which nothing moved for so long stands still.
+const STANDS: Duration = Duration::from_secs(1);
+
 /// The list itself; cloning shares it.
-#[derive(Clone, Default)]
-pub struct Streams(Rc<RefCell<Vec<Rc<Activity>>>>);
+#[derive(Clone)]
+pub struct Streams {
+    live: Rc<RefCell<Vec<Rc<Activity>>>>,
+    ledger: Rc<Ledger>,
+}
 
 /// When something last moved on one stream, as the watchdog saw it.
 struct Activity {
@@ -25,7 +36,8 @@ struct Activity {
     index: Cell<usize>,
     moved: Cell<bool>,
     still_since: Cell<Option<Instant>>,
-    expired: Cell<bool>,
+    /// Why the stream is to be ended.
+    expired: Cell<Option<Reason>>,
     /// Bytes wait for the upstream, or for the downstream, which takes none.
     stalled: Cell<Stalled>,
     waker: RefCell<Option<Waker>>,
@@ -33,6 +45,37 @@ struct Activity {
     task: Cell<Task>,
     /// The downstream broke off its request.
     broken: Cell<bool>,
+    /// Its bodies, as far as they come over HTTP/2: that of the request and that of the answer.
+    bodies: [RefCell<Option<Held>>; 2],
+    /// Bytes of the request that have gone on and are kept in case the upstream refuses it.
+    kept: Cell<usize>,
+}
+
+/// Which of a stream's bodies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    Request,
+    Answer,
+}
+
+/// A body of which something may wait, and the connection that it comes on.
+struct Held {
+    flow: FlowControl,
+    meter: Rc<Meter>,
+}
+
+/// Held by a body while it can be watched. It has to be dropped before the body's stream is: the library takes a stream
+/// for wanted while anybody refers to it.
+pub struct Watch {
+    activity: Rc<Activity>,
+    part: Part,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let held = self.activity.bodies[self.part as usize].take();
+        drop(held);
+    }
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -55,19 +98,30 @@ thread_local! {
 }
 
 impl Streams {
+    pub fn new(ledger: &Rc<Ledger>) -> Streams {
+        Streams { live: Rc::default(), ledger: ledger.clone() }
+    }
+
+    /// What this worker's connections hold.
+    pub fn ledger(&self) -> &Rc<Ledger> {
+        &self.ledger
+    }
+
     /// A request begins on `entry`; `own_task` when nothing but this request runs on the current task.
     pub fn begin(&self, entry: &Arc<Entry>, own_task: bool) -> Stream {
-        let mut live = self.0.borrow_mut();
+        let mut live = self.live.borrow_mut();
         let activity = Rc::new(Activity {
             entry: entry.clone(),
             index: Cell::new(live.len()),
             moved: Cell::new(true),
             still_since: Cell::new(None),
-            expired: Cell::new(false),
+            expired: Cell::new(None),
             stalled: Cell::default(),
             waker: RefCell::default(),
             task: Cell::new(Task::Shared),
             broken: Cell::new(false),
+            bodies: [RefCell::default(), RefCell::default()],
+            kept: Cell::new(0),
         });
         live.push(activity.clone());
         if own_task {
@@ -77,7 +131,7 @@ impl Streams {
     }
 
     fn end(&self, activity: &Activity) {
-        let mut live = self.0.borrow_mut();
+        let mut live = self.live.borrow_mut();
         let index = activity.index.get();
         if index < live.len() {
             live.swap_remove(index);
@@ -90,17 +144,17 @@ impl Streams {
     /// The watchdog's tick. A stream may be silent for longer than bytes of it may wait for a reader.
     pub fn sweep(&self, silent: Duration, stalled: Duration) {
         let now = Instant::now();
-        for activity in self.0.borrow().iter() {
+        for activity in self.live.borrow().iter() {
             if activity.moved.take() {
                 activity.still_since.set(Some(now));
-                activity.expired.set(false);
+                activity.expired.set(None);
                 continue;
             }
             let still = activity.still_since.get().map_or(Duration::ZERO, |since| now.duration_since(since));
-            if !activity.expired.get() {
+            if activity.expired.get().is_none() {
                 let limit = if activity.stalled.get() == Stalled::default() { silent } else { silent.min(stalled) };
                 if still > limit {
-                    activity.expired.set(true);
+                    activity.expired.set(Some(Reason::StreamIdleTimeout));
                     activity.wake();
                 }
             } else if activity.task.get() == Task::Own {
@@ -112,9 +166,86 @@ impl Streams {
             }
         }
     }
+
+    /// Ends streams that stand still while memory is short, as many as this worker's part of the excess takes; says whether
+    /// to call again, a moment later. What has moved within a second is left alone. First come the streams of the
+    /// connections that hold most for longest (bytes x seconds): who rests for a minute with one window full is not whom
+    /// memory is short of, and a connection with a thousand full windows is.
+    pub fn relieve(&self) -> bool {
+        let now = Instant::now();
+        let budget = self.ledger.budget();
+        let live = self.live.borrow();
+        // The library is asked, because counting runs ahead of it.
+        let held: Vec<_> = live.iter().map(|activity| activity.held()).collect();
+        self.ledger.recount(held.iter().flatten().flatten().map(|(meter, bytes)| (meter, *bytes)));
+        // Who still holds much comes to rest again.
+        self.ledger.resume();
+        if !budget.is_short() {
+            return false;
+        }
+        let mut still: Vec<(&Rc<Activity>, usize, Duration)> = Vec::new();
+        let mut connections: HashMap<u64, f64> = HashMap::new();
+        for (activity, held) in live.iter().zip(&held) {
+            let bytes: usize = held.iter().flatten().map(|(_, bytes)| bytes).sum();
+            if activity.moved.take() {
+                activity.still_since.set(Some(now));
+                activity.expired.set(None);
+                continue;
+            }
+            if bytes == 0 || activity.task.get() != Task::Own {
+                continue;
+            }
+            if activity.expired.get().is_some() {
+                // It was woken a moment ago and has not ended, so its client is not reading.
+                activity.task.set(Task::Ended);
+                activity.wake();
+                continue;
+            }
+            let stands = activity.still_since.get().map_or(Duration::ZERO, |since| now.duration_since(since));
+            if stands < STANDS {
+                continue;
+            }
+            *connections.entry(activity.entry.id).or_default() += bytes as f64 * stands.as_secs_f64();
+            still.push((activity, bytes, stands));
+        }
+        let weight = |activity: &Activity| connections.get(&activity.entry.id).copied().unwrap_or_default();
+        still.sort_by(|(one, one_bytes, one_stands), (other, bytes, stands)| {
+            weight(other).total_cmp(&weight(one)).then(stands.cmp(one_stands)).then(bytes.cmp(one_bytes))
+        });
+        let mut excess = budget.excess();
+        let (own, all) = (self.ledger.held().max(0), budget.held().max(1));
+        excess = i64::try_from(i128::from(excess) * i128::from(own) / i128::from(all)).unwrap_or(i64::MAX);
+        let mut ended = 0_usize;
+        for (activity, bytes, _) in still {
+            if excess <= 0 {
+                break;
+            }
+            excess -= i64::try_from(bytes).unwrap_or(i64::MAX);
+            activity.expired.set(Some(Reason::Overloaded));
+            activity.wake();
+            ended += 1;
+        }
+        if ended > 0 {
+            tracing::warn!(
+                streams = ended,
+                "memory is short: HTTP/2 streams that stood still with bytes waiting are ended (overloaded). Raise the memory \
+                 limit of this container or control group"
+            );
+        }
+        true
+    }
 }
 
 impl Activity {
+    /// What waits in its bodies or is kept of them, by connection.
+    fn held(&self) -> [Option<(Rc<Meter>, usize)>; 2] {
+        let kept = [self.kept.get(), 0];
+        std::array::from_fn(|part| {
+            let mut body = self.bodies[part].borrow_mut();
+            body.as_mut().map(|Held { flow, meter }| (meter.clone(), flow.used_capacity() + kept[part]))
+        })
+    }
+
     fn wake(&self) {
         if let Some(waker) = self.waker.take() {
             waker.wake();
@@ -187,6 +318,17 @@ impl Progress {
     pub fn broke_off(&self) {
         self.0.broken.set(true);
     }
+
+    /// So much of the request is kept.
+    pub fn keeps(&self, bytes: usize) {
+        self.0.kept.set(bytes);
+    }
+
+    /// From now on it is known how much waits in a body.
+    pub fn watch(&self, part: Part, flow: FlowControl, meter: Rc<Meter>) -> Watch {
+        *self.0.bodies[part as usize].borrow_mut() = Some(Held { flow, meter });
+        Watch { activity: self.0.clone(), part }
+    }
 }
 
 /// Held by the request, then by its answer's body.
@@ -209,17 +351,17 @@ impl Stream {
         Progress(self.activity.clone())
     }
 
-    /// True when the stream is to be ended; else the task is woken when it is.
-    pub fn is_expired(&self, cx: &Context<'_>) -> bool {
-        if self.activity.expired.get() {
-            return true;
+    /// Why the stream is to be ended; else the task is woken when it is.
+    pub fn poll_expired(&self, cx: &Context<'_>) -> Option<Reason> {
+        let expired = self.expired();
+        if expired.is_none() {
+            self.activity.listen(cx);
         }
-        self.activity.listen(cx);
-        false
+        expired
     }
 
-    /// Nothing moved for too long.
-    pub fn has_expired(&self) -> bool {
+    /// Why the stream is to be ended: nothing moved on it for too long, or while memory is short.
+    pub fn expired(&self) -> Option<Reason> {
         self.activity.expired.get()
     }
 

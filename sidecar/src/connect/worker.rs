@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use outrigger_api::identity::SpiffeId;
 use outrigger_api::snapshot::{Endpoint, EndpointTls, Key, OutboundMode, Workload};
+use outrigger_runtime::memory::Budget;
 
 use super::backend::Backend;
 use super::dial::{Dialer, Target};
@@ -60,6 +61,7 @@ pub struct Shared {
     pub loads: Loads,
     pub epoch: Instant,
     pub limits: Limits,
+    pub memory: Arc<Budget>,
     pub drain: outrigger_runtime::drain::DrainHandle,
 }
 
@@ -110,6 +112,8 @@ const FORGET_AFTER: Duration = Duration::from_secs(600);
 /// Destinations that one worker remembers: a client of the forward proxy may name anything. Fewer than the process
 /// knows, so that some of those are always free to be forgotten.
 const MAX_BACKENDS: usize = crate::discovery::MAX_DESTINATIONS / 4;
+/// How often streams that stand still are looked for while memory is short.
+const RELIEF: Duration = Duration::from_millis(50);
 /// How long it lasts when there was nothing to forget.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -122,11 +126,10 @@ impl Worker {
             telemetry: shared.telemetry.clone(),
             directory: shared.directory.clone(),
             tls: shared.tls.clone(),
-            dialer,
             loads: shared.loads.clone(),
             rng: RefCell::new(fastrand::Rng::new()),
             drain: shared.drain.clone(),
-            streams: super::streams::Streams::default(),
+            streams: super::streams::Streams::new(dialer.ledger()),
             speculation: Speculation::new(&shared.limits),
             epoch: shared.epoch,
             own_workload: RefCell::new(OwnWorkload { told: shared.directory.own(), known: None }),
@@ -136,6 +139,7 @@ impl Worker {
             judged_by: RefCell::default(),
             judged_bundles: Cell::new(0),
             here: RefCell::default(),
+            dialer,
         })
     }
 
@@ -282,6 +286,20 @@ impl Worker {
         self.table.is_empty()
             && self.application.borrow().is_empty()
             && self.backends.borrow().values().all(|backend| backend.is_idle())
+    }
+
+    /// Ends streams that stand still whenever memory is short. Never ends.
+    pub async fn relieve(&self) {
+        let budget = self.streams.ledger().budget();
+        loop {
+            let news = budget.news();
+            if !budget.is_short() {
+                news.await;
+            }
+            while self.streams.relieve() {
+                tokio::time::sleep(RELIEF).await;
+            }
+        }
     }
 
     /// Judges open connections again, by the facts on which they were let in: all of them when policy or the trust bundle

@@ -1,7 +1,7 @@
 //! The HTTP/2 side of an application. gRPC (by content-type) is answered by method name: `Unary` and `Bidi` give each
 //! message back, `Collect` counts the messages and answers with the last, `Repeat` sends the first message three times,
 //! `Fail` is trailers-only with status 5, `Wait` never answers. Other requests by path: `/echo` gives the body back
-//! as it comes, `/hold` waits for the test, `/unread` reads no body and never answers, `/bytes/N`, `/status/N`, `/trailers`, and everything else `METHOD TARGET
+//! as it comes, `/hold` waits for the test, `/unread` reads no body and never answers, `/discard` records none, `/bytes/N`, `/status/N`, `/trailers`, and everything else `METHOD TARGET
 //! LENGTH`.
 
 use bytes::{Bytes, BytesMut};
@@ -83,6 +83,11 @@ async fn answer(
     if first == "unread" {
         let gone = std::future::poll_fn(|cx| respond.poll_reset(cx)).await?;
         return Err(gone.into());
+    }
+    if first == "discard" {
+        while let Some(data) = body.data().await {
+            body.flow_control().release_capacity(data?.len())?;
+        }
     }
     while next(shared, place, &mut body).await?.is_some() {}
     match first {

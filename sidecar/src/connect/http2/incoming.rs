@@ -9,11 +9,16 @@ use http::{HeaderMap, header};
 use http_body::{Frame, SizeHint};
 
 use super::heads::Marks;
+use super::meter::Meter;
 use super::reset_code;
+use crate::connect::streams::{Part, Progress, Watch};
 
 pub struct Incoming {
+    /// Before the stream, which counts who refers to it.
+    watch: Option<Watch>,
     stream: RecvStream,
     marks: Rc<Marks>,
+    meter: Rc<Meter>,
     /// What is still to come of a length that was announced. The library holds the peer to it.
     left: Option<u64>,
     /// Bytes of the frame that was handed out last: their window is not given back yet.
@@ -63,10 +68,12 @@ pub fn check_fields(fields: &HeaderMap, most: usize) -> Result<(), Broke> {
 }
 
 impl Incoming {
-    /// The body behind a head with these fields.
-    pub fn new(stream: RecvStream, headers: &HeaderMap, marks: Rc<Marks>) -> Incoming {
+    /// The body behind a head with these fields, on the connection of this meter.
+    pub fn new(stream: RecvStream, headers: &HeaderMap, marks: Rc<Marks>, meter: &Rc<Meter>) -> Incoming {
         let length = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-        Incoming { stream, marks, left: length, held: 0, data_ended: false, malformed: None }
+        let meter = meter.clone();
+        meter.begin_body();
+        Incoming { watch: None, stream, marks, meter, left: length, held: 0, data_ended: false, malformed: None }
     }
 
     /// The same, behind a head with which something is wrong.
@@ -79,6 +86,17 @@ impl Incoming {
     pub fn check_head(&self, headers: &HeaderMap) -> Result<(), Broke> {
         self.malformed.map_or(Ok(()), |wrong| Err(Broke::Malformed(wrong)))?;
         check_fields(headers, self.marks.header_list())
+    }
+
+    /// From now on the watchdog knows how much waits here.
+    pub fn watch(&mut self, progress: &Progress, part: Part) {
+        let flow = self.stream.flow_control().clone();
+        self.watch = Some(progress.watch(part, flow, self.meter.clone()));
+    }
+
+    /// Of its connection.
+    pub fn meter(&self) -> &Rc<Meter> {
+        &self.meter
     }
 
     /// A reset is an error whatever its code, unless the end of the body came before.
@@ -116,16 +134,22 @@ impl Incoming {
 
     fn release(&mut self) {
         if self.held > 0 {
+            let held = std::mem::take(&mut self.held);
+            self.meter.release(held);
             // It fails for a stream that has ended, whose bytes count no more.
-            let _ = self.stream.flow_control().release_capacity(std::mem::take(&mut self.held));
+            let _ = self.stream.flow_control().release_capacity(held);
         }
     }
 }
 
 impl Drop for Incoming {
     fn drop(&mut self) {
+        self.meter.end_body();
         // The other half of the stream may live on, and with it what the library has not got back.
         self.release();
         self.marks.take(self.stream.stream_id().into());
+        if self.meter.holds() {
+            self.meter.release(self.stream.flow_control().used_capacity());
+        }
     }
 }

@@ -9,13 +9,16 @@ mod hpack;
 mod incoming;
 mod keep_alive;
 pub mod leaving;
+mod meter;
 mod sending;
 mod upstream_io;
+mod windows;
 
 pub use allowance::Allowance;
 pub use batched::Batched;
 pub use incoming::{Broke, Incoming, check_fields};
-pub use keep_alive::KeepAlive;
+pub use keep_alive::{Change, KeepAlive};
+pub use meter::{Ledger, Meter};
 pub use sending::{Sending, Stop};
 pub use upstream_io::UpstreamIo;
 

@@ -2,14 +2,19 @@
 //! in the send buffer, and goes out in pieces that fit. At most one frame is held here.
 
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use h2::{Reason, SendStream};
 use http_body::Body;
 
+use super::meter::Meter;
+
 pub struct Sending {
     stream: SendStream<Bytes>,
+    /// Of the connection.
+    meter: Rc<Meter>,
     /// Taken out of the body; waits for room.
     waiting: Bytes,
     /// Nothing comes behind `waiting`.
@@ -33,8 +38,8 @@ impl<E> From<h2::Error> for Stop<E> {
 }
 
 impl Sending {
-    pub fn new(stream: SendStream<Bytes>) -> Sending {
-        Sending { stream, waiting: Bytes::new(), last: false }
+    pub fn new(stream: SendStream<Bytes>, meter: Rc<Meter>) -> Sending {
+        Sending { stream, meter, waiting: Bytes::new(), last: false }
     }
 
     /// Whether it waits for the peer and not for the body.
@@ -54,8 +59,13 @@ impl Sending {
         loop {
             while !self.waiting.is_empty() {
                 let room = ready!(self.poll_room(cx))?;
+                if !self.meter.may_queue(cx) {
+                    // Nothing else would tell that the peer wants no more.
+                    return self.stream.poll_reset(cx).map(|code| Err(code?.into())).map_err(Stop::Peer);
+                }
                 let piece = self.waiting.split_to(room.min(self.waiting.len()));
                 let last = self.last && self.waiting.is_empty();
+                self.meter.queue(piece.len());
                 self.stream.send_data(piece, last)?;
                 if last {
                     return Poll::Ready(Ok(()));

@@ -1,6 +1,6 @@
-//! The byte stream below an upstream HTTP/2 connection: notes that something was heard, and reads the heads of answers.
+//! The byte stream below an upstream HTTP/2 connection: tells the connection's meter what comes and goes, and reads the heads
+//! of answers.
 
-use std::cell::Cell;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -9,20 +9,35 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::heads::Heads;
+use super::meter::Meter;
 use crate::net::Stream;
 
 pub struct UpstreamIo {
     stream: Stream,
-    heard: Rc<Cell<bool>>,
+    meter: Rc<Meter>,
     heads: Heads,
     /// A head could not be followed: the library has to end the connection at it, and reads nothing behind it.
     lost: bool,
 }
 
 impl UpstreamIo {
-    /// Sets `heard` whenever bytes come.
-    pub fn new(stream: Stream, heard: Rc<Cell<bool>>, heads: Heads) -> UpstreamIo {
-        UpstreamIo { stream, heard, heads, lost: false }
+    pub fn new(stream: Stream, meter: Rc<Meter>, heads: Heads) -> UpstreamIo {
+        UpstreamIo { stream, meter, heads, lost: false }
+    }
+
+    fn wrote(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match &written {
+            Poll::Ready(Ok(count)) => self.meter.wrote(*count),
+            Poll::Ready(Err(_)) => {}
+            Poll::Pending => self.meter.is_blocked(),
+        }
+        written
+    }
+}
+
+impl Drop for UpstreamIo {
+    fn drop(&mut self) {
+        self.meter.wake_writers();
     }
 }
 
@@ -31,9 +46,12 @@ impl AsyncRead for UpstreamIo {
         if self.lost {
             return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
         }
+        if self.meter.must_rest(cx) {
+            return Poll::Pending;
+        }
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-        self.heard.set(true);
+        self.meter.read(&buffer.filled()[before..]);
         self.lost = !self.heads.heard(&buffer.filled()[before..]);
         Poll::Ready(Ok(()))
     }
@@ -41,7 +59,8 @@ impl AsyncRead for UpstreamIo {
 
 impl AsyncWrite for UpstreamIo {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.wrote(written)
     }
 
     fn poll_write_vectored(
@@ -49,7 +68,8 @@ impl AsyncWrite for UpstreamIo {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.wrote(written)
     }
 
     fn is_write_vectored(&self) -> bool {

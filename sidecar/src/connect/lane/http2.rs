@@ -19,10 +19,11 @@ use tokio::sync::Notify;
 use super::{Answered, Lane, Unsent, UpstreamBody, fault, usable};
 use crate::connect::http2::heads::{Heads, Marks, PSEUDO_IN_TRAILERS, Sender};
 use crate::connect::http2::{
-    Allowance, Batched, Broke, Incoming, KeepAlive, Sending, Stop, UpstreamIo, check_fields, leaving,
+    Allowance, Batched, Broke, Change, Incoming, KeepAlive, Meter, Sending, Stop, UpstreamIo, check_fields, leaving,
 };
 use crate::connect::interim::{self, Interim};
 use crate::connect::request_body::{RequestBody, RequestBroke};
+use crate::connect::streams::{Part, Progress};
 use crate::outcome::{Error, Reason, Retry, Stage};
 use crate::tls::MeshAlpn;
 
@@ -31,6 +32,7 @@ pub(super) struct Shared {
     sender: SendRequest<Bytes>,
     streams: Rc<Streams>,
     marks: Rc<Marks>,
+    meter: Rc<Meter>,
     retire_at: Option<SystemTime>,
     material: u64,
     /// When it was first seen without a stream.
@@ -227,14 +229,16 @@ impl Lane {
         let retire_at = dialled.retire_at();
         let material = dialled.material();
         let limits = &self.limits;
-        let heard = Rc::new(Cell::new(false));
+        let meter = Meter::new(self.dialer.ledger(), false);
+        let most = self.most_streams();
         let marks = Marks::new(limits.h2_header_list);
         let heads = Heads::new(Sender::Server, limits.h2_header_list_taken as usize, marks.clone());
-        let io = Batched::new(UpstreamIo::new(dialled.stream, heard.clone(), heads), limits.h2_header_list);
+        let io = Batched::new(UpstreamIo::new(dialled.stream, meter.clone(), heads), limits.h2_header_list);
         let (sender, mut connection) = h2::client::Builder::new()
             .enable_push(false)
             .initial_window_size(limits.h2_stream_window)
-            .initial_connection_window_size(limits.h2_shared_window(self.most_streams()))
+            .initial_connection_window_size(limits.h2_shared_window(most, 0))
+            .data_frame_budget(limits.h2_data_frames_mesh)
             .max_header_list_size(limits.h2_header_list_taken)
             .max_send_buffer_size(limits.h2_send_buffer)
             .max_concurrent_streams(0)
@@ -256,12 +260,22 @@ impl Lane {
         });
         // Nobody but a sidecar is asked whether it is still there: a server may take it for an attack, as grpc-go does, and
         // the kernel asks as well.
-        let mut alive = self.is_mesh().then(|| KeepAlive::new(connection.ping_pong(), heard, limits));
+        let mut alive = KeepAlive::new(connection.ping_pong(), meter.clone(), limits, self.is_mesh());
+        let limits = limits.clone();
         let driven = streams.clone();
         tokio::task::spawn_local(std::future::poll_fn(move |cx| {
-            let gone = alive.as_mut().is_some_and(|alive| alive.poll(cx, driven.open.get() > 0).is_ready());
+            let gone = alive.poll(cx, driven.open.get() > 0).is_ready();
             // How it ended, its streams tell.
             let ended = gone || Pin::new(&mut connection).poll(cx).is_ready();
+            if !ended {
+                alive.follow(cx, |change| match change {
+                    Change::Window(window) => connection.set_initial_window_size(window).is_ok(),
+                    Change::Held(held) => {
+                        connection.set_target_window_size(limits.h2_shared_window(most, held));
+                        true
+                    }
+                });
+            }
             io.end_turn(cx);
             if !driven.told.get() && (ended || connection.max_concurrent_send_streams() != UNTOLD) {
                 driven.told.set(true);
@@ -269,7 +283,7 @@ impl Lane {
             }
             if ended { Poll::Ready(()) } else { Poll::Pending }
         }));
-        Ok(Shared { sender, streams, marks, retire_at, material, idle_since: None })
+        Ok(Shared { sender, streams, marks, meter, retire_at, material, idle_since: None })
     }
 
     fn failed(&self, failure: Failure, retry: Retry) -> Error {
@@ -338,8 +352,12 @@ impl Shared {
         let (streams, marks) = (self.streams.clone(), self.marks.clone());
         streams.open.set(streams.open.get() + 1);
         let place = StreamPlace { streams, marks, stream: stream.stream_id().into(), ended: false };
-        let request = Rest { sending: Sending::new(stream), body: (!ended).then(|| Box::new(body)), sent: ended };
-        Ok(Attempt { answer, request, interim, heard: interim::Count::default(), place })
+        let request = Rest {
+            sending: Sending::new(stream, self.meter.clone()),
+            body: (!ended).then(|| Box::new(body)),
+            sent: ended,
+        };
+        Ok(Attempt { answer, request, interim, heard: interim::Count::default(), place, meter: self.meter.clone() })
     }
 }
 
@@ -363,6 +381,8 @@ struct Attempt {
     /// Interim answers so far.
     heard: interim::Count,
     place: StreamPlace,
+    /// Of the connection.
+    meter: Rc<Meter>,
 }
 
 impl Attempt {
@@ -408,7 +428,7 @@ impl Attempt {
 
     fn answered(self, response: Response<RecvStream>, lane: &Lane) -> Response<UpstreamBody> {
         let (parts, stream) = response.into_parts();
-        let incoming = Incoming::new(stream, &parts.headers, self.place.marks.clone());
+        let incoming = Incoming::new(stream, &parts.headers, self.place.marks.clone(), &self.meter);
         let mut request = self.request;
         if request.sent {
             request.body = None;
@@ -447,6 +467,12 @@ impl Answer {
             self.place.ended = true;
         }
         frame
+    }
+
+    pub fn watch(&mut self, progress: &Progress) {
+        if !self.incoming.is_end_stream() {
+            self.incoming.watch(progress, Part::Answer);
+        }
     }
 
     pub fn send_on(&mut self, cx: &mut Context<'_>) {

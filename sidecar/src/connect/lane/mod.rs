@@ -24,6 +24,7 @@ use super::dial::{Dialer, Target};
 use super::http1::{Fault, Spelling};
 use super::http2::Broke;
 use super::request_body::RequestBody;
+use super::streams::Progress;
 use crate::config::limits::Limits;
 use crate::net::Stream;
 use crate::outcome::{Error, Reason};
@@ -66,6 +67,7 @@ pub struct Unsent {
 
 /// The body of an answer. It holds the connection that it comes on: [`UpstreamBody::release`] gives it back, dropping
 /// the body does not.
+#[expect(clippy::large_enum_variant, reason = "a box would be one more allocation for each answer over HTTP/2")]
 pub enum UpstreamBody {
     Http1(Box<http1::Answer>),
     Http2(http2::Answer),
@@ -122,6 +124,14 @@ impl UpstreamBody {
         match self {
             UpstreamBody::Http1(answer) => answer.size_hint(),
             UpstreamBody::Http2(answer) => answer.size_hint(),
+        }
+    }
+
+    /// From now on the watchdog knows how much waits here.
+    pub fn watch(&mut self, progress: &Progress) {
+        match self {
+            UpstreamBody::Http1(_) => {}
+            UpstreamBody::Http2(answer) => answer.watch(progress),
         }
     }
 

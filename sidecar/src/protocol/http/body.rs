@@ -209,8 +209,8 @@ impl ResponseBody {
 impl Drop for Upstream {
     fn drop(&mut self) {
         // Its task was ended because the downstream took nothing.
-        if self.incoming.is_some() && self.stream.has_expired() {
-            self.record.failed(Reason::StreamIdleTimeout, String::new);
+        if let Some(reason) = self.stream.expired().filter(|_| self.incoming.is_some()) {
+            self.record.failed(reason, String::new);
         }
     }
 }
@@ -245,7 +245,7 @@ impl Upstream {
     fn poll_upload(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(uploading) = &mut self.uploading else { return Poll::Ready(()) };
         // A request on which nothing moves for too long is cut off, which both sides see.
-        if uploading.poll_upload(cx).is_pending() && !self.stream.is_expired(cx) {
+        if uploading.poll_upload(cx).is_pending() && self.stream.poll_expired(cx).is_none() {
             return Poll::Pending;
         }
         if let Some(uploading) = self.uploading.take() {
@@ -257,11 +257,13 @@ impl Upstream {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let Some(incoming) = &mut self.incoming else { return Poll::Ready(None) };
         match incoming.poll_frame(cx) {
-            Poll::Pending if self.stream.is_expired(cx) => {
-                self.record.failed(Reason::StreamIdleTimeout, String::new);
-                Poll::Ready(Some(self.break_off(Reason::StreamIdleTimeout, BodyError::Idle)))
-            }
-            Poll::Pending => Poll::Pending,
+            Poll::Pending => match self.stream.poll_expired(cx) {
+                Some(reason) => {
+                    self.record.failed(reason, String::new);
+                    Poll::Ready(Some(self.break_off(reason, BodyError::Idle)))
+                }
+                None => Poll::Pending,
+            },
             Poll::Ready(None) => {
                 self.end();
                 Poll::Ready(None)

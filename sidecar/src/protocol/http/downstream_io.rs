@@ -1,7 +1,6 @@
 //! The byte stream below a downstream HTTP/2 connection: tells the connection table that bytes move, and counts what a
 //! peer makes the library do.
 
-use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
@@ -12,6 +11,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::flood::{self, Flood};
+use crate::connect::http2::Meter;
 use crate::connect::http2::heads::{Heads, Marks};
 use crate::connection::{Entry, State};
 use crate::net::Stream;
@@ -19,8 +19,8 @@ use crate::net::Stream;
 pub struct DownstreamIo {
     stream: Stream,
     entry: Arc<Entry>,
-    /// Set whenever bytes come.
-    heard: Rc<Cell<bool>>,
+    /// What comes and goes.
+    meter: Rc<Meter>,
     /// What the peer may send.
     flood: Flood,
     heads: Heads,
@@ -35,13 +35,19 @@ impl DownstreamIo {
     pub fn new(
         stream: Stream,
         entry: Arc<Entry>,
-        heard: Rc<Cell<bool>>,
+        meter: Rc<Meter>,
         flood: Flood,
         heads: Heads,
         marks: Rc<Marks>,
     ) -> DownstreamIo {
         entry.enter(State::Idle);
-        DownstreamIo { stream, entry, heard, flood, heads, marks, lost: false, instead: None }
+        DownstreamIo { stream, entry, meter, flood, heads, marks, lost: false, instead: None }
+    }
+}
+
+impl Drop for DownstreamIo {
+    fn drop(&mut self) {
+        self.meter.wake_writers();
     }
 }
 
@@ -63,6 +69,9 @@ impl AsyncRead for DownstreamIo {
         if this.lost {
             return instead_of_a_flood(this.instead.insert(flood::make_it_calm().into()), buffer);
         }
+        if this.meter.must_rest(cx) {
+            return Poll::Pending;
+        }
         let before = buffer.filled().len();
         let read = Pin::new(&mut this.stream).poll_read(cx, buffer);
         this.marks.set_drained(read.is_pending());
@@ -75,7 +84,7 @@ impl AsyncRead for DownstreamIo {
         }
         if buffer.filled().len() > before {
             this.lost = !this.heads.heard(&buffer.filled()[before..]);
-            this.heard.set(true);
+            this.meter.read(&buffer.filled()[before..]);
             this.entry.touch();
         }
         Poll::Ready(Ok(()))
@@ -93,7 +102,12 @@ impl AsyncWrite for DownstreamIo {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = &mut *self;
-        let count = ready!(Pin::new(&mut this.stream).poll_write_vectored(cx, slices))?;
+        let Poll::Ready(written) = Pin::new(&mut this.stream).poll_write_vectored(cx, slices) else {
+            this.meter.is_blocked();
+            return Poll::Pending;
+        };
+        let count = written?;
+        this.meter.wrote(count);
         this.flood.sent(count);
         this.entry.touch();
         Poll::Ready(Ok(count))

@@ -19,7 +19,7 @@ use crate::connect::bound::{self, Bound};
 use crate::connect::interim::Interim;
 use crate::connect::lane::{self, Answered, UpstreamBody};
 use crate::connect::request_body::{Client, Received, RequestBody};
-use crate::connect::streams::{Busy, Stream};
+use crate::connect::streams::{Busy, Part, Stream};
 use crate::connect::worker::Worker;
 use crate::connection::{Entry, Registered};
 use crate::outcome::{Error, Reason, Retry, Side, Stage};
@@ -99,7 +99,13 @@ impl Exchange {
         let protocol = protocol(session.http2, request.headers());
         let record = Rc::new(HttpRecord::begin(&worker.telemetry, None, request.method(), begun));
         record.describe(request.method(), request.uri(), request.headers(), Some(session.entry.client));
-        let (parts, body) = request.into_parts();
+        let (parts, mut body) = request.into_parts();
+        let stream = worker.streams.begin(&session.entry, session.http2);
+        if let Received::Http2(incoming) = &mut body
+            && !incoming.is_end_stream()
+        {
+            incoming.watch(&stream.progress(), Part::Request);
+        }
         let busy = Busy::begin(&session.entry, &record, &session.running, &worker.drain);
         let exchange = Exchange {
             session: session.clone(),
@@ -107,7 +113,7 @@ impl Exchange {
             protocol,
             begun,
             version: parts.version,
-            stream: worker.streams.begin(&session.entry, session.http2),
+            stream,
             busy,
             upgrade: false,
             last_hop: false,
@@ -233,6 +239,8 @@ impl Exchange {
         self.stream.moved();
         let (mut parts, incoming) = response.into_parts();
         parts.version = Version::HTTP_11;
+        let mut incoming = incoming;
+        incoming.watch(&self.stream.progress());
         let spelling = incoming.spelling().cloned();
         let body = ResponseBody::upstream(Box::new(Upstream {
             incoming: Some(incoming),
@@ -343,10 +351,14 @@ impl<F: Future> Future for Patiently<'_, F> {
         let this = self.project();
         match this.waiting.poll(cx) {
             Poll::Ready(done) => Poll::Ready(Ok(done)),
-            Poll::Pending if this.stream.is_expired(cx) => {
-                Poll::Ready(Err(Error::upstream(Stage::Forward, Reason::StreamIdleTimeout, Retry::Never, "no answer")))
-            }
-            Poll::Pending => Poll::Pending,
+            Poll::Pending => match this.stream.poll_expired(cx) {
+                Some(Reason::Overloaded) => {
+                    let detail = "memory is short, and this stream stood still with bytes waiting";
+                    Poll::Ready(Err(Error::own(Stage::Forward, Reason::Overloaded, detail)))
+                }
+                Some(reason) => Poll::Ready(Err(Error::upstream(Stage::Forward, reason, Retry::Never, "no answer"))),
+                None => Poll::Pending,
+            },
         }
     }
 }

@@ -6,7 +6,6 @@
 //! cost as much: it wakes its task once more whenever all its futures have been polled, and each wake polls the whole
 //! connection. A stream that nobody reads can be ended alone this way, too (`StreamTask`).
 
-use std::cell::Cell;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -23,7 +22,7 @@ use super::flood::Flood;
 use super::interim;
 use super::serve::{Connection, OnRefusal};
 use crate::connect::http2::heads::{Heads, Marks, Sender};
-use crate::connect::http2::{Batched, Incoming, KeepAlive, Sending, Stop, leaving};
+use crate::connect::http2::{Batched, Change, Incoming, KeepAlive, Meter, Sending, Stop, leaving};
 use crate::connect::interim::{Head, MOST_WAITING, size};
 use crate::connect::request_body::Received;
 use crate::connect::streams::StreamTask;
@@ -53,7 +52,7 @@ where
     F: Future<Output = Response<ResponseBody>> + 'static,
 {
     let limits = &session.worker.limits;
-    let heard = Rc::<Cell<bool>>::default();
+    let meter = Meter::new(session.worker.streams.ledger(), true);
     let (streams, early_resets, pending_resets, local_resets, window) = match client {
         Client::One => {
             let streams = limits.h2_streams_application;
@@ -67,15 +66,19 @@ where
         }
         Client::Sidecar => {
             let streams = limits.h2_streams_mesh;
-            (streams, streams, streams as usize, limits.h2_local_resets_mesh, limits.h2_shared_window(streams))
+            (streams, streams, streams as usize, limits.h2_local_resets_mesh, limits.h2_shared_window(streams, 0))
         }
     };
     let marks = Marks::new(limits.h2_header_list);
     let heads = Heads::new(Sender::Client, limits.h2_header_list_taken as usize, marks.clone());
     let flood = Flood::new(limits, streams, early_resets);
-    let below = DownstreamIo::new(stream, session.entry.clone(), heard.clone(), flood, heads, marks.clone());
+    let below = DownstreamIo::new(stream, session.entry.clone(), meter.clone(), flood, heads, marks.clone());
     let io = Batched::new(below, limits.h2_header_list);
-    let handshake = Builder::new()
+    let mut builder = Builder::new();
+    if client == Client::Sidecar {
+        builder.data_frame_budget(limits.h2_data_frames_mesh);
+    }
+    let handshake = builder
         .max_concurrent_streams(streams)
         .initial_window_size(limits.h2_stream_window)
         .initial_connection_window_size(window)
@@ -87,11 +90,13 @@ where
         .reset_stream_duration(limits.h2_reset_memory)
         .handshake(io.clone());
     Serving {
-        state: State::Opening { handshake, heard, finish: false },
+        state: State::Opening { handshake, finish: false },
         io,
         marks,
         streams: streams as usize,
         session: session.clone(),
+        client,
+        meter,
         on_refusal,
         respond,
     }
@@ -106,12 +111,14 @@ pub(super) struct Serving<R> {
     streams: usize,
     session: Rc<Session>,
     on_refusal: OnRefusal,
+    client: Client,
+    meter: Rc<Meter>,
     respond: R,
 }
 
 enum State {
-    Opening { handshake: Handshake<Batched<DownstreamIo>, Bytes>, heard: Rc<Cell<bool>>, finish: bool },
-    Open { connection: h2::server::Connection<Batched<DownstreamIo>, Bytes>, alive: KeepAlive, refusing: Refusing },
+    Opening { handshake: Handshake<Batched<DownstreamIo>, Bytes>, finish: bool },
+    Open { connection: h2::server::Connection<Batched<DownstreamIo>, Bytes>, alive: Box<KeepAlive>, refusing: Refusing },
 }
 
 /// The end of a connection whose peer does not acknowledge that it ends.
@@ -145,9 +152,10 @@ where
     F: Future<Output = Response<ResponseBody>> + 'static,
 {
     fn poll_requests(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if let State::Opening { handshake, heard, finish } = &mut self.state {
+        if let State::Opening { handshake, finish } = &mut self.state {
             let Ok(mut connection) = ready!(Pin::new(handshake).poll(cx)) else { return Poll::Ready(()) };
-            let alive = KeepAlive::new(connection.ping_pong(), heard.clone(), &self.session.worker.limits);
+            let alive = KeepAlive::new(connection.ping_pong(), self.meter.clone(), &self.session.worker.limits, true);
+            let alive = Box::new(alive);
             if *finish {
                 connection.graceful_shutdown();
             }
@@ -165,6 +173,19 @@ where
                     continue;
                 }
                 let refused = self.marks.refused();
+                let (limits, client) = (&self.session.worker.limits, self.client);
+                alive.follow(cx, |change| match (change, client) {
+                    (Change::Window(window), _) if connection.set_initial_window_size(window).is_err() => false,
+                    (Change::Window(window), Client::One) => {
+                        connection.set_target_window_size(limits.h2_own_window(window));
+                        true
+                    }
+                    (Change::Held(held), Client::Sidecar) => {
+                        connection.set_target_window_size(limits.h2_shared_window(limits.h2_streams_mesh, held));
+                        true
+                    }
+                    (Change::Window(_), Client::Sidecar) | (Change::Held(_), Client::One) => true,
+                });
                 self.count_refused(refused);
                 return Poll::Pending;
             };
@@ -180,11 +201,12 @@ where
             }
             let only_head = *request.method() == Method::HEAD;
             let (parts, stream) = request.into_parts();
-            let incoming = Incoming::new(stream, &parts.headers, self.marks.clone()).malformed(malformed);
+            let incoming = Incoming::new(stream, &parts.headers, self.marks.clone(), &self.meter).malformed(malformed);
             let answer = (self.respond)(Request::from_parts(parts, Received::Http2(incoming)));
             let answering = Answering {
                 session: self.session.clone(),
                 reply,
+                meter: self.meter.clone(),
                 only_head,
                 room: MOST_WAITING,
                 stage: Stage::Awaited { answer },
@@ -233,6 +255,7 @@ pin_project_lite::pin_project! {
     struct Answering<F> {
         session: Rc<Session>,
         reply: SendResponse<Bytes>,
+        meter: Rc<Meter>,
         only_head: bool,
         // Bytes of interim answers that this stream may still have: the library does not tell when they are written.
         room: usize,
@@ -269,7 +292,7 @@ impl<F: Future<Output = Response<ResponseBody>>> Future for Answering<F> {
                 this.reply.send_reset(code);
                 return Poll::Ready(());
             }
-            let Some((sending, body)) = send_head(this.reply, response, *this.only_head) else {
+            let Some((sending, body)) = send_head(this.reply, this.meter, response, *this.only_head) else {
                 return Poll::Ready(());
             };
             this.stage.set(Stage::Sent { sending, body });
@@ -307,6 +330,7 @@ fn send_interim(session: &Session, reply: &mut SendResponse<Bytes>, room: &mut u
 /// Sends the head of the answer; what is left to be sent of it, if there is a body.
 fn send_head(
     reply: &mut SendResponse<Bytes>,
+    meter: &Rc<Meter>,
     response: Response<ResponseBody>,
     only_head: bool,
 ) -> Option<(Sending, ResponseBody)> {
@@ -318,7 +342,7 @@ fn send_head(
     let ended = ended || (only_head && body.is_local());
     match reply.send_response(Response::from_parts(parts, ()), ended) {
         Ok(_) if ended => None,
-        Ok(stream) => Some((Sending::new(stream), body)),
+        Ok(stream) => Some((Sending::new(stream, meter.clone()), body)),
         Err(_) => {
             // The client has left already, or would not understand the head.
             reply.send_reset(h2::Reason::INTERNAL_ERROR);
