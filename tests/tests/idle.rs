@@ -272,6 +272,8 @@ async fn a_tunnel_whose_peers_acknowledge_is_not_closed() {
     let backend = Backend::start().await;
     let alive = |limits: &mut Limits| {
         limits.keepalive = Duration::from_secs(1);
+        // Behind the first probe this is the pause between two, also when the peer answers each.
+        limits.keepalive_interval = Duration::from_secs(1);
         limits.tunnel_idle = Duration::from_secs(3);
     };
     let pair = pair(backend.address(), Some("tcp"), alive).await;
