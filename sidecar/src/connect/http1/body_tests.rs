@@ -2,7 +2,14 @@ use super::*;
 
 /// What a chunked body of these bytes says, or what is wrong with it.
 fn chunked(bytes: &[u8], step: usize) -> Result<(Vec<u8>, Option<HeaderMap>, usize), &'static str> {
-    let mut decoder = Decoder::new(Length::Chunked, &Limits::default());
+    decoded(Decoder::new(Length::Chunked, &Limits::default()), bytes, step)
+}
+
+fn decoded(
+    mut decoder: Decoder,
+    bytes: &[u8],
+    step: usize,
+) -> Result<(Vec<u8>, Option<HeaderMap>, usize), &'static str> {
     let (mut received, mut data, mut trailers) = (BytesMut::new(), Vec::new(), None);
     let mut pieces = bytes.chunks(step);
     loop {
@@ -175,4 +182,81 @@ fn chunk_extensions_are_read_by_the_grammar() {
             assert!(got.is_err() && got != Err("incomplete"), "{}: {got:?}", extension.escape_ascii());
         }
     }
+}
+
+#[test]
+fn blanks_behind_the_names_of_an_answers_trailers_are_removed() {
+    let limits = Limits::default();
+    let body = b"0\r\nX-Sum : 1\r\nx-two\t : a : b\r\n\r\n";
+    for step in 1..body.len() {
+        assert!(chunked(body, step).is_err(), "a request's are refused");
+        let got = decoded(Decoder::new(Length::Chunked, &limits).of_answer(), body, step);
+        let trailers = got.unwrap().1.unwrap();
+        assert_eq!((&trailers["x-sum"], &trailers["x-two"]), (&"1".parse().unwrap(), &"a : b".parse().unwrap()));
+    }
+    for wrong in ["0\r\n X: 1\r\n\r\n", "0\r\nX Y : 1\r\n\r\n", "0\r\n : 1\r\n\r\n", "0\r\nX: 1\r\n y : 2\r\n\r\n"] {
+        let got = decoded(Decoder::new(Length::Chunked, &limits).of_answer(), wrong.as_bytes(), 1);
+        assert!(got.is_err(), "{wrong:?}: {got:?}");
+    }
+}
+
+/// Bodies of pieces that make sense one by one: however they are cut they say the same, and an answer's say what a
+/// request's say where that is taken.
+#[test]
+fn random_bodies_are_read_the_same_however_they_are_split() {
+    const PIECES: [&[u8]; 26] = [
+        b"0",
+        b"1",
+        b"5",
+        b"a",
+        b"00",
+        b"1f",
+        b";",
+        b";a",
+        b"=",
+        b"\"",
+        b"\\",
+        b" ",
+        b"\t",
+        b"\r\n",
+        b"\r\n",
+        b"\r\n0\r\n",
+        b"\r",
+        b"\n",
+        b"hello",
+        b"x: y",
+        b"x : y",
+        b":",
+        b"\x0b",
+        b"\x0c",
+        b"\xa0",
+        b"\r\n\r\n",
+    ];
+    let limits = Limits { chunk_extension_bytes: 40, trailer_bytes: 80, header_count: 4, ..Limits::default() };
+    let mut random = fastrand::Rng::with_seed(9112);
+    let (mut whole_bodies, mut refused) = (0, 0);
+    for _ in 0..20_000 {
+        let mut body: Vec<u8> = if random.bool() { b"5\r\nhello\r\n".to_vec() } else { Vec::new() };
+        for _ in 0..random.usize(1..8) {
+            body.extend_from_slice(PIECES[random.usize(..PIECES.len())]);
+        }
+        if random.bool() {
+            body.extend_from_slice(b"0\r\n\r\n");
+        }
+        let strict = || Decoder::new(Length::Chunked, &limits);
+        let (whole, step) = (decoded(strict(), &body, body.len()), random.usize(1..body.len() + 1));
+        // Which of two faults is found first may depend on the cut.
+        let shown = body.escape_ascii();
+        assert_eq!(whole.clone().ok(), decoded(strict(), &body, step).ok(), "{shown} by {step}");
+        let answer = decoded(strict().of_answer(), &body, body.len());
+        assert_eq!(answer.clone().ok(), decoded(strict().of_answer(), &body, step).ok(), "{shown} by {step}");
+        match whole {
+            Ok(_) => {
+                assert_eq!(whole, answer, "{shown}");
+                whole_bodies += 1;
+            }
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(whole_bodies > 200 && refused > 200, "{whole_bodies} {refused}");
 }
