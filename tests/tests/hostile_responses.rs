@@ -170,7 +170,9 @@ impl Pair {
                 app.port()
             ),
         );
-        let far = mesh.sidecar("other-1").inbound(app).port(app.port(), Some(Protocol::Http)).start().await;
+        // The document's address is no sidecar's.
+        let far = mesh.sidecar("other-1").config(|config| config.workload_address.push([127, 0, 0, 9].into()));
+        let far = far.inbound(app).port(app.port(), Some(Protocol::Http)).start().await;
         let near = mesh.sidecar("cart-1").outbound("catalog:80").start().await;
         Pair { far, near, port: app.port(), _mesh: mesh }
     }
