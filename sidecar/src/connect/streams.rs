@@ -418,6 +418,8 @@ impl Drop for Busy {
 
 #[cfg(test)]
 mod tests {
+    use outrigger_runtime::memory::Budget;
+
     use super::*;
     use crate::connection::{Direction, Places, Table};
     use outrigger_runtime::memory::Budget;
