@@ -102,6 +102,12 @@ pub struct Limits {
     /// After so much silence of both sides an upstream that was opened on suspicion is given up when another
     /// destination wants its place.
     pub speculation_settles: Duration,
+    /// After so much silence on the first upstream of a destination the other silent clients of a pool may open theirs.
+    pub speculation_widens: Duration,
+    /// How many may, of one destination; with more clients than that nobody may.
+    pub speculative_beside: usize,
+    /// How many may, per worker.
+    pub speculative_beside_all: usize,
     /// How long it is remembered who speaks first on a service's port.
     pub detect_memory: Duration,
 
@@ -231,6 +237,9 @@ impl Default for Limits {
             detections_in_flight: 1_024,
             speculative_connects: 16,
             speculation_settles: Duration::from_secs(1),
+            speculation_widens: Duration::from_millis(150),
+            speculative_beside: 64,
+            speculative_beside_all: 256,
             detect_memory: Duration::from_secs(10 * 60),
 
             connect_beside: Duration::from_secs(1),

@@ -2,7 +2,8 @@
 //! for which destinations an upstream is open on suspicion, and who was found to speak first there.
 //!
 //! An upstream is opened on suspicion for one client of a destination and for few destinations at once; the destination's
-//! other silent clients wait in line and hear what comes of it. Who holds one of the few places gives it up when another
+//! other silent clients wait in line and hear what comes of it. When that takes long, because the server takes its time
+//! before it speaks, they do not wait for one another: each opens its own, up to a bound. Who holds one of the few places gives it up when another
 //! destination wants it and nobody has spoken for a while. `protocol/silence.rs` is who calls; nothing here does I/O.
 
 use std::cell::{Cell, RefCell};
@@ -37,16 +38,23 @@ pub struct Speculation {
     wanted: Cell<usize>,
     promised: Cell<usize>,
     want: Notify,
-    /// By age.
+    /// Upstreams opened beside the first one of a destination.
+    beside: Semaphore,
+    beside_after: Duration,
+    most_beside: usize,
+    /// By the age of their connections.
     undecided: RefCell<BTreeMap<u64, Rc<Notify>>>,
     most_undecided: usize,
-    next: Cell<u64>,
 }
 
 /// One destination of silent clients.
 pub struct Suspect {
     learned: Cell<Option<(SpeaksFirst, Instant)>>,
     turn: Semaphore,
+    /// Since when the upstream of the one ahead is open.
+    silent_since: Cell<Option<Instant>>,
+    beside: Semaphore,
+    waiting: Cell<usize>,
     news: watch::Sender<News>,
 }
 
@@ -75,9 +83,11 @@ impl Speculation {
             wanted: Cell::new(0),
             promised: Cell::new(0),
             want: Notify::new(),
+            beside: Semaphore::new(limits.speculative_beside_all),
+            beside_after: limits.speculation_widens,
+            most_beside: limits.speculative_beside,
             undecided: RefCell::default(),
             most_undecided: limits.detections_in_flight.max(1),
-            next: Cell::new(0),
         }
     }
 
@@ -87,7 +97,7 @@ impl Speculation {
         if let Some(suspect) = destinations.get(key) {
             return suspect.clone();
         }
-        let suspect = Rc::new(Suspect::new());
+        let suspect = Rc::new(Suspect::new(self.most_beside));
         if destinations.len() < MOST_DESTINATIONS {
             destinations.insert(key.clone(), suspect.clone());
         }
@@ -122,6 +132,29 @@ impl Speculation {
         Some(Place { _turn: turn, _place: self.places.acquire().await.ok()? })
     }
 
+    /// Ready when an upstream may be opened beside the one ahead: that one was silent for long, so that whoever waits for
+    /// its outcome would wait for the server twice. A pool of connections may do so, a crowd may not: nobody's silence is
+    /// to be multiplied into connections to an application.
+    pub async fn beside<'a>(&'a self, suspect: &'a Suspect) -> Option<Beside<'a>> {
+        loop {
+            let silent = suspect.silent_since.get().map_or(Duration::ZERO, |since| since.elapsed());
+            let left = self.beside_after.saturating_sub(silent);
+            if left.is_zero() && suspect.waiting.get() <= self.most_beside {
+                break;
+            }
+            tokio::time::sleep(if left.is_zero() { self.beside_after } else { left }).await;
+        }
+        // Neither is ever closed.
+        let own = suspect.beside.acquire().await.ok()?;
+        Some(Beside { _own: own, _all: self.beside.acquire().await.ok()? })
+    }
+
+    /// Counts a client among those of a destination that wait.
+    pub fn wait<'a>(&self, suspect: &'a Suspect) -> Waiting<'a> {
+        suspect.waiting.set(suspect.waiting.get() + 1);
+        Waiting(suspect)
+    }
+
     /// Ready when the caller's place is needed by somebody else.
     pub async fn is_wanted(&self) {
         while self.wanted.get() <= self.promised.get() {
@@ -130,10 +163,11 @@ impl Speculation {
         self.promised.set(self.promised.get() + 1);
     }
 
-    /// Counts a client as undecided. When there are too many, the one that has been for longest is told to go: it had the
-    /// most time to speak. Those that hold a place stay: what they find out, everybody waits for.
-    pub fn enter(&self) -> Undecided<'_> {
-        let undecided = Undecided { speculation: self, id: Cell::new(0), go: Rc::new(Notify::new()) };
+    /// Counts a client as undecided. When there are too many, the one whose connection is the oldest is told to go: it had
+    /// the most time to speak. `age` grows from connection to connection: in which order they come here says little, since
+    /// they may all have waited for one lookup. Those that hold a place stay: what they find out, everybody waits for.
+    pub fn enter(&self, age: u64) -> Undecided<'_> {
+        let undecided = Undecided { speculation: self, age, go: Rc::new(Notify::new()) };
         undecided.join();
         undecided
     }
@@ -147,8 +181,20 @@ impl Speculation {
 }
 
 impl Suspect {
-    fn new() -> Suspect {
-        Suspect { learned: Cell::new(None), turn: Semaphore::new(1), news: watch::Sender::new(News::Nothing) }
+    fn new(most_beside: usize) -> Suspect {
+        Suspect {
+            learned: Cell::new(None),
+            turn: Semaphore::new(1),
+            silent_since: Cell::new(None),
+            beside: Semaphore::new(most_beside),
+            waiting: Cell::new(0),
+            news: watch::Sender::new(News::Nothing),
+        }
+    }
+
+    /// The upstream of the one ahead is open; nobody has spoken on it.
+    pub fn is_silent(&self) {
+        self.silent_since.set(Some(Instant::now()));
     }
 
     /// What is told from now on.
@@ -159,6 +205,21 @@ impl Suspect {
     /// Those who wait for the same would fail the same way, one after the other.
     pub fn failed(&self, error: &Error) {
         self.news.send_replace(News::Failed(error.clone()));
+    }
+}
+
+/// The right to open an upstream beside the one ahead; given back when dropped.
+pub struct Beside<'a> {
+    _own: SemaphorePermit<'a>,
+    _all: SemaphorePermit<'a>,
+}
+
+/// A silent client of a destination.
+pub struct Waiting<'a>(&'a Suspect);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.set(self.0.waiting.get().saturating_sub(1));
     }
 }
 
@@ -183,28 +244,26 @@ impl Drop for Wanting<'_> {
 /// A client of whom nothing is known yet.
 pub struct Undecided<'a> {
     speculation: &'a Speculation,
-    id: Cell<u64>,
+    age: u64,
     go: Rc<Notify>,
 }
 
 impl Undecided<'_> {
-    /// Is one of those that may be told to go, as the youngest.
+    /// Is one of those that may be told to go.
     pub fn join(&self) {
         let all = self.speculation;
         let mut undecided = all.undecided.borrow_mut();
+        undecided.insert(self.age, self.go.clone());
         let with_places = all.most_places.saturating_sub(all.places.available_permits());
-        while undecided.len() + with_places >= all.most_undecided {
+        while undecided.len() + with_places > all.most_undecided {
             let Some((_, oldest)) = undecided.pop_first() else { break };
             oldest.notify_one();
         }
-        self.id.set(all.next.get());
-        all.next.set(self.id.get() + 1);
-        undecided.insert(self.id.get(), self.go.clone());
     }
 
     /// Has a place, and may stay.
     pub fn stay(&self) {
-        self.speculation.undecided.borrow_mut().remove(&self.id.get());
+        self.speculation.undecided.borrow_mut().remove(&self.age);
     }
 
     /// Ready when it must make room.
@@ -265,20 +324,46 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_oldest_of_too_many_is_told_to_go() {
         let all = speculation(1, 2);
-        let (first, second) = (all.enter(), all.enter());
+        let (first, second) = (all.enter(1), all.enter(2));
         assert!(first.must_go().now_or_never().is_none());
-        let third = all.enter();
+        let third = all.enter(3);
         assert!(first.must_go().now_or_never().is_some());
         drop(first);
         assert!(second.must_go().now_or_never().is_none());
         let suspect = all.suspect(&key(1));
         let _place = all.place(&suspect).await;
         second.stay();
-        let fourth = all.enter();
+        let fourth = all.enter(4);
         assert!(second.must_go().now_or_never().is_none(), "who has a place stays");
         assert!(third.must_go().now_or_never().is_some());
-        drop((second, third, fourth));
+        drop(third);
+        let late = all.enter(0);
+        assert!(fourth.must_go().now_or_never().is_none(), "it is the age of the connection that counts");
+        assert!(late.must_go().now_or_never().is_some());
+        drop((second, fourth, late));
         assert!(all.undecided.borrow().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pool_need_not_wait_for_the_one_ahead_and_a_crowd_must() {
+        let limits = Limits { speculative_beside: 3, speculative_beside_all: 2, ..Limits::default() };
+        let all = Speculation::new(&limits);
+        let suspect = all.suspect(&key(1));
+        let pool: Vec<_> = (0..3).map(|_| all.wait(&suspect)).collect();
+        let short = limits.speculation_widens / 2;
+        let mut beside = Box::pin(all.beside(&suspect));
+        assert!(tokio::time::timeout(10 * short, &mut beside).await.is_err(), "nobody is ahead");
+        suspect.is_silent();
+        assert!(tokio::time::timeout(short, &mut beside).await.is_err(), "not for long");
+        let crowd = all.wait(&suspect);
+        assert!(tokio::time::timeout(10 * short, &mut beside).await.is_err(), "a crowd");
+        drop(crowd);
+        let first = beside.await;
+        let second = all.beside(&suspect).await;
+        assert!(tokio::time::timeout(10 * short, all.beside(&suspect)).await.is_err(), "two of this worker");
+        drop((first, second, pool));
+        assert!(tokio::time::timeout(short, all.beside(&suspect)).await.is_ok());
+        assert_eq!(suspect.waiting.get(), 0);
     }
 
     #[tokio::test(start_paused = true)]

@@ -32,7 +32,7 @@ impl Walk {
             Some(Protocol::Tcp | Protocol::Tls) | None if !self.may_speculate() => self.begins(stream).await,
             Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc) => self.begins(stream).await,
             Some(Protocol::Tcp | Protocol::Tls) => silence::first_of_opaque(&self.worker, stream, open).await,
-            None => silence::first(&self.worker, &self.key(), stream, Moment::Always, open).await,
+            None => silence::first(&self.worker, &self.key(), self.registered.id, stream, Moment::Always, open).await,
         }
     }
 

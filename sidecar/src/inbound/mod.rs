@@ -156,10 +156,11 @@ impl Walk {
                 }
             }
         };
-        let arrived = match Box::pin(silence::undecided(&self.worker, self.hello(&mut stream))).await {
-            Ok(arrived) => arrived,
-            Err(error) => return Err((error, Some(stream))),
-        };
+        let arrived =
+            match Box::pin(silence::undecided(&self.worker, self.registered.id, self.hello(&mut stream))).await {
+                Ok(arrived) => arrived,
+                Err(error) => return Err((error, Some(stream))),
+            };
         match arrived {
             Arrived::Mesh(hello) => {
                 opened.into_iter().for_each(silence::leave);

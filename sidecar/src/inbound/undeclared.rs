@@ -25,7 +25,7 @@ impl Walk {
         let key = self.key();
         let first = async {
             if self.may_speculate() {
-                silence::first(&self.worker, &key, &mut stream, Moment::AsRemembered, open).await
+                silence::first(&self.worker, &key, self.registered.id, &mut stream, Moment::AsRemembered, open).await
             } else {
                 self.begins(&mut stream).await
             }
@@ -36,7 +36,7 @@ impl Walk {
             Ok(First::Nobody) => return Ok(()),
             Err(error) => return Err((error, Some(stream))),
         };
-        match self.counted(Box::pin(silence::decide(&self.worker, &mut stream)).await) {
+        match self.counted(Box::pin(silence::decide(&self.worker, self.registered.id, &mut stream)).await) {
             Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) if self.caller.peer.is_some() => {
                 Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
             }

@@ -33,16 +33,17 @@ pub(super) async fn undeclared(
     // It may be long before somebody speaks: what was known then is asked again.
     let open = async || dial(worker, &backend.view(worker).await?, permit).await;
     let key = known.and_then(|view| view.service.clone()).map_or_else(|| backend.key().clone(), Key::Service);
-    let opened = match Box::pin(silence::first(worker, &key, &mut stream, Moment::AsRemembered, open)).await {
-        Ok(First::Client(opened)) => opened,
-        Ok(First::Server(opened)) => {
-            worker.telemetry.detected(telemetry::Detected::ServerFirst);
-            return copy(worker, stream, opened, registered, WireProtocol::Tcp, Declared::Nothing).await;
-        }
-        Ok(First::Nobody) => return,
-        Err(error) => return refuse_connection(worker, known, &stream, &error),
-    };
-    let protocol = match counted(worker, Box::pin(silence::decide(worker, &mut stream)).await) {
+    let opened =
+        match Box::pin(silence::first(worker, &key, registered.id, &mut stream, Moment::AsRemembered, open)).await {
+            Ok(First::Client(opened)) => opened,
+            Ok(First::Server(opened)) => {
+                worker.telemetry.detected(telemetry::Detected::ServerFirst);
+                return copy(worker, stream, opened, registered, WireProtocol::Tcp, Declared::Nothing).await;
+            }
+            Ok(First::Nobody) => return,
+            Err(error) => return refuse_connection(worker, known, &stream, &error),
+        };
+    let protocol = match counted(worker, Box::pin(silence::decide(worker, registered.id, &mut stream)).await) {
         Ok(Peeked::Speaks(Detected::Http1)) => {
             opened.into_iter().for_each(silence::leave);
             return http1(worker, backend, known, stream, registered, permit).await;

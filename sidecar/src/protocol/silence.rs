@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::detect::{Sight, detect, speaks_http2};
 use super::peek::{self, Peeked};
-use crate::connect::speculation::{News, Place, SpeaksFirst, Suspect, Undecided};
+use crate::connect::speculation::{Beside, News, Place, SpeaksFirst, Suspect, Undecided};
 use crate::connect::worker::Worker;
 use crate::net::Stream;
 use crate::outcome::{Error, Reason, Retry, Stage};
@@ -38,10 +38,12 @@ pub enum Moment {
     Always,
 }
 
-/// Waits until somebody speaks on an undeclared port. `key` is the destination, `open` opens an upstream to it.
+/// Waits until somebody speaks on an undeclared port. `key` is the destination, `age` the connection's (its id), `open` opens
+/// an upstream to it.
 pub async fn first<U: AsMut<Stream>>(
     worker: &Worker,
     key: &Key,
+    age: u64,
     stream: &mut Stream,
     moment: Moment,
     open: impl AsyncFn() -> Result<U, Error>,
@@ -56,7 +58,7 @@ pub async fn first<U: AsMut<Stream>>(
     {
         return client_spoke(read, None);
     }
-    let undecided = worker.speculation.enter();
+    let undecided = worker.speculation.enter(age);
     tokio::select! {
         // First in order: who speaks in the moment in which it is told to go may stay.
         biased;
@@ -86,23 +88,27 @@ pub async fn first_of_opaque<U: AsMut<Stream>>(
 }
 
 /// What the client speaks, which has begun to.
-pub async fn decide(worker: &Worker, stream: &mut Stream) -> Result<Peeked, Error> {
+pub async fn decide(worker: &Worker, age: u64, stream: &mut Stream) -> Result<Peeked, Error> {
     let limits = &worker.limits;
     match detect(stream.ahead()) {
         Sight::Is(detected) => Ok(Peeked::Speaks(detected)),
         Sight::Begun | Sight::Short => {
-            undecided(worker, peek::settles(stream, limits.detect_short, limits.head_timeout)).await
+            undecided(worker, age, peek::settles(stream, limits.detect_short, limits.head_timeout)).await
         }
     }
 }
 
 /// Waits for what is to tell what a connection is: for a moment as everybody may, for longer as one of the undecided.
-pub async fn undecided<T>(worker: &Worker, waiting: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+pub async fn undecided<T>(
+    worker: &Worker,
+    age: u64,
+    waiting: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
     let mut waiting = std::pin::pin!(waiting);
     if let Ok(done) = timeout(worker.limits.detect_wait, &mut waiting).await {
         return done;
     }
-    let undecided = worker.speculation.enter();
+    let undecided = worker.speculation.enter(age);
     tokio::select! {
         biased;
         done = waiting => done,
@@ -120,9 +126,10 @@ async fn speculate<U: AsMut<Stream>>(
 ) -> Result<First<U>, Error> {
     let speculation = &worker.speculation;
     let mut news = suspect.listen();
+    let _waiting = speculation.wait(suspect);
     loop {
-        let place = match speculation.speaks_first(suspect) {
-            Some(SpeaksFirst::Server) => None,
+        let right = match speculation.speaks_first(suspect) {
+            Some(SpeaksFirst::Server) => Right::Known,
             Some(SpeaksFirst::Client) => tokio::select! {
                 biased;
                 read = stream.read_ahead() => return client_spoke(read, None),
@@ -132,20 +139,37 @@ async fn speculate<U: AsMut<Stream>>(
                 biased;
                 read = stream.read_ahead() => return client_spoke(read, None),
                 () = heard(&mut news) => { told(&news)?; continue }
-                place = speculation.place(suspect) => place,
+                place = speculation.place(suspect) => place.map_or(Right::Known, Right::Ahead),
+                beside = speculation.beside(suspect) => beside.map_or(Right::Known, Right::Beside),
             },
         };
         // Meanwhile somebody may have found out.
-        if place.is_some() && speculation.speaks_first(suspect).is_some() {
+        if right.is_suspicion() && speculation.speaks_first(suspect).is_some() {
             continue;
         }
-        if place.is_some() {
+        if matches!(right, Right::Ahead(_)) {
             undecided.stay();
         }
-        if let Some(first) = ahead(worker, suspect, stream, open, place).await? {
+        if let Some(first) = ahead(worker, suspect, stream, open, right).await? {
             return Ok(first);
         }
         undecided.join();
+    }
+}
+
+/// Why an upstream may be opened for a client that is silent.
+enum Right<'a> {
+    /// The server is known to speak first.
+    Known,
+    /// The others wait for what comes of it.
+    Ahead(#[expect(dead_code, reason = "held until it is known")] Place<'a>),
+    /// The one ahead takes long.
+    Beside(#[expect(dead_code, reason = "held until it is known")] Beside<'a>),
+}
+
+impl Right<'_> {
+    fn is_suspicion(&self) -> bool {
+        matches!(self, Right::Ahead(_) | Right::Beside(_))
     }
 }
 
@@ -155,7 +179,7 @@ async fn ahead<U: AsMut<Stream>>(
     suspect: &Suspect,
     stream: &mut Stream,
     open: &impl AsyncFn() -> Result<U, Error>,
-    place: Option<Place<'_>>,
+    right: Right<'_>,
 ) -> Result<Option<First<U>>, Error> {
     let mut opening = std::pin::pin!(open());
     let opened = tokio::select! {
@@ -163,20 +187,23 @@ async fn ahead<U: AsMut<Stream>>(
         read = stream.read_ahead() => match read {
             // Where the server is known to speak first the upstream is most probably wanted: given up half way, the
             // application would see a connection on which nothing is ever said.
-            Ok(1..) if place.is_none() => return client_spoke(read, Some(opening.await?)).map(Some),
+            Ok(1..) if !right.is_suspicion() => return client_spoke(read, Some(opening.await?)).map(Some),
             _ => return client_spoke(read, None).map(Some),
         },
         opened = &mut opening => opened,
     };
     let mut upstream = opened.inspect_err(|error| {
-        if place.is_some() {
+        if matches!(right, Right::Ahead(_)) {
             suspect.failed(error);
         }
     })?;
+    if matches!(right, Right::Ahead(_)) {
+        suspect.is_silent();
+    }
     let since = Instant::now();
     let settles = worker.limits.speculation_settles;
     let give_up = async {
-        if place.is_none() {
+        if !matches!(right, Right::Ahead(_)) {
             return std::future::pending().await;
         }
         sleep(settles).await;
@@ -199,15 +226,12 @@ async fn ahead<U: AsMut<Stream>>(
             }
             client_spoke(read, Some(upstream)).map(Some)
         }
-        // A server of HTTP/2 says its settings at once and waits for the client's preface all the same. Where another server
-        // has shown to speak first it is believed, or this would begin again and again.
-        Spoken::Server(Ok(_))
-            if speaks_http2(upstream.as_mut().ahead())
-                && worker.speculation.speaks_first(suspect) != Some(SpeaksFirst::Server) =>
-        {
+        // A server of HTTP/2 says its settings at once and waits for the client's preface all the same, whoever was heard to
+        // speak first there before: its client's bytes are never opaque.
+        Spoken::Server(Ok(_)) if speaks_http2(upstream.as_mut().ahead()) => {
             worker.speculation.learn(suspect, SpeaksFirst::Client);
             leave(upstream);
-            Ok(None)
+            client_spoke(stream.read_ahead().await, None).map(Some)
         }
         Spoken::Server(read) => {
             // An HTTP server may say that it gives up waiting.
