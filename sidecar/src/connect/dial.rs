@@ -262,7 +262,15 @@ impl Dialer {
                     Reason::MtlsRequired => Reason::TlsHandshake,
                     reason => reason,
                 };
-                Err(failure(reason, format!("{address}: {error}")))
+                let text = error.to_string();
+                let detail = if text.contains("InvalidContentType") {
+                    format!(
+                        "{address} answered in plaintext: is its sidecar's redirect in place? run `redirect check` there"
+                    )
+                } else {
+                    format!("{address}: {text}")
+                };
+                Err(failure(reason, detail))
             }
             Err(_) => {
                 let detail = format!("{address}: the TLS handshake took longer than {:?}", self.handshake_timeout);
