@@ -47,7 +47,8 @@ pub async fn serve(worker: Rc<Worker>, application: SocketAddr, stream: Stream, 
     };
     let mut walk = Walk::new(&worker, &own, application, &registered);
     let served = Watched { arriving: walk.arrive(stream), registered: &registered }.await;
-    if let Err((error, stream)) = served {
+    if let Err(refused) = served {
+        let (error, stream) = *refused;
         walk.refuse(stream, &error).await;
     }
 }
@@ -72,7 +73,7 @@ impl<F: Future<Output = Result<(), Refused>>> Future for Watched<'_, F> {
             if this.registered.command() == Command::Close {
                 let reason = this.registered.closed_for().unwrap_or(Reason::Draining);
                 let detail = "closed before it was known what it carries";
-                return Poll::Ready(Err((Error::downstream(Stage::Accept, reason, detail), None)));
+                return Poll::Ready(Err(Box::new((Error::downstream(Stage::Accept, reason, detail), None))));
             }
         }
         arriving
@@ -98,9 +99,10 @@ pub async fn serve_own(
     walk.caller.peer = Some(Proved { identity, workload, mtls: false });
     let served = match policy::admit(walk.mode, Arrival::Own) {
         Ok(permit) => walk.framed(stream, alpn, permit).await,
-        Err(error) => Err((error, Some(stream))),
+        Err(error) => Err(Box::new((error, Some(stream)))),
     };
-    if let Err((error, stream)) = served {
+    if let Err(refused) = served {
+        let (error, stream) = *refused;
         walk.refuse(stream, &error).await;
     }
 }
@@ -115,7 +117,8 @@ struct Walk {
     caller: Caller,
 }
 
-type Refused = (Error, Option<Stream>);
+/// Boxed, because every level of the walk has room for it for as long as its connection lives.
+type Refused = Box<(Error, Option<Stream>)>;
 
 impl Walk {
     fn new(worker: &Rc<Worker>, own: &Workload, application: SocketAddr, registered: &Rc<Registered>) -> Walk {
@@ -148,18 +151,18 @@ impl Walk {
                     Ok(First::Server(opened)) => {
                         return match self.admit(Arrival::Plaintext, Unproved::Plaintext) {
                             Ok(_) => self.server_first(stream, opened).await,
-                            Err(error) => Err((error, Some(stream))),
+                            Err(error) => Err(Box::new((error, Some(stream)))),
                         };
                     }
                     Ok(First::Nobody) => return Ok(()),
-                    Err(error) => return Err((error, Some(stream))),
+                    Err(error) => return Err(Box::new((error, Some(stream)))),
                 }
             }
         };
         let arrived =
             match Box::pin(silence::undecided(&self.worker, self.registered.id, self.hello(&mut stream))).await {
                 Ok(arrived) => arrived,
-                Err(error) => return Err((error, Some(stream))),
+                Err(error) => return Err(Box::new((error, Some(stream)))),
             };
         match arrived {
             Arrived::Mesh(hello) => {
@@ -172,7 +175,7 @@ impl Walk {
                     Err(error) => {
                         // The close is what counts; the alert tells a person what was missing.
                         let _ = stream.write_all(tls::no_application_protocol_alert()).await;
-                        return Err((error, Some(stream)));
+                        return Err(Box::new((error, Some(stream))));
                     }
                 };
                 self.count_detected(telemetry::Detected::Tls);
@@ -206,15 +209,15 @@ impl Walk {
 
     /// A sidecar: prove who it is, then serve what its ALPN id says, as far as the port allows.
     async fn mutual(&mut self, mut stream: Stream, hello: Box<Accepted>) -> Result<(), Refused> {
-        let permit = policy::admit(self.mode, Arrival::Mutual).map_err(|error| (error, None))?;
+        let permit = policy::admit(self.mode, Arrival::Mutual).map_err(|error| Box::new((error, None)))?;
         let Some(material) = self.worker.tls.current() else {
-            return Err((Error::own(Stage::Accept, Reason::NotReady, "no certificate yet"), Some(stream)));
+            return Err(Box::new((Error::own(Stage::Accept, Reason::NotReady, "no certificate yet"), Some(stream))));
         };
         drop(stream.take_ahead());
         let stream = stream.below_tls();
         let (stream, peer) = Box::pin(tls::accept_hello(&material, *hello, stream))
             .await
-            .map_err(|error| (Error::downstream(Stage::Accept, error.reason(), error.to_string()), None))?;
+            .map_err(|error| Box::new((Error::downstream(Stage::Accept, error.reason(), error.to_string()), None)))?;
         let stream = Stream::from(stream);
         self.registered.describe(|about| {
             about.principal = Some(peer.identity.to_string());
@@ -241,7 +244,7 @@ impl Walk {
             (MeshAlpn::Tcp, Some(Protocol::Tcp)) => self.opaque(stream, None, WireProtocol::Tcp, permit).await,
             (MeshAlpn::Tcp, Some(Protocol::Tls)) => self.opaque(stream, None, WireProtocol::Tls, permit).await,
             (MeshAlpn::Tcp, Some(Protocol::Http | Protocol::Http2 | Protocol::Grpc)) => {
-                Err((mismatch("opaque bytes for a port declared as HTTP"), Some(stream)))
+                Err(Box::new((mismatch("opaque bytes for a port declared as HTTP"), Some(stream))))
             }
             (MeshAlpn::Tcp, None) => self.undeclared(stream, None, permit).await,
         }
@@ -250,7 +253,7 @@ impl Walk {
     async fn plaintext(&self, mut stream: Stream, opened: Option<Stream>) -> Result<(), Refused> {
         let permit = match self.admit(Arrival::Plaintext, Unproved::Plaintext) {
             Ok(permit) => permit,
-            Err(error) => return Err((error, Some(stream))),
+            Err(error) => return Err(Box::new((error, Some(stream)))),
         };
         let limits = &self.worker.limits;
         let peeked = match self.declared {
@@ -263,11 +266,13 @@ impl Walk {
         };
         match peeked {
             Ok(Peeked::Speaks(Detected::Http2)) => Box::pin(self.http2(stream, permit)).await,
-            Ok(Peeked::Speaks(Detected::Tls)) => Err((mismatch("TLS on a port declared as HTTP"), Some(stream))),
+            Ok(Peeked::Speaks(Detected::Tls)) => {
+                Err(Box::new((mismatch("TLS on a port declared as HTTP"), Some(stream))))
+            }
             // What is not HTTP at all is told by the parser what is wrong with it.
             Ok(Peeked::Speaks(Detected::Http1 | Detected::Opaque)) => self.http1(stream, permit).await,
             Ok(Peeked::Silent | Peeked::Left) => Ok(()),
-            Err(error) => Err((error, Some(stream))),
+            Err(error) => Err(Box::new((error, Some(stream)))),
         }
     }
     /// Counts a connection that ends before a byte reached the application, and closes it.

@@ -33,7 +33,7 @@ impl Walk {
                 self.copy(stream, upstream, protocol).await;
                 Ok(())
             }
-            Err(error) => Err((error, Some(stream))),
+            Err(error) => Err(Box::new((error, Some(stream)))),
         }
     }
 

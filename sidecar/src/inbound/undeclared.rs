@@ -34,11 +34,11 @@ impl Walk {
             Ok(First::Client(later)) => opened.or(later),
             Ok(First::Server(opened)) => return self.server_first(stream, opened).await,
             Ok(First::Nobody) => return Ok(()),
-            Err(error) => return Err((error, Some(stream))),
+            Err(error) => return Err(Box::new((error, Some(stream)))),
         };
         match self.counted(Box::pin(silence::decide(&self.worker, self.registered.id, &mut stream)).await) {
             Ok(Peeked::Speaks(Detected::Http1 | Detected::Http2)) if self.caller.peer.is_some() => {
-                Err((mismatch("HTTP inside what was announced as opaque"), Some(stream)))
+                Err(Box::new((mismatch("HTTP inside what was announced as opaque"), Some(stream))))
             }
             Ok(Peeked::Speaks(Detected::Http1)) => {
                 opened.into_iter().for_each(silence::leave);
@@ -51,7 +51,7 @@ impl Walk {
             Ok(Peeked::Speaks(Detected::Tls)) => self.opaque(stream, opened, WireProtocol::Tls, permit).await,
             Ok(Peeked::Speaks(Detected::Opaque)) => self.opaque(stream, opened, WireProtocol::Tcp, permit).await,
             Ok(Peeked::Silent | Peeked::Left) => Ok(()),
-            Err(error) => Err((error, Some(stream))),
+            Err(error) => Err(Box::new((error, Some(stream)))),
         }
     }
 
