@@ -77,7 +77,7 @@ async fn who_is_believed() {
     let app = Application::start("catalog").await;
     // Opaque by its targetPort, which nobody can know before.
     let own: &'static str = app.port().to_string().leak();
-    let cases: [Case; 12] = [
+    let cases: [Case; 13] = [
         ("main", None, 80, None, None, "detected"),
         ("main", Some("example.com/own"), 80, None, None, "detected"),
         ("main", None, 6379, None, None, "opaque"),
@@ -89,7 +89,9 @@ async fn who_is_believed() {
         ("redis", None, 80, None, None, "opaque"),
         ("tcp-web", Some("kubernetes.io/ws"), 80, None, None, "http"),
         ("http-web", Some("mysql"), 80, None, None, "opaque"),
-        ("tcp-web", Some("tcp"), 6379, Some(Protocol::Http), None, "http"),
+        // A sidecar's word counts where the Service says nothing, and before the opaque ports.
+        ("main", None, 80, Some(Protocol::Http), None, "http"),
+        ("main", None, 6379, Some(Protocol::Http), None, "http"),
     ];
     for (name, app_protocol, port, sidecar, opaque, expected) in cases {
         let opaque = opaque.map(|ports| if ports.starts_with('[') { ports.to_owned() } else { format!("[{ports}]") });
