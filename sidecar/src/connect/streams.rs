@@ -422,7 +422,6 @@ mod tests {
 
     use super::*;
     use crate::connection::{Direction, Places, Table};
-    use outrigger_runtime::memory::Budget;
 
     /// Whether a stream expires at once when its limit for silence, or for a stall, is zero.
     #[test]
