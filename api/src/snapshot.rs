@@ -131,6 +131,10 @@ pub struct Destination {
     pub endpoints: Vec<Endpoint>,
     /// The control plane lost more than half of the endpoints at once and lists them all the same.
     pub stale: bool,
+    /// Why there are no endpoints, for people; empty where there are some.
+    pub why_empty: String,
+    /// The Service exists and has no such port.
+    pub no_such_port: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -304,6 +304,8 @@ impl From<&snapshot::Destination> for Destination {
             .into(),
             endpoints: destination.endpoints.iter().map(Endpoint::from).collect(),
             stale: destination.stale,
+            why_empty: destination.why_empty.clone(),
+            no_such_port: destination.no_such_port,
         }
     }
 }
@@ -327,6 +329,8 @@ impl TryFrom<&Destination> for snapshot::Destination {
             },
             endpoints: destination.endpoints.iter().map(snapshot::Endpoint::try_from).collect::<Result<_, _>>()?,
             stale: destination.stale,
+            why_empty: cut(&destination.why_empty),
+            no_such_port: destination.no_such_port,
         })
     }
 }

@@ -19,7 +19,9 @@ fn exit_codes_and_streams() {
         (&["demo", "--for", "0"], 2, "", "--for"),
         (&["demo", "--otlp", "jaeger"], 2, "", "--otlp"),
         (&["tokn"], 2, "", "'token'"),
-        (&["explain"], 2, "", "not in this version"),
+        (&["explain"], 2, "", "--from"),
+        (&["explain", "/nonexistent", "--from", "a/b", "--to", "c"], 2, "", "/nonexistent"),
+        (&["test"], 2, "", "PATH"),
         (&["check", "--all"], 2, "", "not in this version"),
         (&["token"], 2, "", "create"),
         (&["token", "create"], 2, "", "--state"),
@@ -44,7 +46,7 @@ fn exit_codes_and_streams() {
     }
     let overview = outrigger(&[]);
     let overview = String::from_utf8_lossy(&overview.stdout);
-    assert!(!overview.contains("explain") && !overview.contains("check "), "{overview}");
+    assert!(overview.contains("explain") && !overview.contains("check "), "{overview}");
 }
 
 #[test]

@@ -23,7 +23,8 @@ const ROWS: [Rows; 3] = [
         folder: "api",
         library: "outrigger_api",
         rows: &[
-            &["name", "path", "peer_text"],
+            &["path", "peer_text"],
+            &["name"],
             &["identity", "virtual_address"],
             &["facts"],
             &["policy"],

@@ -60,3 +60,7 @@ fn in_own_trust_domain(principals: &mut Lists<Pattern>, trust_domain: &TrustDoma
         }
     }
 }
+
+#[cfg(test)]
+#[path = "authorization_tests.rs"]
+mod tests;

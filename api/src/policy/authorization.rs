@@ -808,7 +808,3 @@ fn header_holds(lists: &Lists<Pattern>, request: &Request<'_>, name: &str, readi
         (true, Reading::Allow) => all,
     }
 }
-
-#[cfg(test)]
-#[path = "authorization_tests.rs"]
-mod tests;

@@ -36,6 +36,7 @@ pub struct Catalog {
     cluster_ips: HashSet<IpAddr>,
     /// By clusterIP or virtual address.
     by_service_ip: HashMap<SocketAddr, name::ServicePort>,
+    service_by_ip: HashMap<IpAddr, ServiceName>,
     /// Who has a clusterIP, and who wants the same.
     contested: Vec<(SocketAddr, ServiceName, ServiceName)>,
 }
@@ -44,11 +45,13 @@ impl Catalog {
     /// `virtual_addresses`: settled for these resources, and kept on disk.
     pub fn new(resources: Arc<Resources>, trust_domain: TrustDomain, virtual_addresses: VirtualAddresses) -> Catalog {
         let mut by_service_ip: HashMap<SocketAddr, name::ServicePort> = HashMap::new();
+        let mut service_by_ip: HashMap<IpAddr, ServiceName> = HashMap::new();
         let mut contested = Vec::new();
         for service in resources.services.values() {
             let Ok(name) = ServiceName::new(&service.metadata.name, &service.metadata.namespace) else { continue };
             let given = virtual_addresses.of(&name);
             for ip in service.spec.cluster_ips.iter().chain(given.iter().flatten()) {
+                service_by_ip.entry(*ip).or_insert_with(|| name.clone());
                 for port in &service.spec.ports {
                     let key = name::ServicePort { service: name.clone(), port: port.port };
                     let address = SocketAddr::new(*ip, port.port);
@@ -60,7 +63,7 @@ impl Catalog {
             }
         }
         let cluster_ips = resources.services.values().flat_map(|service| service.spec.cluster_ips.clone()).collect();
-        Catalog { resources, trust_domain, virtual_addresses, cluster_ips, by_service_ip, contested }
+        Catalog { resources, trust_domain, virtual_addresses, cluster_ips, by_service_ip, service_by_ip, contested }
     }
 
     /// Whether an address is a clusterIP or a virtual address, which no workload can have.
@@ -117,7 +120,12 @@ impl Catalog {
             Key::Service(key) => self.service(registry, key),
             Key::Address(address) => match self.by_service_ip.get(address) {
                 Some(key) => self.service(registry, key),
-                None => self.endpoint_itself(registry, *address),
+                None => self.endpoint_itself(registry, *address).or_else(|| {
+                    // The address of a Service, at a port that it does not have.
+                    let service = self.service_by_ip.get(&address.ip())?;
+                    let key = name::ServicePort { service: service.clone(), port: address.port() };
+                    self.service(registry, &key)
+                }),
             },
         }
     }
@@ -259,13 +267,19 @@ impl Catalog {
     fn service(&self, registry: &Registry, key: &name::ServicePort) -> Option<Destination> {
         let name = (key.service.namespace.to_string(), key.service.name.to_string());
         let service = self.resources.services.get(&name)?;
-        let port = service.spec.ports.iter().find(|port| port.port == key.port)?;
+        let Some(port) = service.spec.ports.iter().find(|port| port.port == key.port) else {
+            return Some(without_port(service, key));
+        };
         let chosen: Vec<(&Instance, Target)> = registry
             .of_namespace(&name.0)
             .filter(|instance| selects(service, instance))
             .filter_map(|instance| Some((&**instance, target(instance, &port.target_port)?)))
             .collect();
-        Some(self.assemble(key.service.clone(), key.port, Some((service, port)), &chosen))
+        let mut destination = self.assemble(key.service.clone(), key.port, Some((service, port)), &chosen);
+        if destination.endpoints.is_empty() {
+            destination.why_empty = why_empty(registry, service, port);
+        }
+        Some(destination)
     }
 
     /// A destination by the address of an endpoint: exactly that endpoint, under the name of a Service that it
@@ -328,6 +342,8 @@ impl Catalog {
                 .unwrap_or_else(|| default_load_balancer(self.resources.mesh.defaults.load_balancer)),
             endpoints: chosen.iter().filter_map(|(instance, target)| self.endpoint(instance, *target)).collect(),
             stale: chosen.iter().any(|(instance, _)| instance.stale),
+            why_empty: String::new(),
+            no_such_port: false,
         }
     }
 
@@ -419,6 +435,55 @@ fn selects(service: &Resource<Service>, instance: &Instance) -> bool {
             .annotations
             .get(SERVICE_ACCOUNTS)
             .is_none_or(|accounts| accounts.split(',').any(|account| account.trim() == instance.id.service_account))
+}
+
+/// A known Service, asked for at a port that it does not have.
+fn without_port(service: &Resource<Service>, key: &name::ServicePort) -> Destination {
+    let ports = service.spec.ports.iter().map(|port| {
+        let protocol = policy::of_service(port).map(|protocol| protocol.to_string());
+        match protocol.or_else(|| port.name.clone()) {
+            Some(word) => format!("{} ({word})", port.port),
+            None => port.port.to_string(),
+        }
+    });
+    let ports = ports.collect::<Vec<_>>().join(", ");
+    let has = if ports.is_empty() { "no port at all".to_owned() } else { ports };
+    Destination {
+        service: key.service.clone(),
+        port: key.port,
+        protocol: None,
+        load_balancer: LoadBalancer::default(),
+        endpoints: Vec::new(),
+        stale: false,
+        why_empty: format!("{} has no port {}; it has {has}", key.service, key.port),
+        no_such_port: true,
+    }
+}
+
+/// Why nobody serves a port of a Service.
+fn why_empty(registry: &Registry, service: &Resource<Service>, port: &ServicePort) -> String {
+    let selector = &service.spec.selector;
+    if selector.is_empty() {
+        return "the Service has no selector".to_owned();
+    }
+    let labels = selector.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",");
+    let namespace = &service.metadata.namespace;
+    let labelled =
+        registry.of_namespace(namespace).filter(|instance| policy::contains(&instance.labels, selector)).count();
+    if labelled == 0 {
+        return format!("no workload of namespace {namespace} has the labels {labels} of its selector");
+    }
+    let selected = registry.of_namespace(namespace).filter(|instance| selects(service, instance)).count();
+    if selected == 0 {
+        return format!(
+            "{labelled} workloads have the labels {labels}, and none the service accounts of {SERVICE_ACCOUNTS}"
+        );
+    }
+    let target = match &port.target_port {
+        TargetPort::Number(number) => number.to_string(),
+        TargetPort::Name(name) => name.clone(),
+    };
+    format!("{selected} workloads have the labels {labels}, and none serves the targetPort {target}")
 }
 
 fn service_name(metadata: &Metadata) -> Option<ServiceName> {

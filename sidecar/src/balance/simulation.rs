@@ -38,6 +38,8 @@ pub(super) fn destination(load_balancer: LoadBalancer, weights: &[u32]) -> Desti
         load_balancer,
         endpoints: weights.iter().zip(1..).map(|(weight, number)| endpoint(number, *weight)).collect(),
         stale: false,
+        why_empty: String::new(),
+        no_such_port: false,
     }
 }
 

@@ -38,6 +38,8 @@ pub struct View {
     /// Empty for an address that nobody registered.
     pub service: Option<ServicePort>,
     protocol: Option<Protocol>,
+    /// Why there are no endpoints, as the control plane says.
+    pub why_empty: String,
     pub endpoints: Arc<Endpoints>,
     slots: Vec<Rc<Slot>>,
     balancer: RefCell<Balancer>,
@@ -90,6 +92,9 @@ impl Backend {
         let known = Box::pin(self.first_answer(worker)).await?;
         let previous = self.view.borrow().clone();
         let view = match &known {
+            Known::Registered(destination) if destination.no_such_port => {
+                Err(Error::own(Stage::Lookup, Reason::NotRegistered, destination.why_empty.clone()))
+            }
             Known::Registered(destination) => Ok(View::registered(worker, destination, previous.as_deref())),
             // A name is known by its addresses, and nobody dials a name.
             Known::Unregistered | Known::Named(_) => View::passthrough(worker, &self.key, previous.as_deref()),
@@ -191,6 +196,8 @@ impl View {
             load_balancer: LoadBalancer::LeastRequest,
             endpoints: vec![unregistered_endpoint(address)],
             stale: false,
+            why_empty: String::new(),
+            no_such_port: false,
         };
         Ok(View::new(worker, None, &destination, previous))
     }
@@ -208,6 +215,7 @@ impl View {
         View {
             service,
             protocol: destination.protocol,
+            why_empty: destination.why_empty.clone(),
             endpoints: Arc::new(set),
             slots,
             balancer: RefCell::default(),

@@ -167,6 +167,8 @@ fn destination(name: &str, endpoints: &[&str]) -> Destination {
         load_balancer: LoadBalancer::default(),
         endpoints: endpoints.iter().map(endpoint).collect(),
         stale: false,
+        why_empty: String::new(),
+        no_such_port: false,
     }
 }
 

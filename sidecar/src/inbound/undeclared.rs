@@ -23,14 +23,14 @@ impl Walk {
     ) -> Result<(), Refused> {
         let open = async || self.dial(permit).await;
         let key = self.key();
-        let first = async {
-            if self.may_speculate() {
-                silence::first(&self.worker, &key, self.registered.id, &mut stream, Moment::AsRemembered, open).await
-            } else {
-                self.begins(&mut stream).await
-            }
+        // Boxed where they are made: what has a name keeps its place in the task for as long as its scope lives.
+        let (id, moment) = (self.registered.id, Moment::AsRemembered);
+        let first = if self.may_speculate() {
+            Box::pin(silence::first(&self.worker, &key, id, &mut stream, moment, open)).await
+        } else {
+            Box::pin(self.begins(&mut stream)).await
         };
-        let opened = match Box::pin(first).await {
+        let opened = match first {
             Ok(First::Client(later)) => opened.or(later),
             Ok(First::Server(opened)) => return self.server_first(stream, opened).await,
             Ok(First::Nobody) => return Ok(()),

@@ -69,7 +69,16 @@ impl Tried {
 
 pub(super) fn unavailable(view: &View) -> Error {
     let detail = match &view.service {
-        Some(service) => format!("{service} has {} endpoints, none can be used", view.endpoints.len()),
+        Some(service) if view.endpoints.len() == 0 && view.why_empty.is_empty() => {
+            format!("{service} has no endpoints")
+        }
+        Some(service) if view.endpoints.len() == 0 => format!("{service} has no endpoints: {}", view.why_empty),
+        Some(service) => {
+            format!(
+                "none of the {} endpoints of {service} can be used: each failed or is ejected",
+                view.endpoints.len()
+            )
+        }
         None => "no endpoint".to_owned(),
     };
     Error::upstream(Stage::Balance, Reason::DestinationUnavailable, Retry::Never, detail)

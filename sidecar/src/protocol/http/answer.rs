@@ -14,20 +14,33 @@ const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
+/// What one who may know it is told beside the reason.
+#[derive(Clone, Copy, Default)]
+pub struct Told<'a> {
+    /// The object that refused; for callers that prove who they are.
+    pub by: Option<&'a Refuser>,
+    /// What happened, with names and addresses; for the application beside this sidecar alone.
+    pub detail: Option<&'a str>,
+}
+
 /// The answer to a request that ended here.
-pub fn refuse(reason: Reason, grpc: bool, proxy: &str, by: Option<&Refuser>) -> Response<ResponseBody> {
+pub fn refuse(reason: Reason, grpc: bool, proxy: &str, told: Told<'_>) -> Response<ResponseBody> {
     let row = reason.row();
     let mut response;
     if grpc {
         response = Response::new(ResponseBody::empty());
         *response.headers_mut() = grpc_trailers(reason);
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        let message = told.detail.map(|detail| HeaderValue::from_str(&format!("{}: {detail}", row.word)));
+        if let Some(Ok(message)) = message {
+            response.headers_mut().insert(GRPC_MESSAGE, message);
+        }
     } else {
-        response = Response::new(ResponseBody::local(problem(reason)));
+        response = Response::new(ResponseBody::local(problem(reason, told.detail)));
         *response.status_mut() = StatusCode::from_u16(row.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
     }
-    if let Ok(status) = HeaderValue::from_str(&proxy_status(reason, proxy, by)) {
+    if let Ok(status) = HeaderValue::from_str(&proxy_status(reason, proxy, told.by)) {
         response.headers_mut().insert(PROXY_STATUS, status);
     }
     response.headers_mut().insert(header::DATE, date::now());
@@ -69,7 +82,7 @@ pub fn grpc_trailers(reason: Reason) -> HeaderMap {
 
 /// The same answer as bytes of HTTP/1.1, for a head that the parser itself refused.
 pub fn refuse_raw(reason: Reason, status: u16, proxy: &str) -> Vec<u8> {
-    let body = problem(reason);
+    let body = problem(reason, None);
     let phrase = StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason()).unwrap_or("Refused");
     let mut raw = format!(
         "HTTP/1.1 {status} {phrase}\r\ncontent-type: application/problem+json\r\nproxy-status: {}\r\ndate: {}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
@@ -82,11 +95,12 @@ pub fn refuse_raw(reason: Reason, status: u16, proxy: &str) -> Vec<u8> {
     raw
 }
 
-fn problem(reason: Reason) -> Bytes {
+fn problem(reason: Reason, detail: Option<&str>) -> Bytes {
     let row = reason.row();
-    // No text of a peer's goes in: words and titles are our own constants.
+    // Words and titles are our own constants; a detail may hold a name that the client wrote.
+    let detail = detail.map(|detail| format!(",\"detail\":{}", serde_json::Value::from(detail))).unwrap_or_default();
     Bytes::from(format!(
-        "{{\"type\":\"about:blank\",\"title\":\"{}\",\"status\":{},\"reason\":\"{}\"}}\n",
+        "{{\"type\":\"about:blank\",\"title\":\"{}\",\"status\":{},\"reason\":\"{}\"{detail}}}\n",
         row.title, row.status, row.word
     ))
 }
@@ -114,13 +128,14 @@ mod tests {
     #[test]
     fn every_reason_has_a_well_formed_answer() {
         for reason in Reason::ALL {
-            let body: serde_json::Value = serde_json::from_slice(&problem(reason)).unwrap();
+            let body: serde_json::Value = serde_json::from_slice(&problem(reason, Some("a \"b\"\n"))).unwrap();
+            assert_eq!(body["detail"], "a \"b\"\n");
             assert_eq!(body["reason"], reason.word());
             assert_eq!(body["status"], reason.row().status);
-            let plain = refuse(reason, false, "cart-1", None);
+            let plain = refuse(reason, false, "cart-1", Told::default());
             assert_eq!(plain.status().as_u16(), reason.row().status);
             assert!(plain.headers()["proxy-status"].to_str().unwrap().starts_with("cart-1; error="));
-            let grpc = refuse(reason, true, "1cart", None);
+            let grpc = refuse(reason, true, "1cart", Told::default());
             assert_eq!(grpc.status(), 200);
             assert_eq!(grpc.headers()["grpc-status"], reason.row().grpc.to_string().as_str());
             assert!(grpc.headers()["proxy-status"].to_str().unwrap().starts_with("\"1cart\"; error="));

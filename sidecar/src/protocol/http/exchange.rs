@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Version, header};
 
+use super::answer::Told;
 use super::body::{Ending, Measured, ResponseBody, Switched, Upstream, note_grpc_status};
 use super::headers::{self, Message, Strip};
 use super::{answer, date, head, tunnel};
@@ -274,7 +275,13 @@ impl Exchange {
         if let Some(by) = &error.by {
             self.record.set_policy(&by.object, by.rule);
         }
-        let told = error.by.as_deref().filter(|by| by.told);
+        let told = Told {
+            by: error.by.as_deref().filter(|by| by.told),
+            // What an endpoint or a name has to do with it is the own application's to know, and nobody else's.
+            detail: (self.session.strip == Strip::HopByHop
+                && matches!(error.stage, Stage::Lookup | Stage::Balance | Stage::Connect))
+            .then_some(&*error.detail),
+        };
         let mut response = answer::refuse(error.reason, grpc, &self.session.worker.own.instance, told);
         self.record.answered(response.status().as_u16());
         if grpc {

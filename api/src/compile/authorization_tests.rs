@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use super::*;
-use crate::compile::{authorization, load};
+use super::authorization;
+use crate::compile::load;
+use crate::facts::{Connection, Moment, Request};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::name::ServiceName;
+use crate::path::NormalPath;
+use crate::policy::authorization::{Authorization, By, Denial};
 use crate::resource::SourceFile;
 
 /// `METHOD TARGET; name: value; ...`, or empty for opaque bytes.
