@@ -119,3 +119,46 @@ async fn a_second_root_in_the_bundle_reaches_sidecars_that_run() {
     assert_eq!(far.admin_get("/certs").await["trust_bundle"]["roots"].as_array().unwrap().len(), 2);
     assert_eq!(wire::get(near.outbound(), "/").await.status, 200);
 }
+
+/// A wrong port and missing endpoints say what is wrong, to the application beside the sidecar.
+#[tokio::test]
+async fn what_cannot_be_reached_says_why() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let app = Application::start("stock").await;
+    let service = |name: &str, ports: &str, selector: &str| {
+        let text = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{ports: [{ports}]{selector}}}\n"
+        );
+        mesh.write(&format!("{name}.yaml"), &text);
+    };
+    let target = app.port();
+    let selected = ", selector: {app: stock}";
+    service("stock", &format!("{{port: 80, targetPort: {target}, appProtocol: http}}"), selected);
+    service("wrong", "{port: 80, targetPort: 1}", selected);
+    service("nobody", "{port: 80}", ", selector: {app: nobody}");
+    service("bare", "{port: 80}", "");
+    let _stock = mesh.sidecar("stock-1").label("app", "stock").inbound(app.address()).start().await;
+    let cases = [
+        ("stock:81", 502, "not_registered", "stock.shop has no port 81; it has 80 (http)"),
+        ("wrong:80", 503, "destination_unavailable", "none serves the targetPort 1"),
+        ("nobody:80", 503, "destination_unavailable", "no workload of namespace shop has the labels app=nobody"),
+        ("bare:80", 503, "destination_unavailable", "the Service has no selector"),
+        ("stok:80", 502, "not_registered", "no Service stok.shop:80 exists"),
+    ];
+    let mut near = mesh.sidecar("cart-1");
+    for (destination, ..) in cases {
+        near = near.outbound(destination);
+    }
+    let near = near.start().await;
+    for (destination, status, reason, detail) in cases {
+        let (name, port) = destination.split_once(':').unwrap();
+        let address = near.address(&format!("outbound:{name}.shop:{port}"));
+        within(Duration::from_secs(30), destination, async || {
+            let answer = wire::get(address, "/").await;
+            let body: serde_json::Value = serde_json::from_slice(&answer.body).ok()?;
+            let told = body["detail"].as_str()?.contains(detail);
+            (answer.status == status && answer.reason() == reason && told).then_some(())
+        })
+        .await;
+    }
+}
