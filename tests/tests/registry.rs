@@ -145,7 +145,7 @@ async fn what_cannot_be_reached_says_why() {
         ("bare:80", 503, "destination_unavailable", "the Service has no selector"),
         ("stok:80", 502, "not_registered", "no Service stok.shop:80 exists"),
     ];
-    let mut near = mesh.sidecar("cart-1");
+    let mut near = mesh.sidecar("cart-1").http_proxy();
     for (destination, ..) in cases {
         near = near.outbound(destination);
     }
@@ -161,4 +161,7 @@ async fn what_cannot_be_reached_says_why() {
         })
         .await;
     }
+    // A name that the mesh knows is no name of the outside.
+    let answer = wire::ask(near.http_proxy(), "GET http://stock.shop:81/ HTTP/1.1\r\nHost: x\r\n\r\n").await;
+    assert!(answer.text().contains("stock.shop has no port 81"), "{}", answer.text());
 }

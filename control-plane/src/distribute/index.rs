@@ -476,14 +476,14 @@ fn why_empty(registry: &Registry, service: &Resource<Service>, port: &ServicePor
     let selected = registry.of_namespace(namespace).filter(|instance| selects(service, instance)).count();
     if selected == 0 {
         return format!(
-            "{labelled} workloads have the labels {labels}, and none the service accounts of {SERVICE_ACCOUNTS}"
+            "of the workloads with the labels {labels} ({labelled}) none has a service account of {SERVICE_ACCOUNTS}"
         );
     }
     let target = match &port.target_port {
         TargetPort::Number(number) => number.to_string(),
         TargetPort::Name(name) => name.clone(),
     };
-    format!("{selected} workloads have the labels {labels}, and none serves the targetPort {target}")
+    format!("of the workloads with the labels {labels} ({selected}) none serves the targetPort {target}")
 }
 
 fn service_name(metadata: &Metadata) -> Option<ServiceName> {

@@ -11,6 +11,7 @@ use crate::connect::backend::{Backend, lost_edge};
 use crate::connect::request_body::Received;
 use crate::connect::worker::Worker;
 use crate::connection::{Registered, State};
+use crate::discovery::Known;
 use crate::net::Stream;
 use crate::outcome::{Error, Reason, Stage};
 use crate::policy::{self, Permit};
@@ -79,9 +80,12 @@ async fn destination(worker: &Worker, parts: &http::request::Parts) -> Result<Rc
         return Ok(worker.backend(&Key::Address(SocketAddr::new(ip, port))));
     }
     if let Ok(service) = outrigger_api::name::ServiceName::parse(host, &worker.own.namespace) {
-        let backend = worker.backend(&Key::Service(ServicePort { service, port }));
+        let key = Key::Service(ServicePort { service, port });
+        let backend = worker.backend(&key);
         match backend.view(worker).await {
             Ok(_) => return Ok(backend),
+            // A known Service without this port is no name of the outside.
+            Err(error) if matches!(worker.directory.remembered(&key), Some(Known::Registered(_))) => return Err(error),
             Err(error) if error.reason != Reason::NotRegistered || worker.registry_only() => return Err(error),
             Err(_) => {}
         }
