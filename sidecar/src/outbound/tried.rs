@@ -69,10 +69,10 @@ impl Tried {
 
 pub(super) fn unavailable(view: &View) -> Error {
     let detail = match &view.service {
-        Some(service) if view.endpoints.len() == 0 && view.why_empty.is_empty() => {
+        Some(service) if view.endpoints.is_empty() && view.why_empty.is_empty() => {
             format!("{service} has no endpoints")
         }
-        Some(service) if view.endpoints.len() == 0 => format!("{service} has no endpoints: {}", view.why_empty),
+        Some(service) if view.endpoints.is_empty() => format!("{service} has no endpoints: {}", view.why_empty),
         Some(service) => {
             format!(
                 "none of the {} endpoints of {service} can be used: each failed or is ejected",
