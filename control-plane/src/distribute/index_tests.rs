@@ -135,7 +135,9 @@ fn selectors_choose_by_labels_within_the_namespace() {
         .workload("db", 1, false, &[]);
     assert_eq!(moment.endpoints("cart:80"), ["10.0.0.1:18080 cart", "10.0.1.1:8080 plaintext"]);
     assert!(moment.endpoints("all:80").is_empty(), "an empty selector selects nothing");
-    assert_eq!(moment.find("cart:81"), None);
+    let other = moment.find("cart:81").unwrap();
+    assert_eq!((other.no_such_port, other.endpoints.len()), (true, 0));
+    assert_eq!(other.why_empty, "cart.shop has no port 81; it has 80 (http)");
     assert_eq!(moment.find("cart.other:80"), None);
     let found = moment.find("cart.shop:80").unwrap();
     assert_eq!((found.protocol, found.stale), (Some(Protocol::Http), false));
@@ -220,7 +222,7 @@ fn by_address() {
         .lease("alone", 3, "app=none", None)
         .workload("db", 1, false, &[("sql", 5432)]);
     assert_eq!(moment.find("10.96.0.1:80"), moment.find("cart:80"), "clusterIP");
-    assert_eq!(moment.find("10.96.0.1:81"), None);
+    assert!(moment.find("10.96.0.1:81").is_some_and(|found| found.no_such_port && found.endpoints.is_empty()));
     for address in ["10.0.0.2:8080", "10.0.0.2:18080"] {
         assert_eq!(moment.endpoints(address), ["10.0.0.2:18080 cart"], "{address}");
         let found = moment.find(address).unwrap();
@@ -449,6 +451,6 @@ fn a_name_stands_for_the_cluster_ip_or_a_virtual_address_or_the_endpoints() {
         let found = moment.find(address).unwrap();
         assert_eq!((found.service.to_string(), found.endpoints.len()), ("virtual.shop".to_owned(), 2), "{address}");
     }
-    assert_eq!(moment.find("240.240.0.1:81"), None, "a port that the service has not");
+    assert!(moment.find("240.240.0.1:81").is_some_and(|found| found.no_such_port), "a port that the service has not");
     assert_eq!(moment.find("240.240.0.2:80"), None, "nobody's");
 }
