@@ -8,6 +8,7 @@ use super::service;
 pub(super) const OWN_API: &str = "outrigger.dev/v1alpha1";
 const OWN_GROUP: &str = "outrigger.dev";
 
+/// A kind that is read. To add one: a variant, its row in [`Kind::facts`], and an arm in `load::Sections::read_spec`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) enum Kind {
     MeshConfig,
@@ -19,8 +20,43 @@ pub(super) enum Kind {
     ServiceAccount,
 }
 
+/// What is said of a kind before any of its documents is read.
+pub(super) struct Facts {
+    pub(super) name: &'static str,
+    /// The apiVersions that are read; messages name the first.
+    pub(super) api_versions: &'static [&'static str],
+    /// An unknown field is an error; in other kinds it is a warning.
+    pub(super) strict: bool,
+    /// Its names are DNS labels; those of other kinds DNS names.
+    pub(super) label: bool,
+    /// It has a `spec`.
+    pub(super) spec: bool,
+    /// The `outrigger.dev/*` annotations that mean something on it.
+    pub(super) annotations: &'static [&'static str],
+    /// Fields that are not acted on and change nothing.
+    pub(super) silent_fields: &'static [&'static str],
+    /// The same for values: the field and its standard value.
+    pub(super) silent_values: &'static [(&'static str, &'static str)],
+}
+
+/// A kind of our own group.
+const OWN: Facts = Facts {
+    name: "",
+    api_versions: &[OWN_API],
+    strict: true,
+    label: false,
+    spec: true,
+    annotations: &[],
+    silent_fields: &[],
+    silent_values: &[],
+};
+/// A kind of Istio's that is ours, field by field.
+const ISTIO: &[&str] = &[OWN_API, "security.istio.io/v1", "security.istio.io/v1beta1"];
+/// A kind that is adopted from others.
+const ADOPTED: Facts = Facts { api_versions: &["v1"], strict: false, ..OWN };
+
 impl Kind {
-    pub(super) const ALL: [Kind; 7] = [
+    pub(super) const ALL: &[Kind] = &[
         Kind::MeshConfig,
         Kind::Workload,
         Kind::PeerAuthentication,
@@ -30,45 +66,40 @@ impl Kind {
         Kind::ServiceAccount,
     ];
 
-    pub(super) fn name(self) -> &'static str {
+    pub(super) const fn facts(self) -> Facts {
         match self {
-            Kind::MeshConfig => "MeshConfig",
-            Kind::Workload => "Workload",
-            Kind::PeerAuthentication => "PeerAuthentication",
-            Kind::AuthorizationPolicy => "AuthorizationPolicy",
-            Kind::PolicyTest => "PolicyTest",
-            Kind::Service => "Service",
-            Kind::ServiceAccount => "ServiceAccount",
+            Kind::MeshConfig => Facts { name: "MeshConfig", ..OWN },
+            Kind::Workload => Facts { name: "Workload", label: true, ..OWN },
+            Kind::PeerAuthentication => Facts { name: "PeerAuthentication", api_versions: ISTIO, ..OWN },
+            Kind::AuthorizationPolicy => Facts { name: "AuthorizationPolicy", api_versions: ISTIO, ..OWN },
+            Kind::PolicyTest => Facts { name: "PolicyTest", ..OWN },
+            Kind::Service => Facts {
+                name: "Service",
+                label: true,
+                annotations: service::ANNOTATIONS,
+                silent_fields: service::SILENT_FIELDS,
+                silent_values: service::SILENT_VALUES,
+                ..ADOPTED
+            },
+            Kind::ServiceAccount => Facts { name: "ServiceAccount", spec: false, ..ADOPTED },
         }
     }
 
-    pub(super) fn api_version(self) -> &'static str {
-        match self {
-            Kind::MeshConfig
-            | Kind::Workload
-            | Kind::PeerAuthentication
-            | Kind::AuthorizationPolicy
-            | Kind::PolicyTest => OWN_API,
-            Kind::Service | Kind::ServiceAccount => "v1",
-        }
+    pub(super) const fn name(self) -> &'static str {
+        self.facts().name
     }
 
-    /// Own kinds are strict: an unknown field is an error. In adopted ones it is a warning.
-    pub(super) fn is_own(self) -> bool {
+    fn api_version(self) -> &'static str {
+        self.facts().api_versions.first().copied().unwrap_or_default()
+    }
+
+    /// Of our own group.
+    fn is_own(self) -> bool {
         self.api_version() == OWN_API
     }
 
-    /// The `outrigger.dev/*` annotations that mean something on it.
-    pub(super) fn annotations(self) -> &'static [&'static str] {
-        match self {
-            Kind::Service => service::ANNOTATIONS,
-            Kind::MeshConfig
-            | Kind::Workload
-            | Kind::PeerAuthentication
-            | Kind::AuthorizationPolicy
-            | Kind::PolicyTest
-            | Kind::ServiceAccount => &[],
-        }
+    pub(super) fn of_name(name: &str) -> Option<Kind> {
+        Kind::ALL.iter().copied().find(|kind| kind.name() == name)
     }
 }
 
@@ -82,8 +113,6 @@ const LATER: &[&str] = &[
     "EgressPolicy",
     "TelemetryPolicy",
 ];
-const ISTIO_SECURITY_GROUP: &str = "security.istio.io";
-const ISTIO_READ: [Kind; 2] = [Kind::PeerAuthentication, Kind::AuthorizationPolicy];
 const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
 const GATEWAY_LATER: &[&str] = &["HTTPRoute", "GRPCRoute", "TLSRoute", "TCPRoute", "ReferenceGrant"];
 
@@ -98,23 +127,19 @@ pub(super) enum Verdict {
 }
 
 pub(super) fn classify(api_version: &str, kind: &str) -> Verdict {
+    if let Some(known) = Kind::of_name(kind).filter(|known| known.facts().api_versions.contains(&api_version)) {
+        return Verdict::Read(known);
+    }
     let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
     match group {
         "" => core(version, kind),
-        // Istio's objects of these kinds are ours, field by field.
-        ISTIO_SECURITY_GROUP
-            if matches!(version, "v1" | "v1beta1") && ISTIO_READ.iter().any(|read| read.name() == kind) =>
-        {
-            let known = ISTIO_READ.into_iter().find(|read| read.name() == kind);
-            known.map_or_else(|| foreign(api_version, kind), Verdict::Read)
-        }
         OWN_GROUP => own(api_version, kind),
         GATEWAY_GROUP if GATEWAY_LATER.contains(&kind) => {
             refuse_kind(format!("kind {kind} is not acted on by this version: remove the document"))
         }
         // Istio's objects of these names would be read as protection and protect nothing.
         _ if own_word(kind).is_some() && group.ends_with("istio.io") => foreign(api_version, kind),
-        _ if Kind::ALL.iter().any(|known| known.is_own() && known.name() == kind) => foreign(api_version, kind),
+        _ if Kind::of_name(kind).is_some_and(Kind::is_own) => foreign(api_version, kind),
         _ => ignored(api_version, kind),
     }
 }
@@ -123,11 +148,9 @@ fn core(version: &str, kind: &str) -> Verdict {
     if kind == "List" && version == "v1" {
         return Verdict::List;
     }
-    if let Some(known) = Kind::ALL.into_iter().find(|known| known.name() == kind) {
-        return match known.api_version() {
-            expected if expected == version => Verdict::Read(known),
-            expected => refuse_version(format!("{} has apiVersion {expected}, not {}", kind, Shortened(version))),
-        };
+    if let Some(known) = Kind::of_name(kind) {
+        let expected = known.api_version();
+        return refuse_version(format!("{} has apiVersion {expected}, not {}", kind, Shortened(version)));
     }
     if LATER.contains(&kind) {
         return foreign(version, kind);
@@ -136,7 +159,7 @@ fn core(version: &str, kind: &str) -> Verdict {
 }
 
 fn own(api_version: &str, kind: &str) -> Verdict {
-    if let Some(known) = Kind::ALL.into_iter().find(|known| known.name() == kind && !known.is_own()) {
+    if let Some(known) = Kind::of_name(kind).filter(|known| !known.is_own()) {
         let expected = known.api_version();
         return refuse_version(format!("{kind} has apiVersion {expected}, not {}", Shortened(api_version)));
     }
@@ -148,10 +171,7 @@ fn own(api_version: &str, kind: &str) -> Verdict {
     if api_version != OWN_API {
         return refuse_version(format!("{known} has apiVersion {OWN_API}, not {}", Shortened(api_version)));
     }
-    match Kind::ALL.into_iter().find(|kind| kind.name() == known) {
-        Some(kind) => Verdict::Read(kind),
-        None => refuse_kind(format!("kind {known} is not enforced by this version: remove the document")),
-    }
+    refuse_kind(format!("kind {known} is not enforced by this version: remove the document"))
 }
 
 fn own_words() -> Vec<&'static str> {
@@ -169,7 +189,8 @@ fn foreign(api_version: &str, kind: &str) -> Verdict {
 
 fn ignored(api_version: &str, kind: &str) -> Verdict {
     let is_core = !api_version.contains('/');
-    let hint = match nearest(kind, &Kind::ALL.map(Kind::name)) {
+    let known: Vec<&str> = Kind::ALL.iter().map(|kind| kind.name()).collect();
+    let hint = match nearest(kind, &known) {
         Some((name, true)) if is_core => format!("; did you mean `{name}`?"),
         Some(_) | None => String::new(),
     };

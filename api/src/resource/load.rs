@@ -14,15 +14,13 @@ use super::metadata::{RawMetadata, STANDARD_FIELDS};
 use super::nearest::nearest;
 use super::path::{Path, Shortened};
 use super::peer_authentication::RawPeerAuthentication;
+use super::policy_test::RawPolicyTest;
 use super::position::{At, locate};
 use super::report::{Found, Place, located, position_of, without_position};
 use super::service::{self, RawService};
 use super::tree::{Budget, Node, TreeSeed, safe_prefix};
 use super::workload::RawWorkload;
-use super::{
-    AuthorizationPolicy, MeshConfig, Metadata, Parsed, PeerAuthentication, PolicyTest, Remark, Resource, Resources,
-    Service, ServiceAccount, SourceFile, Workload,
-};
+use super::{Metadata, Parsed, Remark, Resource, Resources, ServiceAccount, SourceFile};
 
 /// Longer files are refused unread.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
@@ -188,24 +186,8 @@ impl<'f> Loader<'f> {
         if let Some(spec) = spec
             && !findings.has_errors()
         {
-            self.insert(metadata, spec);
-        }
-    }
-
-    fn insert(&mut self, metadata: Metadata, spec: Spec) {
-        let key = (metadata.namespace.clone(), metadata.name.clone());
-        let all = &mut self.resources;
-        self.objects += 1;
-        match spec {
-            Spec::MeshConfig(spec) => all.mesh = spec,
-            Spec::Workload(spec) => drop(all.workloads.insert(key, Resource { metadata, spec })),
-            Spec::PeerAuthentication(spec) => drop(all.peer_authentications.insert(key, Resource { metadata, spec })),
-            Spec::PolicyTest(spec) => drop(all.policy_tests.insert(key, Resource { metadata, spec })),
-            Spec::AuthorizationPolicy(spec) => {
-                drop(all.authorization_policies.insert(key, Resource { metadata, spec }));
-            }
-            Spec::Service(spec) => drop(all.services.insert(key, Resource { metadata, spec })),
-            Spec::ServiceAccount(spec) => drop(all.service_accounts.insert(key, Resource { metadata, spec })),
+            self.objects += 1;
+            spec(&mut self.resources, metadata);
         }
     }
 
@@ -273,14 +255,16 @@ impl<'f> Loader<'f> {
     }
 }
 
-enum Spec {
-    MeshConfig(MeshConfig),
-    Workload(Workload),
-    PeerAuthentication(PeerAuthentication),
-    AuthorizationPolicy(AuthorizationPolicy),
-    PolicyTest(PolicyTest),
-    Service(Service),
-    ServiceAccount(ServiceAccount),
+/// Puts a spec that is right where it belongs.
+type Store = Box<dyn FnOnce(&mut Resources, Metadata)>;
+type Objects<S> = BTreeMap<(String, String), Resource<S>>;
+
+/// Stores among the objects of its kind.
+fn among<S: 'static>(objects: fn(&mut Resources) -> &mut Objects<S>, spec: S) -> Store {
+    Box::new(move |resources, metadata| {
+        let key = (metadata.namespace.clone(), metadata.name.clone());
+        objects(resources).insert(key, Resource { metadata, spec });
+    })
 }
 
 /// The parts of one object.
@@ -304,38 +288,38 @@ impl<'o> Sections<'o, '_> {
         }
     }
 
-    fn read_spec(&self, kind: Kind, metadata: &Metadata, findings: &mut Findings) -> Option<Spec> {
+    fn read_spec(&self, kind: Kind, metadata: &Metadata, findings: &mut Findings) -> Option<Store> {
         let path = self.origin.path.key("spec");
         let metadata_path = self.origin.path.key("metadata");
-        match kind {
+        Some(match kind {
             Kind::MeshConfig => {
                 mesh_config::check_name(metadata, &metadata_path, findings);
-                let raw: RawMeshConfig = self.read("spec", findings)?;
-                Some(Spec::MeshConfig(raw.check(&path, findings)))
+                let mesh = self.read::<RawMeshConfig>("spec", findings)?.check(&path, findings);
+                Box::new(move |resources, _| resources.mesh = mesh)
             }
             Kind::Workload => {
                 let raw: RawWorkload = self.read("spec", findings)?;
-                raw.check(metadata, &path, findings).map(Spec::Workload)
+                among(|all| &mut all.workloads, raw.check(metadata, &path, findings)?)
             }
             Kind::PeerAuthentication => {
                 let raw: RawPeerAuthentication = self.read("spec", findings)?;
-                Some(Spec::PeerAuthentication(raw.check(metadata, &path, findings)))
+                among(|all| &mut all.peer_authentications, raw.check(metadata, &path, findings))
             }
             Kind::PolicyTest => {
-                let raw: super::policy_test::RawPolicyTest = self.read("spec", findings)?;
-                Some(Spec::PolicyTest(raw.check(metadata, &path, findings)))
+                let raw: RawPolicyTest = self.read("spec", findings)?;
+                among(|all| &mut all.policy_tests, raw.check(metadata, &path, findings))
             }
             Kind::AuthorizationPolicy => {
                 let raw: RawAuthorizationPolicy = self.read("spec", findings)?;
-                Some(Spec::AuthorizationPolicy(raw.check(metadata, &path, findings)))
+                among(|all| &mut all.authorization_policies, raw.check(metadata, &path, findings))
             }
             Kind::Service => {
                 service::check_annotations(metadata, &metadata_path, findings);
                 let raw: RawService = self.read("spec", findings)?;
-                Some(Spec::Service(raw.check(&path, findings)))
+                among(|all| &mut all.services, raw.check(&path, findings))
             }
-            Kind::ServiceAccount => Some(Spec::ServiceAccount(ServiceAccount {})),
-        }
+            Kind::ServiceAccount => among(|all| &mut all.service_accounts, ServiceAccount {}),
+        })
     }
 
     /// In own kinds unknown fields are errors; in adopted ones warnings, unless they change nothing.
@@ -347,7 +331,7 @@ impl<'o> Sections<'o, '_> {
             if STANDARD_FIELDS.contains(&shape.as_str()) {
                 continue;
             }
-            if kind.is_own() {
+            if kind.facts().strict {
                 findings.add(&path, At::Key, Severity::Error, prefixed(&field.parent, field.message()));
             } else if !changes_nothing(kind, &shape, field.value) {
                 let hint = match nearest(field.field, field.known) {
@@ -361,14 +345,9 @@ impl<'o> Sections<'o, '_> {
     }
 
     fn collect_top_level(&self, kind: Kind) {
-        let known: &'static [&'static str] = match kind {
-            Kind::ServiceAccount => &["apiVersion", "kind", "metadata"],
-            Kind::MeshConfig
-            | Kind::Workload
-            | Kind::PeerAuthentication
-            | Kind::AuthorizationPolicy
-            | Kind::PolicyTest
-            | Kind::Service => &["apiVersion", "kind", "metadata", "spec"],
+        let known: &'static [&'static str] = match kind.facts().spec {
+            true => &["apiVersion", "kind", "metadata", "spec"],
+            false => &["apiVersion", "kind", "metadata"],
         };
         let Node::Map(entries) = self.object else { return };
         for (field, value) in entries.iter().filter(|(field, _)| !known.contains(&field.as_ref())) {
@@ -379,18 +358,10 @@ impl<'o> Sections<'o, '_> {
 }
 
 fn changes_nothing(kind: Kind, shape: &str, value: &Node<'_>) -> bool {
-    let standard_value = service::SILENT_VALUES
-        .iter()
-        .any(|(field, standard)| *field == shape && matches!(value, Node::Text(text) if text == standard));
-    match kind {
-        Kind::Service => service::SILENT_FIELDS.contains(&shape) || standard_value,
-        Kind::ServiceAccount
-        | Kind::MeshConfig
-        | Kind::Workload
-        | Kind::PeerAuthentication
-        | Kind::AuthorizationPolicy
-        | Kind::PolicyTest => false,
-    }
+    let facts = kind.facts();
+    let standard =
+        |(field, standard): &(&str, &str)| *field == shape && matches!(value, Node::Text(text) if text == standard);
+    facts.silent_fields.contains(&shape) || facts.silent_values.iter().any(standard)
 }
 
 /// `apiVersion` or `kind`: text that must be there.

@@ -54,32 +54,18 @@ impl RawMetadata {
             findings.error(path, "`name` is missing: every object needs one".to_owned());
             return None;
         };
-        match kind {
-            Kind::Service | Kind::Workload if !is_label(&name) => {
-                findings.error(&path.key("name"), not_a_label(&name));
-            }
-            Kind::ServiceAccount
-            | Kind::PeerAuthentication
-            | Kind::AuthorizationPolicy
-            | Kind::PolicyTest
-            | Kind::MeshConfig
-                if !is_subdomain(&name) =>
-            {
-                findings.error(&path.key("name"), not_a_subdomain(&name));
-            }
-            Kind::Service
-            | Kind::Workload
-            | Kind::ServiceAccount
-            | Kind::PeerAuthentication
-            | Kind::AuthorizationPolicy
-            | Kind::PolicyTest
-            | Kind::MeshConfig => {}
+        let wrong = match kind.facts().label {
+            true => (!is_label(&name)).then_some(not_a_label as fn(&str) -> String),
+            false => (!is_subdomain(&name)).then_some(not_a_subdomain as fn(&str) -> String),
+        };
+        if let Some(wrong) = wrong {
+            findings.error(&path.key("name"), wrong(&name));
         }
         Some(Metadata { name, namespace, labels: self.labels, annotations: self.annotations })
     }
 
     fn check_own_annotations(&self, kind: Kind, path: &Path, findings: &mut Findings) {
-        let known = kind.annotations();
+        let known = kind.facts().annotations;
         for key in self.annotations.keys().filter(|key| key.starts_with(OWN_PREFIX)) {
             if !known.contains(&key.as_str()) {
                 let hint = match known {

@@ -51,7 +51,7 @@ pub struct ObjectName {
 
 impl ObjectName {
     pub(super) fn key(&self) -> Option<(Kind, String, String)> {
-        let kind = Kind::ALL.into_iter().find(|kind| kind.name() == self.kind)?;
+        let kind = Kind::of_name(self.kind)?;
         Some((kind, self.namespace.clone(), self.name.clone()))
     }
 }
