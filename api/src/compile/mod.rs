@@ -4,7 +4,9 @@
 mod authorization;
 mod check;
 mod mtls;
+mod protocol;
 
 pub use authorization::authorization;
 pub use check::load;
 pub use mtls::{ModeSet, mtls_modes};
+pub use protocol::{called_protocol, protocol, service_protocol};

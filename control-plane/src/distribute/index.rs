@@ -96,7 +96,7 @@ impl Catalog {
         }
         let inbound = |(port, OwnPort { declared, service }): (u16, OwnPort<'_>)| {
             let of_service = service.as_ref().map(|(_, port)| *port);
-            let protocol = policy::protocol(&self.resources, declared, of_service, Some(port));
+            let protocol = compile::protocol(&self.resources, declared, of_service, Some(port));
             let mtls_mode = policy::mode_of(&modes, port);
             (port, InboundPort { protocol, mtls_mode, service: service.map(|(name, _)| name) })
         };
@@ -233,7 +233,7 @@ impl Catalog {
         let selected = registry.of_namespace(&service.metadata.namespace).filter(|instance| selects(service, instance));
         let chosen: Vec<(&Instance, Target)> =
             selected.filter_map(|instance| Some((&**instance, target(instance, &port.target_port)?))).collect();
-        let of_service = policy::of_service(port);
+        let of_service = compile::service_protocol(port);
         let said = |protocol: Option<Protocol>| protocol.map_or("nothing".to_owned(), |protocol| protocol.to_string());
         let (instance, word, expected) = match of_service {
             Some(declared) => {
@@ -337,7 +337,7 @@ impl Catalog {
         Destination {
             service: name,
             port,
-            protocol: policy::called_protocol(&self.resources, service.map(|(_, port)| port), said, application_port),
+            protocol: compile::called_protocol(&self.resources, service.map(|(_, port)| port), said, application_port),
             load_balancer: annotated
                 .unwrap_or_else(|| default_load_balancer(self.resources.mesh.defaults.load_balancer)),
             endpoints: chosen.iter().filter_map(|(instance, target)| self.endpoint(instance, *target)).collect(),
@@ -440,7 +440,7 @@ fn selects(service: &Resource<Service>, instance: &Instance) -> bool {
 /// A known Service, asked for at a port that it does not have.
 fn without_port(service: &Resource<Service>, key: &name::ServicePort) -> Destination {
     let ports = service.spec.ports.iter().map(|port| {
-        let protocol = policy::of_service(port).map(|protocol| protocol.to_string());
+        let protocol = compile::service_protocol(port).map(|protocol| protocol.to_string());
         match protocol.or_else(|| port.name.clone()) {
             Some(word) => format!("{} ({word})", port.port),
             None => port.port.to_string(),

@@ -1,0 +1,125 @@
+//! What would happen to a request or connection, and why: the decisions of the data path, asked by a person, over the
+//! objects of a configuration. `outrigger explain` prints it, `outrigger test` compares it with what is expected. A stage
+//! of the way is a file: `lookup`, then the called side (`inbound`).
+
+mod answer;
+mod inbound;
+mod lookup;
+mod question;
+
+pub use answer::{BackendShare, Decider, Explanation, Outcome};
+pub use question::{Asked, Question, WrittenQuestion};
+
+use crate::compile::{authorization, mtls_modes, protocol};
+use crate::identity::TrustDomain;
+use crate::policy::trace::{Step, Trace};
+use crate::resource::{Parsed, Resource, Resources, Service, ServicePort, SourceFile};
+use crate::snapshot;
+
+use inbound::{Gate, Judged};
+use lookup::{Candidate, candidates, lookup, service_object, shown_labels};
+
+/// Answers over a configuration without errors. `files` are those that it was parsed from.
+pub fn explain(parsed: &Parsed, files: &[SourceFile], trust_domain: &TrustDomain, question: &Question) -> Explanation {
+    let mut answer = Explanation::begin();
+    let resources = &parsed.resources;
+    let Some((service, port)) = lookup(resources, question, &mut answer) else {
+        answer.fail(question, Outcome::Failed, "not_registered", 502, 14);
+        return answer;
+    };
+    let candidates = candidates(resources, service, port);
+    let endpoints = candidates.iter().filter(|candidate| candidate.name.is_some()).count();
+    answer.backends.push(BackendShare {
+        service: question.to.to_string(),
+        port: port.port,
+        weight: 1,
+        endpoints,
+        share: 1.0,
+    });
+    if candidates.is_empty() {
+        answer.steps.step(|| {
+            let why = format!("no workload matches its selector {}", shown_labels(&service.spec.selector));
+            Step::new("balance", service_object(service), "failed", why)
+        });
+        answer.hint = format!("start a workload with the labels {}", shown_labels(&service.spec.selector));
+        answer.fail(question, Outcome::Failed, "destination_unavailable", 503, 14);
+        return answer;
+    }
+    // Every candidate is asked: the one that refuses is what a user has to know about.
+    let mut first = None;
+    for candidate in &candidates {
+        let judged = judge(resources, trust_domain, question, service, port, candidate);
+        let refuses = judged.denied.is_some();
+        if first.is_none() || refuses {
+            first = Some(judged);
+        }
+        if refuses {
+            break;
+        }
+    }
+    let Some(judged) = first else { return answer };
+    answer.conclude(question, judged, Some((parsed, files)));
+    if answer.verdict == Outcome::Forwarded {
+        let state = match endpoints {
+            0 => "its endpoints register themselves".to_owned(),
+            1 => "1 endpoint".to_owned(),
+            many => format!("{many} endpoints"),
+        };
+        answer.steps.push(Step::new("balance", service_object(service), "forwarded", state));
+    }
+    answer
+}
+
+fn judge(
+    resources: &Resources,
+    trust_domain: &TrustDomain,
+    question: &Question,
+    service: &Resource<Service>,
+    port: &ServicePort,
+    candidate: &Candidate<'_>,
+) -> Judged {
+    let namespace = &service.metadata.namespace;
+    let whom =
+        candidate.name.map_or_else(|| format!("any workload of {}", question.to), |name| format!("{name}.{namespace}"));
+    if !candidate.mesh {
+        let step = Step::new("mtls", whom, "plaintext", "it has no sidecar: no policy of its own".to_owned());
+        return Judged { steps: vec![step], denied: None, by: None };
+    }
+    let policies = resources.peer_authentications.values().map(|policy| (&policy.metadata, &policy.spec));
+    let modes = mtls_modes(policies, namespace, candidate.labels);
+    let application = candidate.port.unwrap_or(port.port);
+    let gate = Gate {
+        whom,
+        mode: modes.ports.get(&application).copied().unwrap_or(modes.default),
+        authorization: &authorization(resources, trust_domain, namespace, candidate.labels),
+        labels: candidate.labels,
+        ip: candidate.ip,
+        port: application,
+        service: Some(&question.to),
+        protocol: protocol(resources, None, Some(port), candidate.port),
+    };
+    gate.judge(question)
+}
+
+/// The same of a sidecar, about its own workload: what it knows now decides. None when no port of the workload belongs to
+/// the Service that is asked about.
+pub fn explain_own(own: &snapshot::Workload, question: &Question) -> Option<Explanation> {
+    let mut ports = own.ports.iter().filter(|(_, port)| port.service.as_ref() == Some(&question.to));
+    let (port, inbound) = ports.next()?;
+    let gate = Gate {
+        whom: format!("{}.{}", own.name, own.namespace),
+        mode: inbound.mtls_mode,
+        authorization: &own.authorization,
+        labels: &own.labels,
+        ip: None,
+        port: *port,
+        service: inbound.service.as_ref(),
+        protocol: inbound.protocol,
+    };
+    let mut answer = Explanation::begin();
+    let backend = BackendShare { service: question.to.to_string(), port: *port, weight: 1, endpoints: 1, share: 1.0 };
+    answer.backends.push(backend);
+    let judged = gate.judge(question);
+    answer.conclude(question, judged, None);
+    Some(answer)
+}

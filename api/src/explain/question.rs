@@ -1,0 +1,69 @@
+//! Who asks for what: the question as a person puts it, and as it is sent to a sidecar.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::identity::SpiffeId;
+use crate::name::ServiceName;
+
+/// Who asks for what.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Question {
+    /// None: a caller without an identity, in plaintext.
+    pub from: Option<SpiffeId>,
+    pub from_ip: Option<IpAddr>,
+    pub to: ServiceName,
+    /// The Service's port; None where it has one only.
+    pub port: Option<u16>,
+    /// None: a connection whose bytes nobody parses.
+    pub request: Option<Asked>,
+    /// Seconds since the Unix epoch, for rules about the time.
+    pub at: u64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Asked {
+    pub method: String,
+    pub target: String,
+    pub headers: Vec<(String, String)>,
+}
+
+/// A question as it is sent to a sidecar's `/explain`, as JSON.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct WrittenQuestion {
+    /// A SPIFFE id; absent: plaintext.
+    pub from: Option<String>,
+    pub from_ip: Option<IpAddr>,
+    /// `name.namespace`
+    pub to: String,
+    pub port: Option<u16>,
+    pub request: Option<Asked>,
+    /// Seconds since the Unix epoch.
+    pub at: u64,
+}
+
+impl From<&Question> for WrittenQuestion {
+    fn from(question: &Question) -> WrittenQuestion {
+        WrittenQuestion {
+            from: question.from.as_ref().map(ToString::to_string),
+            from_ip: question.from_ip,
+            to: question.to.to_string(),
+            port: question.port,
+            request: question.request.clone(),
+            at: question.at,
+        }
+    }
+}
+
+impl TryFrom<WrittenQuestion> for Question {
+    type Error = String;
+
+    fn try_from(written: WrittenQuestion) -> Result<Question, String> {
+        let from = written.from.map(|text| SpiffeId::parse(&text).map_err(|error| error.to_string())).transpose()?;
+        let to = ServiceName::parse(&written.to, "default").map_err(|error| error.to_string())?;
+        let WrittenQuestion { from_ip, port, request, at, .. } = written;
+        Ok(Question { from, from_ip, to, port, request, at })
+    }
+}

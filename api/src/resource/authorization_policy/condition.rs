@@ -1,0 +1,123 @@
+//! A condition as written: what `when` looks at, and the values that it may have.
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+
+use super::super::Metadata;
+use super::super::findings::Findings;
+use super::super::nearest::suggestion;
+use super::super::path::{Path, Shortened};
+use super::value::{Written, account, block, host, hour, lists, method, path_pattern, port, principal, weekday};
+use crate::policy::authorization::{Attribute, Condition, Values};
+use crate::policy::pattern::Pattern;
+
+#[derive(Deserialize, Default)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct RawCondition {
+    key: Option<String>,
+    values: Written,
+    not_values: Written,
+    expression: Option<IgnoredAny>,
+}
+
+const KEYS: &[&str] = &[
+    "request.headers[NAME]",
+    "request.method",
+    "request.path",
+    "request.host",
+    "source.ip",
+    "source.namespace",
+    "source.principal",
+    "source.serviceAccount",
+    "destination.ip",
+    "destination.port",
+    "destination.labels[NAME]",
+    "grpc.service",
+    "grpc.method",
+    "time.hour",
+    "time.weekday",
+];
+
+impl RawCondition {
+    pub(super) fn check(self, metadata: &Metadata, path: &Path, findings: &mut Findings) -> Option<Condition> {
+        if self.expression.is_some() {
+            let message = "expressions are not in this version: write `key` and `values`".to_owned();
+            findings.error_at_key(&path.key("expression"), message);
+            return None;
+        }
+        let Some(written) = self.key else {
+            findings.error(path, "`key` is missing: what the condition looks at".to_owned());
+            return None;
+        };
+        let key = match attribute(&written) {
+            Ok(key) => key,
+            Err(message) => {
+                findings.error(&path.key("key"), message);
+                return None;
+            }
+        };
+        if self.values.is_none() && self.not_values.is_none() {
+            findings.error(path, "neither `values` nor `notValues`: one of them says what is expected".to_owned());
+            return None;
+        }
+        let written = (self.values, self.not_values);
+        let names = ["values", "notValues"];
+        let values = match &key {
+            Attribute::SourceIp | Attribute::DestinationIp => {
+                Values::Addresses(lists(written, path, names, findings, |text| block(&text)))
+            }
+            Attribute::DestinationPort => Values::Ports(lists(written, path, names, findings, |text| port(&text))),
+            Attribute::SourceServiceAccount => {
+                Values::Accounts(lists(written, path, names, findings, |text| account(&text, metadata)))
+            }
+            key => Values::Texts(lists(written, path, names, findings, |text| match key {
+                Attribute::SourcePrincipal => principal(&text),
+                Attribute::Path => path_pattern(&text),
+                Attribute::Host => host(&text),
+                Attribute::Method => method(&text),
+                Attribute::Hour => hour(&text),
+                Attribute::Weekday => weekday(&text),
+                _ => Ok(Pattern::new(&text)),
+            })),
+        };
+        Some(Condition { key, values })
+    }
+}
+
+fn attribute(text: &str) -> Result<Attribute, String> {
+    let named = |prefix: &str| text.strip_prefix(prefix)?.strip_suffix(']').filter(|name| !name.is_empty());
+    if let Some(name) = named("request.headers[") {
+        return Ok(Attribute::Header(name.to_ascii_lowercase()));
+    }
+    if let Some(name) = named("destination.labels[") {
+        return Ok(Attribute::DestinationLabel(name.to_owned()));
+    }
+    if text.starts_with("request.auth.") {
+        return Err("needs RequestAuthentication, which this version does not have".to_owned());
+    }
+    if text.starts_with("source.labels[") {
+        return Err("not in this version: use source.serviceAccount".to_owned());
+    }
+    if text == "connection.sni" {
+        return Err("not in this version: use destination.port".to_owned());
+    }
+    if text == "remote.ip" {
+        return Err("would believe x-forwarded-for, which callers write: use source.ip".to_owned());
+    }
+    Ok(match text {
+        "source.ip" => Attribute::SourceIp,
+        "source.namespace" => Attribute::SourceNamespace,
+        "source.principal" => Attribute::SourcePrincipal,
+        "source.serviceAccount" => Attribute::SourceServiceAccount,
+        "destination.ip" => Attribute::DestinationIp,
+        "destination.port" => Attribute::DestinationPort,
+        "request.method" => Attribute::Method,
+        "request.path" => Attribute::Path,
+        "request.host" => Attribute::Host,
+        "grpc.service" => Attribute::GrpcService,
+        "grpc.method" => Attribute::GrpcMethod,
+        "time.hour" => Attribute::Hour,
+        "time.weekday" => Attribute::Weekday,
+        _ => return Err(format!("unknown key {}{}", Shortened(text), suggestion(text, KEYS))),
+    })
+}
