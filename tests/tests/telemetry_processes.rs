@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 
+use outrigger_tests::application::Backend;
 use outrigger_tests::process::{Process, Program};
 use outrigger_tests::wire::{self, Connection};
 use outrigger_tests::{Application, Mesh, MeshOptions, eventually, under_test};
@@ -219,4 +220,62 @@ async fn stat_shows_an_edge_within_seconds() {
     // TOTAL and FAILED stand behind it; a latency is two words.
     assert_eq!(words[1].iter().rev().nth(2), Some(&"yes"), "{table}");
     println!("{table}");
+}
+
+/// What an endpoint with a sidecar, by its document, does instead of a handshake, and how that is told.
+const NO_HANDSHAKE: [(&str, Option<&[u8]>, &str); 7] = [
+    ("http", Some(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"), PLAINTEXT),
+    ("mail", Some(b"220 mail.shop ESMTP\r\n"), PLAINTEXT),
+    ("garbage", Some(&[0xff; 64]), PLAINTEXT),
+    ("zeros", Some(&[0; 64]), PLAINTEXT),
+    ("alert", Some(&[0x15, 3, 3, 0, 2, 2, 40]), ": the peer ended the handshake with the alert HandshakeFailure"),
+    ("broken", Some(b"\x16\x03\x03\x00\x05hello"), ": the handshake failed: "),
+    ("closes", None, ": the handshake broke off: "),
+];
+const PLAINTEXT: &str = " answered in plaintext: is its sidecar's redirect in place? run `redirect check` there";
+
+#[tokio::test]
+async fn an_endpoint_that_makes_no_handshake_is_told_with_its_address_and_what_it_did() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let mut servers = tokio::task::JoinSet::new();
+    let mut addresses = Vec::new();
+    for (name, says, _) in NO_HANDSHAKE {
+        let server = Backend::start().await;
+        let port = server.port();
+        mesh.write(
+            &format!("{name}.yaml"),
+            &format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{selector: {{app: {name}}}, \
+                 ports: [{{port: 80, targetPort: {port}, appProtocol: http}}]}}\n---\napiVersion: outrigger.dev/v1alpha1\nkind: \
+                 Workload\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{address: 127.0.0.1, serviceAccount: {name}, \
+                 mesh: true, labels: {{app: {name}}}, ports: {{main: {port}}}}}\n"
+            ),
+        );
+        addresses.push(server.address());
+        servers.spawn(async move {
+            loop {
+                let mut connection = server.wait().await;
+                let _ = connection.read_some().await;
+                if let Some(says) = says {
+                    let _ = connection.try_send(says).await;
+                }
+                connection.finish().await;
+                connection.take_to_end().await;
+            }
+        });
+    }
+    let outbound: Vec<String> = NO_HANDSHAKE.iter().map(|(name, ..)| format!("127.0.0.1:0={name}:80")).collect();
+    let flags: Vec<&str> = outbound.iter().flat_map(|outbound| ["--outbound", outbound]).collect();
+    let near = sidecar(&mesh, "cart-1", &flags).await;
+    for ((name, _, words), endpoint) in NO_HANDSHAKE.into_iter().zip(addresses) {
+        let address = near.address(&format!("outbound:{name}.shop:80")).await;
+        let answer = wire::get(address, "/").await;
+        assert_eq!((answer.status, &*answer.reason()), (503, "tls_handshake"), "{name}: {}", answer.text());
+        let told: Value = serde_json::from_slice(&answer.body).unwrap();
+        let detail = told["detail"].as_str().unwrap().to_owned();
+        assert!(detail.starts_with(&format!("{endpoint}{words}")), "{name}: {detail}");
+        let line =
+            logged(&near, name, |line| line["detail"].as_str().is_some_and(|said| said.ends_with(&detail))).await;
+        assert_eq!(line["reason"], "tls_handshake", "{name}: {line}");
+    }
 }

@@ -16,7 +16,7 @@ use crate::config::limits::Limits;
 use crate::connection::Proof;
 use crate::net::{self, Cut, SocketOptions, Stream};
 use crate::outcome::{Error, Reason, Retry, Stage};
-use crate::tls::{MeshAlpn, Peer, Purpose, Tls};
+use crate::tls::{MeshAlpn, Peer, Purpose, Tls, TlsError};
 
 /// Where and how to connect.
 #[derive(Clone, Debug)]
@@ -262,13 +262,12 @@ impl Dialer {
                     Reason::MtlsRequired => Reason::TlsHandshake,
                     reason => reason,
                 };
-                let text = error.to_string();
-                let detail = if text.contains("InvalidContentType") {
+                let detail = if matches!(error, TlsError::Plaintext) {
                     format!(
                         "{address} answered in plaintext: is its sidecar's redirect in place? run `redirect check` there"
                     )
                 } else {
-                    format!("{address}: {text}")
+                    format!("{address}: {error}")
                 };
                 Err(failure(reason, detail))
             }

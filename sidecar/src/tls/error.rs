@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use outrigger_api::identity::{IdentityError, SpiffeId, TrustDomain};
-use rustls::{AlertDescription, CertificateError, OtherError};
+use rustls::{AlertDescription, CertificateError, InvalidMessage, OtherError};
 
 use super::clock::{from_unix_seconds, show, unix_time};
 use crate::outcome::Reason;
@@ -89,6 +89,8 @@ pub enum TlsError {
     OwnExpired(SystemTime),
     #[error("the peer ended the handshake with the alert {0:?}")]
     Alert(AlertDescription),
+    #[error("the peer answered in plaintext")]
+    Plaintext,
     #[error("the handshake did not end within {0:?}")]
     Timeout(std::time::Duration),
     #[error("the handshake broke off: {0}")]
@@ -113,7 +115,11 @@ impl TlsError {
             TlsError::Peer(PeerFault::Unexpected { .. }) => Reason::IdentityMismatch,
             TlsError::Peer(_) => Reason::PeerCertificate,
             TlsError::OwnExpired(_) => Reason::NotReady,
-            TlsError::Alert(_) | TlsError::Timeout(_) | TlsError::Io(_) | TlsError::Protocol(_) => Reason::TlsHandshake,
+            TlsError::Alert(_)
+            | TlsError::Plaintext
+            | TlsError::Timeout(_)
+            | TlsError::Io(_)
+            | TlsError::Protocol(_) => Reason::TlsHandshake,
             TlsError::Material(_) | TlsError::OlderBundle { .. } => Reason::Internal,
         }
     }
@@ -124,6 +130,8 @@ impl TlsError {
             rustls::Error::NoCertificatesPresented => TlsError::NoCertificate,
             rustls::Error::NoApplicationProtocol => TlsError::NotMesh,
             rustls::Error::AlertReceived(alert) => TlsError::Alert(alert),
+            // No record of TLS begins so.
+            rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType) => TlsError::Plaintext,
             other => TlsError::Protocol(other),
         }
     }
