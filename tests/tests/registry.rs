@@ -164,4 +164,20 @@ async fn what_cannot_be_reached_says_why() {
     // A name that the mesh knows is no name of the outside.
     let answer = wire::ask(near.http_proxy(), "GET http://stock.shop:81/ HTTP/1.1\r\nHost: x\r\n\r\n").await;
     assert!(answer.text().contains("stock.shop has no port 81"), "{}", answer.text());
+    // The operator sees the same, of ports that are asked for and of those that are only declared.
+    let idle = "apiVersion: v1\nkind: Service\nmetadata: {name: idle, namespace: shop}\nspec: {ports: [{port: 81}]}\n";
+    mesh.write("idle.yaml", idle);
+    within(Duration::from_secs(30), "status lists what is empty", async || {
+        let told = mesh.control_plane_get("/status").await["warnings"].to_string();
+        let lines = [
+            "wrong.shop, port 80: no endpoints: of the workloads with the labels app=stock (1) none serves the targetPort 1",
+            "nobody.shop, port 80: no endpoints: no workload of namespace shop has the labels app=nobody of its selector",
+            "bare.shop, port 80: no endpoints: the Service has no selector",
+            "idle.shop, port 81: no endpoints: the Service has no selector",
+            "a sidecar asks for what is not there: stock.shop has no port 81; it has 80 (http)",
+        ];
+        assert!(!told.contains("stock.shop, port 80"), "{told}");
+        lines.iter().all(|line| told.contains(line)).then_some(())
+    })
+    .await;
 }

@@ -18,6 +18,7 @@ use outrigger_api::snapshot::{
 };
 use outrigger_api::virtual_address::is_virtual;
 
+use super::empty;
 use crate::policy;
 use crate::registry::{Instance, InstanceId, LeasedPort, Ports, Registry, VirtualAddresses};
 
@@ -256,6 +257,22 @@ impl Catalog {
         ))
     }
 
+    /// The ports of Services that nobody serves, with the reason, for `outrigger status`.
+    pub fn empty_ports(&self, registry: &Registry) -> Vec<String> {
+        let mut all = Vec::new();
+        for service in self.resources.services.values() {
+            let Some(name) = service_name(&service.metadata) else { continue };
+            for port in &service.spec.ports {
+                let key = name::ServicePort { service: name.clone(), port: port.port };
+                let destination = self.service(registry, &key);
+                if let Some(destination) = destination.filter(|destination| destination.endpoints.is_empty()) {
+                    all.push(format!("{name}, port {}: no endpoints: {}", port.port, destination.why_empty));
+                }
+            }
+        }
+        all
+    }
+
     fn services_in<'a, 'n>(&'a self, namespace: &'n str) -> impl Iterator<Item = &'a Resource<Service>> + use<'a, 'n> {
         self.resources
             .services
@@ -268,7 +285,7 @@ impl Catalog {
         let name = (key.service.namespace.to_string(), key.service.name.to_string());
         let service = self.resources.services.get(&name)?;
         let Some(port) = service.spec.ports.iter().find(|port| port.port == key.port) else {
-            return Some(without_port(service, key));
+            return Some(empty::without_port(service, key));
         };
         let chosen: Vec<(&Instance, Target)> = registry
             .of_namespace(&name.0)
@@ -277,7 +294,7 @@ impl Catalog {
             .collect();
         let mut destination = self.assemble(key.service.clone(), key.port, Some((service, port)), &chosen);
         if destination.endpoints.is_empty() {
-            destination.why_empty = why_empty(registry, service, port);
+            destination.why_empty = empty::why(registry, service, port);
         }
         Some(destination)
     }
@@ -425,7 +442,7 @@ fn application_port<'a>(instance: &'a Instance, wanted: &TargetPort) -> Option<(
     }
 }
 
-fn selects(service: &Resource<Service>, instance: &Instance) -> bool {
+pub(super) fn selects(service: &Resource<Service>, instance: &Instance) -> bool {
     let selector = &service.spec.selector;
     !selector.is_empty()
         && service.metadata.namespace == instance.id.namespace
@@ -437,56 +454,7 @@ fn selects(service: &Resource<Service>, instance: &Instance) -> bool {
             .is_none_or(|accounts| accounts.split(',').any(|account| account.trim() == instance.id.service_account))
 }
 
-/// A known Service, asked for at a port that it does not have.
-fn without_port(service: &Resource<Service>, key: &name::ServicePort) -> Destination {
-    let ports = service.spec.ports.iter().map(|port| {
-        let protocol = compile::service_protocol(port).map(|protocol| protocol.to_string());
-        match protocol.or_else(|| port.name.clone()) {
-            Some(word) => format!("{} ({word})", port.port),
-            None => port.port.to_string(),
-        }
-    });
-    let ports = ports.collect::<Vec<_>>().join(", ");
-    let has = if ports.is_empty() { "no port at all".to_owned() } else { ports };
-    Destination {
-        service: key.service.clone(),
-        port: key.port,
-        protocol: None,
-        load_balancer: LoadBalancer::default(),
-        endpoints: Vec::new(),
-        stale: false,
-        why_empty: format!("{} has no port {}; it has {has}", key.service, key.port),
-        no_such_port: true,
-    }
-}
-
-/// Why nobody serves a port of a Service.
-fn why_empty(registry: &Registry, service: &Resource<Service>, port: &ServicePort) -> String {
-    let selector = &service.spec.selector;
-    if selector.is_empty() {
-        return "the Service has no selector".to_owned();
-    }
-    let labels = selector.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",");
-    let namespace = &service.metadata.namespace;
-    let labelled =
-        registry.of_namespace(namespace).filter(|instance| policy::contains(&instance.labels, selector)).count();
-    if labelled == 0 {
-        return format!("no workload of namespace {namespace} has the labels {labels} of its selector");
-    }
-    let selected = registry.of_namespace(namespace).filter(|instance| selects(service, instance)).count();
-    if selected == 0 {
-        return format!(
-            "of the workloads with the labels {labels} ({labelled}) none has a service account of {SERVICE_ACCOUNTS}"
-        );
-    }
-    let target = match &port.target_port {
-        TargetPort::Number(number) => number.to_string(),
-        TargetPort::Name(name) => name.clone(),
-    };
-    format!("of the workloads with the labels {labels} ({selected}) none serves the targetPort {target}")
-}
-
-fn service_name(metadata: &Metadata) -> Option<ServiceName> {
+pub(super) fn service_name(metadata: &Metadata) -> Option<ServiceName> {
     ServiceName::new(&metadata.name, &metadata.namespace).ok()
 }
 

@@ -454,3 +454,37 @@ fn a_name_stands_for_the_cluster_ip_or_a_virtual_address_or_the_endpoints() {
     assert!(moment.find("240.240.0.1:81").is_some_and(|found| found.no_such_port), "a port that the service has not");
     assert_eq!(moment.find("240.240.0.2:80"), None, "nobody's");
 }
+
+#[test]
+fn ports_that_nobody_serves_are_listed_with_the_reason() {
+    let number = |target| vec![port(None, 80, TargetPort::Number(target))];
+    let two = || vec![port(None, 80, TargetPort::Number(8080)), port(None, 81, TargetPort::Number(9))];
+    let accounts = [(SERVICE_ACCOUNTS, "others")];
+    let mut moment = Moment::default()
+        .service("served", "app=cart", &[], number(8080))
+        .service("bare", "", &[], number(8080))
+        .service("nobody", "app=nobody", &[], number(8080))
+        .service("others", "app=cart", &accounts, number(8080))
+        .service("half", "app=cart", &[], two())
+        .lease("cart", 1, "app=cart", None);
+    let said = |moment: &Moment| moment.catalog().empty_ports(&moment.registry);
+    let one = [
+        "bare.shop, port 80: no endpoints: the Service has no selector",
+        "half.shop, port 81: no endpoints: of the workloads with the labels app=cart (1) none serves the targetPort 9",
+        "nobody.shop, port 80: no endpoints: no workload of namespace shop has the labels app=nobody of its selector",
+        "others.shop, port 80: no endpoints: of the workloads with the labels app=cart (1) none has a service account of \
+         outrigger.dev/service-accounts",
+    ];
+    assert_eq!(said(&moment), one);
+    // Its lease was withdrawn, and it is still there; then it is gone.
+    let id = lease_id("cart", 1);
+    assert!(moment.registry.withdraw(&id, 1, Instant::now()));
+    let draining =
+        "served.shop, port 80: no endpoints: all workloads with the labels app=cart of its selector (1) are draining";
+    assert!(said(&moment).iter().any(|line| line == draining), "{:?}", said(&moment));
+    assert!(moment.registry.drained(&id, Instant::now()));
+    let gone =
+        "served.shop, port 80: no endpoints: no workload of namespace shop has the labels app=cart of its selector";
+    assert!(said(&moment).iter().any(|line| line == gone), "{:?}", said(&moment));
+    assert!(!moment.registry.drained(&id, Instant::now()), "that was told already");
+}

@@ -2,6 +2,7 @@
 //! `app` starts it, `admin` reads its status. Nothing here believes a name that a certificate or a token does not prove.
 
 mod discovery;
+mod empty;
 mod identity;
 mod index;
 mod late;

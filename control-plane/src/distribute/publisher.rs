@@ -259,7 +259,12 @@ impl Publisher {
         let mut inner = self.lock();
         inner.disconnect(subscriber);
         if !inner.streams.contains_key(&subscriber.id) {
-            inner.registry.drained(&subscriber.id, tokio::time::Instant::now().into_std());
+            let drained = inner.registry.drained(&subscriber.id, tokio::time::Instant::now().into_std());
+            if drained {
+                // Why a service has no endpoints is told in other words now.
+                inner.scope.instance(&subscriber.id);
+                self.changed.notify_one();
+            }
         }
     }
 
@@ -362,7 +367,13 @@ impl Publisher {
 
     pub fn warnings(&self) -> Vec<String> {
         let inner = self.lock();
-        inner.catalog.warnings(&inner.registry)
+        let mut warnings = inner.catalog.warnings(&inner.registry);
+        // Endpoints that are on their way back after a restart are not missed.
+        if inner.settles.is_none() {
+            warnings.extend(inner.catalog.empty_ports(&inner.registry));
+            warnings.extend(inner.wrong_ports());
+        }
+        warnings
     }
 
     /// Services that list endpoints which were lost.
@@ -405,6 +416,21 @@ impl Inner {
                 None => watch_response::Resource::Unregistered(wire::Unregistered {}),
             },
         }
+    }
+
+    /// What sidecars ask for at ports that a Service does not have.
+    fn wrong_ports(&self) -> Vec<String> {
+        let asked = self.entries.keys().filter_map(|topic| match topic {
+            Topic::Destination(key) => self.catalog.destination(&self.registry, key),
+            Topic::Own(_) => None,
+        });
+        let wrong = asked.filter(|destination| destination.no_such_port);
+        let mut all: Vec<String> = wrong
+            .map(|destination| format!("a sidecar asks for what is not there: {}", destination.why_empty))
+            .collect();
+        all.sort();
+        all.dedup();
+        all
     }
 
     fn disconnect(&mut self, subscriber: &Subscriber) {

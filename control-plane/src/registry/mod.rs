@@ -103,6 +103,8 @@ struct Kept {
     instance: Arc<Instance>,
     lineage: String,
     until: Instant,
+    /// Its sidecar withdrew it and is still connected.
+    draining: bool,
 }
 
 #[derive(Debug)]
@@ -159,15 +161,25 @@ impl Registry {
         let held = self.leases.get(id).is_some_and(|lease| lease.hold == Hold::Stream(stream));
         if held {
             self.end(id, now + DRAIN + KEPT);
+            if let Some(kept) = self.kept.get_mut(id) {
+                kept.draining = true;
+            }
         }
         held
     }
 
-    /// The sidecar of an instance that was withdrawn is gone: its drain is over.
-    pub fn drained(&mut self, id: &InstanceId, now: Instant) {
-        if let Some(kept) = self.kept.get_mut(id) {
-            kept.until = kept.until.min(now + KEPT);
-        }
+    /// The sidecar of an instance is gone. True when it was withdrawn: its drain is over.
+    pub fn drained(&mut self, id: &InstanceId, now: Instant) -> bool {
+        let Some(kept) = self.kept.get_mut(id) else { return false };
+        kept.until = kept.until.min(now + KEPT);
+        std::mem::take(&mut kept.draining)
+    }
+
+    /// Instances of a namespace that were withdrawn and whose sidecars are still connected.
+    pub fn draining<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a Arc<Instance>> {
+        let kept = self.kept.range(InstanceId::first_of(namespace)..);
+        let kept = kept.take_while(move |(id, _)| id.namespace == namespace);
+        kept.filter(|(_, kept)| kept.draining).map(|(_, kept)| &kept.instance)
     }
 
     /// The stream ended without a withdrawal.
@@ -409,7 +421,7 @@ impl Registry {
     /// Removes an instance, and keeps its addresses for its identity.
     fn end(&mut self, id: &InstanceId, until: Instant) {
         let Some(Lease { instance, holder, .. }) = self.remove(id) else { return };
-        self.kept.insert(id.clone(), Kept { instance, lineage: holder.lineage.clone(), until });
+        self.kept.insert(id.clone(), Kept { instance, lineage: holder.lineage.clone(), until, draining: false });
         let of_holder = self.kept.iter().filter(|(_, kept)| kept.lineage == holder.lineage);
         if of_holder.clone().count() > MAX_KEPT
             && let Some((first, _)) = of_holder.min_by_key(|(_, kept)| kept.until)
