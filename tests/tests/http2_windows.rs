@@ -15,7 +15,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
 const MUCH: usize = 20 << 20;
-const LARGE: u32 = 64 << 20;
+/// Of client and server, with and without a mesh: as much as clients of Go give a stream. Libraries of gRPC begin with 64 KiB
+/// and grow, Node and nghttp2 stay there, curl begins with 10 MiB.
+const WINDOW: u32 = 4 << 20;
 
 /// A TCP proxy that gives everything on after half a round trip.
 async fn delaying(round_trip: Duration) -> (SocketAddr, tokio::sync::watch::Sender<SocketAddr>) {
@@ -71,7 +73,7 @@ fn serve(app: Backend) {
             let stream = stream.expect("plain TCP");
             tokio::spawn(async move {
                 let mut builder = h2::server::Builder::new();
-                builder.initial_window_size(LARGE).initial_connection_window_size(LARGE);
+                builder.initial_window_size(WINDOW).initial_connection_window_size(4 * WINDOW);
                 let Ok(mut connection) = builder.handshake::<_, Bytes>(stream).await else { return };
                 while let Some(Ok((request, mut reply))) = connection.accept().await {
                     tokio::spawn(async move {
@@ -93,7 +95,7 @@ async fn client(address: SocketAddr) -> SendRequest<Bytes> {
     let stream = TcpStream::connect(address).await.unwrap();
     stream.set_nodelay(true).unwrap();
     let mut builder = h2::client::Builder::new();
-    builder.initial_window_size(LARGE).initial_connection_window_size(LARGE);
+    builder.initial_window_size(WINDOW).initial_connection_window_size(4 * WINDOW);
     let (sender, connection) = builder.handshake(stream).await.unwrap();
     tokio::spawn(connection);
     sender
@@ -166,31 +168,50 @@ async fn pair(long: Long, round_trip: Duration) -> Pair {
     Pair { near, _far: far, _mesh: mesh, entrance }
 }
 
-/// gRPC's own library needs 7.6 round trips of 50 ms for 20 MiB over a path without a mesh; 1.3 times that, and 1.3 times
-/// what the same exchange takes in this very run, through the same pair, without a delay.
-fn enough(without_delay: Duration, round_trip: Duration) -> Duration {
-    without_delay * 13 / 10 + round_trip * 10
+/// The same client and server over the same kind of path, without a mesh.
+async fn direct(round_trip: Duration) -> SocketAddr {
+    let app = Backend::start().await;
+    let (path, to) = delaying(round_trip).await;
+    to.send(app.address()).unwrap();
+    serve(app);
+    path
+}
+
+/// The least time that an exchange took so far: what else runs on this machine only ever adds to it.
+#[derive(Clone, Copy, Debug)]
+struct Best(Duration);
+
+impl Best {
+    async fn measure(&mut self, entrance: SocketAddr, up: usize, down: usize) {
+        let client = client(entrance).await;
+        // The first exchange of a connection opens the ones behind it, too.
+        exchange(&client, 10, 10).await;
+        self.0 = self.0.min(exchange(&client, up, down).await);
+    }
 }
 
 #[tokio::test]
-async fn one_stream_over_a_long_path_is_as_fast_as_its_bytes() {
+async fn one_stream_over_a_long_path_takes_at_most_a_third_longer_than_without_a_mesh() {
     for long in [Long::Mesh, Long::Client] {
         for milliseconds in [1, 10, 50] {
             let round_trip = Duration::from_millis(milliseconds);
             let (close, away) = (pair(long, Duration::ZERO).await, pair(long, round_trip).await);
+            let (direct_close, direct_away) = (direct(Duration::ZERO).await, direct(round_trip).await);
             for (up, down) in [(10, MUCH), (MUCH, 10)] {
-                // What else runs on this machine may spoil one measurement, and not each.
+                let ways = [direct_close, direct_away, close.entrance, away.entrance];
+                let mut best = ways.map(|_| Best(Duration::MAX));
                 within(Duration::from_secs(60), "a fast exchange", async || {
-                    let near = client(close.entrance).await;
-                    exchange(&near, 10, 10).await;
-                    let without_delay = exchange(&near, up, down).await;
-                    let far = client(away.entrance).await;
-                    exchange(&far, 10, 10).await;
-                    let took = exchange(&far, up, down).await;
+                    for (best, entrance) in best.iter_mut().zip(ways) {
+                        best.measure(entrance, up, down).await;
+                    }
+                    let [direct_close, direct_away, close, away] = best.map(|best| best.0);
                     println!(
-                        "{long:?} {milliseconds} ms, {up} up, {down} down: {without_delay:?} without delay, {took:?}"
+                        "{long:?} {milliseconds} ms, {up} up, {down} down: direct {direct_close:?}, delayed {direct_away:?}; \
+                         mesh {close:?}, delayed {away:?}"
                     );
-                    (took <= enough(without_delay, round_trip)).then_some(())
+                    // What two sidecars of a debug build compute for these bytes is nothing that a path has to do with.
+                    let computed = close.saturating_sub(direct_close);
+                    (away <= (direct_away + computed) * 13 / 10).then_some(())
                 })
                 .await;
             }
