@@ -56,6 +56,8 @@ struct Record {
     requests: Vec<Seen>,
     /// HTTP/1: every byte of each connection; HTTP/2: the preface only.
     raw: Vec<Vec<u8>>,
+    /// Who connected, as the kernel tells the application.
+    peers: Vec<SocketAddr>,
     open: usize,
 }
 
@@ -136,6 +138,11 @@ impl Application {
         self.shared.record.lock().unwrap().raw.clone()
     }
 
+    /// The address at the other end of each connection so far.
+    pub fn peers(&self) -> Vec<SocketAddr> {
+        self.shared.record.lock().unwrap().peers.clone()
+    }
+
     /// How many connections were accepted so far.
     pub fn connections(&self) -> usize {
         self.shared.record.lock().unwrap().raw.len()
@@ -158,9 +165,10 @@ impl Application {
 }
 
 impl Shared {
-    fn connected(&self) -> usize {
+    fn connected(&self, peer: SocketAddr) -> usize {
         let mut record = self.record.lock().unwrap();
         record.raw.push(Vec::new());
+        record.peers.push(peer);
         record.open += 1;
         record.raw.len() - 1
     }
@@ -196,11 +204,11 @@ impl Shared {
 async fn accept(listener: TcpListener, shared: Shared) {
     let mut connections = JoinSet::new();
     loop {
-        let Ok((stream, _)) = listener.accept().await else { continue };
+        let Ok((stream, peer)) = listener.accept().await else { continue };
         let _ = stream.set_nodelay(true);
         let shared = shared.clone();
         connections.spawn(async move {
-            let connection = shared.connected();
+            let connection = shared.connected(peer);
             serve(&shared, connection, stream).await;
             shared.disconnected();
         });

@@ -55,6 +55,7 @@ impl<'a> SidecarBuilder<'a> {
             dns_listen: None,
             dns_upstream: Vec::new(),
             transparent: false,
+            keep_source_address: false,
             mark: None,
             workers: 1,
             admin_listen: LOOPBACK,

@@ -112,6 +112,17 @@ impl TransparentMesh {
         sidecar
     }
 
+    /// The same for one that connects to its application with its clients' addresses.
+    pub async fn sidecar_that_keeps_source(&self, machine: &str, app: &str, more: &[&str]) -> TransparentSidecar<'_> {
+        let more = [&["--keep-source-address"], more].concat();
+        let mut sidecar = self.start_sidecar(self.at(machine), app, &more);
+        let (code, said) = sidecar.redirect_command(&["apply", "--mark", MARK, "--keep-source-address"]);
+        assert_eq!(code, 0, "{said}");
+        sidecar.process.ready().await;
+        sidecar.is_ready().await;
+        sidecar
+    }
+
     /// Starts a sidecar and waits for nothing.
     pub fn start_sidecar<'m>(&'m self, machine: &'m Namespace, app: &str, more: &[&str]) -> TransparentSidecar<'m> {
         let mut run = self.sidecar_command(machine, app);

@@ -228,6 +228,7 @@ impl Launch<'_> {
             dns_listen: None,
             dns_upstream: Vec::new(),
             transparent: false,
+            keep_source_address: false,
             mark: None,
             workers: 1,
             admin_listen: LOOPBACK,

@@ -1,8 +1,8 @@
 //! Why nobody serves a port of a Service, in the words that callers get as `detail` and operators in `outrigger status`. Pure.
 
-use outrigger_api::{compile, name};
 use outrigger_api::resource::{Resource, Service, ServicePort, TargetPort};
 use outrigger_api::snapshot::{Destination, LoadBalancer};
+use outrigger_api::{compile, name};
 
 use super::index::{SERVICE_ACCOUNTS, selects};
 use crate::policy;

@@ -4,7 +4,7 @@
 mod explain;
 mod readiness;
 
-pub use readiness::{EXEMPT_HINT, NotReady, Readiness};
+pub use readiness::{EXEMPT_HINT, NotReady, Readiness, WAY_BACK_HINT};
 
 use std::io;
 use std::sync::Arc;
@@ -59,6 +59,7 @@ pub struct ConfigView {
     workload: String,
     trust_domain: String,
     transparent: bool,
+    keep_source_address: bool,
     inbound: Vec<String>,
     outbound: Vec<String>,
     http_proxy: Option<String>,
@@ -79,6 +80,7 @@ impl ConfigView {
             workload: config.workload.clone(),
             trust_domain: config.trust_domain.to_string(),
             transparent: config.transparent,
+            keep_source_address: config.keep_source_address,
             inbound: config.inbound.iter().map(|one| format!("{}={}", one.listen, one.app)).collect(),
             outbound: config.outbound.iter().map(|one| format!("{}={}", one.listen, one.destination)).collect(),
             http_proxy: config.http_proxy.map(|address| address.to_string()),

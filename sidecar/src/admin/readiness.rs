@@ -37,6 +37,10 @@ impl NotReady {
 pub const EXEMPT_HINT: &str =
     "run it as the user of `redirect apply --uid` (1337), or with the same --mark for `run` and `redirect apply`";
 
+/// What to do about rules that do not lead back what the application answers.
+pub const WAY_BACK_HINT: &str = "run `redirect apply --keep-source-address`, with the other flags that it was applied with, in this \
+                                 network namespace; `redirect check` tells what is absent";
+
 /// What readiness looks at. Every answer is made from what is true now.
 #[derive(Clone)]
 pub struct Readiness {
@@ -51,6 +55,8 @@ pub struct Readiness {
     /// The redirect rules bring this sidecar's own connections back to it: then whatever else is missing is missing for
     /// that, and what the state directory still has does not make up for it: no connection of the application leaves.
     pub comes_back: Arc<AtomicBool>,
+    /// Whether answers to a client's address come back; None where the application does not see such addresses.
+    pub way_back: Option<Arc<AtomicBool>>,
     /// Whether another connection has room.
     pub places: Arc<Places>,
 }
@@ -60,7 +66,7 @@ impl Readiness {
         if self.drain.is_draining() {
             return Err(NotReady::new("draining", "this sidecar is shutting down; nothing is to be done"));
         }
-        let complete = self.complete().and_then(|()| self.has_room());
+        let complete = self.complete().and_then(|()| self.has_way_back()).and_then(|()| self.has_room());
         if !self.comes_back.load(Ordering::Relaxed) {
             return complete;
         }
@@ -69,6 +75,16 @@ impl Readiness {
             "the redirect rules send this sidecar's own connections back to it: {EXEMPT_HINT}. What it waits for: {waits}"
         );
         Err(NotReady::new("redirect_not_exempt", hint))
+    }
+
+    fn has_way_back(&self) -> Result<(), NotReady> {
+        match &self.way_back {
+            Some(holds) if !holds.load(Ordering::Relaxed) => {
+                let what = "what the application answers to its clients' addresses does not come back to this sidecar";
+                Err(NotReady::new("no_way_back", format!("{what}: {WAY_BACK_HINT}")))
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// Whether the next connection can be accepted.
@@ -146,6 +162,10 @@ impl Readiness {
             .is_some_and(|own| own.registered && self.offers.iter().flatten().all(|port| own.ports.contains_key(port)))
     }
 
+    fn waits_for_rules(&self) -> bool {
+        self.comes_back.load(Ordering::Relaxed) || self.has_way_back().is_err()
+    }
+
     /// Returns when [`Readiness::check`] has been good once.
     pub async fn reached(&self) {
         let mut material = self.tls.subscribe();
@@ -162,7 +182,7 @@ impl Readiness {
                 Ok(()) = lease.changed() => {}
                 Ok(()) = duplicate.changed() => {}
                 // Nothing tells when the rules fit again.
-                () = tokio::time::sleep(Duration::from_secs(1)), if self.comes_back.load(Ordering::Relaxed) => {}
+                () = tokio::time::sleep(Duration::from_secs(1)), if self.waits_for_rules() => {}
                 else => std::future::pending().await,
             }
         }

@@ -10,7 +10,7 @@ use outrigger_runtime::drain::{DrainHandle, State};
 use outrigger_runtime::memory::Budget;
 use tokio::sync::{Notify, watch};
 
-use super::{exemption, memory};
+use super::{exemption, memory, way_back};
 use crate::admin::{self, Admin, ForOperators};
 use crate::config::{Config, Limits};
 use crate::connection::{Places, Table};
@@ -99,6 +99,9 @@ impl Control {
             let readiness = admin.readiness.clone();
             let comes_back = readiness.comes_back.clone();
             tokio::spawn(exemption::watch(config.mark, readiness, comes_back));
+        }
+        if let Some(holds) = admin.readiness.way_back.clone() {
+            tokio::spawn(way_back::watch(holds));
         }
         admin::serve(admin, listeners, &drain).await?;
         drain.reached(State::Done).await;

@@ -40,6 +40,15 @@ pub(super) fn bind(config: &Config, options: &SocketOptions, user_timeout: Durat
             io::Error::new(error.kind(), format!("--mark {mark} cannot be set on sockets: {error}; {hint}"))
         })?;
     }
+    if config.keep_source_address {
+        net::check_kept_source().map_err(|error| {
+            let hint = "it needs CAP_NET_ADMIN in this network namespace: run the sidecar as root there with `capabilities: \
+                        {add: [NET_ADMIN]}` and --mark, or give its file the capability (`setcap cap_net_admin+ep`); or leave \
+                        the flag out, and the application sees this machine's own address";
+            let message = format!("--keep-source-address cannot open sockets with a client's address: {error}; {hint}");
+            io::Error::new(error.kind(), message)
+        })?;
+    }
     let operators = SocketOptions { user_timeout: Some(user_timeout), ..*options };
     let mut binding = Binding { data: *options, operators, listening: Vec::new() };
     let operators = ForOperators {

@@ -6,11 +6,13 @@ mod exemption;
 mod listeners;
 mod memory;
 pub mod process;
+mod way_back;
 mod worker;
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -85,6 +87,7 @@ impl Sidecar {
         let tables: Arc<[Arc<Table>]> = (0..config.workers).map(|_| Table::new(places.clone())).collect();
         let hearts = Arc::new(Heartbeats::new());
         let (identity_status, identity) = watch::channel(IdentityStatus::default());
+        let way_back = config.keep_source_address.then(Arc::<AtomicBool>::default);
         let readiness = Readiness {
             tls: tls.clone(),
             directory: directory.clone(),
@@ -92,6 +95,7 @@ impl Sidecar {
             drain: drain.handle(),
             offers: offers(&config),
             comes_back: Arc::default(),
+            way_back: way_back.clone(),
             places: places.clone(),
         };
         let shared = Shared {
@@ -107,6 +111,7 @@ impl Sidecar {
             directory: directory.clone(),
             tls: tls.clone(),
             own_dials: if config.transparent { OwnDials::remembered() } else { OwnDials::default() },
+            way_back,
             loads: Loads::default(),
             epoch: Instant::now(),
             limits: limits.clone(),

@@ -84,8 +84,8 @@ pub fn run(start: Start) -> io::Result<()> {
 async fn serve(start: Start) -> io::Result<()> {
     let Start { shared, crew, mut inbox, listeners, own_listeners, socket, heart } = start;
     let ledger = Ledger::new(shared.memory.clone());
-    let own_dials = shared.own_dials.clone();
-    let dialer = Dialer::new(shared.tls.clone(), socket, &shared.limits, own_listeners, own_dials, ledger);
+    let (own_dials, way_back) = (shared.own_dials.clone(), shared.way_back.clone());
+    let dialer = Dialer::new(shared.tls.clone(), socket, &shared.limits, own_listeners, own_dials, way_back, ledger);
     let worker = Worker::new(&shared, crew.tables[crew.own].clone(), dialer);
     let itself = Rc::downgrade(&worker);
     worker.dialer.set_door(Box::new(move |application, alpn, stream| {

@@ -62,6 +62,10 @@ pub struct Args {
     /// 15001 (outbound) and 15006 (inbound) of this network namespace
     #[arg(long)]
     pub transparent: bool,
+    /// Connect to the application with the client's own address, so that the application sees it; needs --transparent,
+    /// `redirect apply --keep-source-address` and CAP_NET_ADMIN
+    #[arg(long)]
+    pub keep_source_address: bool,
     /// Mark (SO_MARK) of the sidecar's own sockets, by which redirect rules know them; needs CAP_NET_ADMIN
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub mark: Option<u32>,

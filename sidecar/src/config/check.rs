@@ -40,6 +40,13 @@ pub(super) fn check(args: Args, processors: usize, mistakes: &mut Mistakes) -> O
             format_args!("is more than {longest}s, in which a drain ends"),
         );
     }
+    if args.keep_source_address && !args.transparent && !mistakes.was_given("transparent") {
+        mistakes.add(
+            "keep-source-address",
+            true,
+            "needs --transparent: the rules of `redirect apply --keep-source-address` lead back what the application answers",
+        );
+    }
     let labels = labels(&args.label, mistakes);
     let ports = ports(&args.port, &args.inbound, mistakes);
     let (metrics_listen, health_listen) = (metrics_listen(&args), health_listen(&args));
@@ -63,6 +70,7 @@ pub(super) fn check(args: Args, processors: usize, mistakes: &mut Mistakes) -> O
         http_proxy: args.http_proxy,
         http_proxy_allow: args.http_proxy_allow,
         transparent: args.transparent,
+        keep_source_address: args.keep_source_address,
         mark: args.mark,
         workers: args.workers.map_or(processors.clamp(1, MOST_WORKERS_BY_DEFAULT), usize::from),
         admin_listen: args.admin_listen,

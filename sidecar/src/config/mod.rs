@@ -54,6 +54,8 @@ pub struct Config {
     /// Takes redirected connections at [`OUTBOUND_PORT`] and [`INBOUND_PORT`]. An address 0.0.0.0 of a listener then means
     /// all addresses of both families.
     pub transparent: bool,
+    /// Connections to the application begin with the client's address; only with `transparent`, and needs CAP_NET_ADMIN.
+    pub keep_source_address: bool,
     /// Mark (SO_MARK) for the sidecar's own sockets; needs CAP_NET_ADMIN.
     pub mark: Option<u32>,
     /// Data threads, at least 1.

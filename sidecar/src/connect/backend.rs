@@ -290,7 +290,13 @@ impl Slot {
             (None, None) => worker.limits.application_pool_idle,
         };
         // No TLS through itself: who the workload is needs no proof in its own process.
-        let target = Target { address: endpoint.address, tls: tls.filter(|_| own.is_none()), own, application: false };
+        let target = Target {
+            address: endpoint.address,
+            tls: tls.filter(|_| own.is_none()),
+            own,
+            application: false,
+            source: None,
+        };
         let lane = |framing| Lane::new(target.clone(), framing, worker.dialer.clone(), worker.limits.clone(), idle);
         Slot {
             endpoint: endpoint.clone(),

@@ -2,12 +2,15 @@
 //! There is no way from here to plaintext when TLS fails.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use outrigger_api::identity::SpiffeId;
 use rustls_pki_types::ServerName;
+use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 
 use super::http2::Ledger;
@@ -28,18 +31,20 @@ pub struct Target {
     pub own: Option<SocketAddr>,
     /// The workload's own application, which may take longer: nobody else can serve its requests.
     pub application: bool,
+    /// The client in whose name it is opened: its address is where the connection comes from (`--keep-source-address`).
+    pub source: Option<IpAddr>,
 }
 
 impl Target {
-    /// The workload's own application.
-    pub fn application(address: SocketAddr) -> Target {
-        Target { address, tls: None, own: None, application: true }
+    /// The workload's own application, for a client whose address it is to see, or none.
+    pub fn application(address: SocketAddr, source: Option<IpAddr>) -> Target {
+        Target { address, tls: None, own: None, application: true, source }
     }
 
     /// Whether a connection to either leads to the same application, by the same proof.
     pub fn is_same(&self, other: &Target) -> bool {
         let (one, two) = (self.tls.as_ref().map(|tls| &tls.expected), other.tls.as_ref().map(|tls| &tls.expected));
-        self.address == other.address && self.own == other.own && one == two
+        self.address == other.address && self.own == other.own && self.source == other.source && one == two
     }
 }
 
@@ -74,6 +79,7 @@ pub struct Dialer {
     handshakes: Semaphore,
     own_listeners: OwnListeners,
     own_dials: OwnDials,
+    way_back: WayBack,
     /// What the HTTP/2 connections hold.
     ledger: Rc<Ledger>,
     door: OnceCell<Door>,
@@ -82,6 +88,10 @@ pub struct Dialer {
     /// Ended ones are looked for when there are so many.
     clean_at: Cell<usize>,
 }
+
+/// Whether what the application answers to a client's address comes back to this sidecar. None: it is not asked to, since
+/// connections to the application are made from this machine's own address.
+pub type WayBack = Option<Arc<AtomicBool>>;
 
 /// The addresses on which this sidecar itself listens; known once all are open.
 #[derive(Clone, Debug, Default)]
@@ -118,6 +128,7 @@ impl Dialer {
         limits: &Limits,
         own_listeners: OwnListeners,
         own_dials: OwnDials,
+        way_back: WayBack,
         ledger: Rc<Ledger>,
     ) -> Rc<Dialer> {
         Rc::new(Dialer {
@@ -130,6 +141,7 @@ impl Dialer {
             handshakes: Semaphore::new(limits.handshakes_in_flight),
             own_listeners,
             own_dials,
+            way_back,
             ledger,
             door: OnceCell::new(),
             proved: RefCell::default(),
@@ -203,6 +215,18 @@ impl Dialer {
         cut
     }
 
+    /// Whether an application sees its clients' addresses.
+    pub fn keeps_source(&self) -> bool {
+        self.way_back.is_some()
+    }
+
+    async fn connect(&self, target: &Target) -> std::io::Result<TcpStream> {
+        match target.source {
+            Some(source) => net::connect_from(source, target.address, &self.socket).await,
+            None => net::connect(target.address, &self.socket).await,
+        }
+    }
+
     /// Every failure is safe to retry: no byte of a request has been sent.
     pub async fn dial(&self, target: &Target, alpn: MeshAlpn) -> Result<Dialled, Error> {
         let address = target.address;
@@ -212,9 +236,15 @@ impl Dialer {
         if target.tls.is_none() && self.own_listeners.contain(address) {
             return Err(Error::own(Stage::Connect, Reason::OwnPort, format!("{address} is this sidecar's own")));
         }
+        if target.source.is_some() && !self.way_back.as_ref().is_some_and(|holds| holds.load(Ordering::Relaxed)) {
+            // From its own address instead, the application would take the client for this machine.
+            let detail = "--keep-source-address: what the application answers would not come back; run `redirect apply \
+                          --keep-source-address` here, and `redirect check`";
+            return Err(Error::own(Stage::Connect, Reason::NotReady, detail));
+        }
         // A lost first packet is sent again after 1 s and 3 s.
         let patience = if target.application { self.application_budget } else { self.connect_budget };
-        let connecting = tokio::time::timeout(patience, net::connect(address, &self.socket));
+        let connecting = tokio::time::timeout(patience, self.connect(target));
         let tcp = match connecting.await {
             Ok(Ok(tcp)) => {
                 self.own_dials.opened(&tcp, address);
@@ -222,7 +252,8 @@ impl Dialer {
             }
             Ok(Err(error)) => return Err(refused(address, &error)),
             Err(_) => {
-                let detail = format!("{address} did not answer within {patience:?}");
+                let from = target.source.map(|source| format!(" a connection from {source}")).unwrap_or_default();
+                let detail = format!("{address} did not answer{from} within {patience:?}");
                 return Err(failure(Reason::ConnectTimeout, detail));
             }
         };

@@ -13,7 +13,7 @@ use outrigger_api::snapshot::{Endpoint, EndpointTls, Key, OutboundMode, Workload
 use outrigger_runtime::memory::Budget;
 
 use super::backend::Backend;
-use super::dial::{Dialer, Target};
+use super::dial::{Dialer, Target, WayBack};
 use super::lane::{Framing, Lane};
 use super::own_dials::OwnDials;
 use super::speculation::Speculation;
@@ -58,6 +58,7 @@ pub struct Shared {
     pub directory: Directory,
     pub tls: Tls,
     pub own_dials: OwnDials,
+    pub way_back: WayBack,
     pub loads: Loads,
     pub epoch: Instant,
     pub limits: Limits,
@@ -99,10 +100,11 @@ struct OwnWorkload {
 }
 
 /// Connections to the application are shared by requests of one caller only, so that a desync never crosses
-/// identities.
+/// identities; and of one client's address, where the application sees that.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct ApplicationKey {
     address: SocketAddr,
+    source: Option<IpAddr>,
     framing: Framing,
     caller: SpiffeId,
 }
@@ -203,10 +205,16 @@ impl Worker {
 
     /// The lane to the application for one caller. Callers that proved nothing share none: they get a lane of their
     /// own connection.
-    pub fn application_lane(&self, address: SocketAddr, framing: Framing, caller: Option<&SpiffeId>) -> Rc<Lane> {
+    pub fn application_lane(
+        &self,
+        address: SocketAddr,
+        source: Option<IpAddr>,
+        framing: Framing,
+        caller: Option<&SpiffeId>,
+    ) -> Rc<Lane> {
         let new = || {
             Lane::new(
-                Target::application(address),
+                Target::application(address, source),
                 framing,
                 self.dialer.clone(),
                 self.limits.clone(),
@@ -214,8 +222,24 @@ impl Worker {
             )
         };
         let Some(caller) = caller else { return new() };
-        let key = ApplicationKey { address, framing, caller: caller.clone() };
+        let key = ApplicationKey { address, source, framing, caller: caller.clone() };
         self.application.borrow_mut().entry(key).or_insert_with(new).clone()
+    }
+
+    /// The address from which a connection to `application` is made on behalf of `client`; none: from this machine's own.
+    /// Neither loopback's addresses nor those of one link alone can stand on both sides.
+    pub fn source(&self, client: IpAddr, application: SocketAddr) -> Option<IpAddr> {
+        if !self.dialer.keeps_source() {
+            return None;
+        }
+        let client = client.to_canonical();
+        let is_of_a_link = match client {
+            IpAddr::V4(ip) => ip.is_link_local(),
+            IpAddr::V6(ip) => ip.is_unicast_link_local(),
+        };
+        let fits = client.is_ipv4() == application.is_ipv4();
+        let is_bound = client.is_loopback() || application.ip().is_loopback() || is_of_a_link;
+        (fits && !is_bound).then_some(client)
     }
 
     /// Whether peers reach this workload at that address: it is of this network namespace, and not loopback. Asked of the

@@ -2,7 +2,7 @@
 //! upstream is always the application's own address, never loopback in its place. What is over when bytes flow is
 //! boxed: a connection's task is as large as its largest part for as long as it lives.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -132,6 +132,12 @@ impl Walk {
             declared: own.protocol(application.port()),
             caller: Caller { peer: None, destination_service: service },
         }
+    }
+
+    /// From where the application is to see connections of this client; none: from this machine.
+    fn source(&self) -> Option<IpAddr> {
+        let is_own = self.caller.peer.as_ref().is_some_and(|peer| !peer.mtls);
+        if is_own { None } else { self.worker.source(self.registered.client.ip(), self.application) }
     }
 
     /// Who is there, and how do they come?

@@ -66,7 +66,7 @@ impl Walk {
         }
         let identity = self.caller.peer.as_ref().map(|peer| &peer.identity);
         caller::note_policies(&self.worker.telemetry, &judgement, identity, String::new);
-        let target = Target::application(self.application);
+        let target = Target::application(self.application, self.source());
         Box::pin(self.worker.dialer.dial(&target, MeshAlpn::Tcp)).await.map(|dialled| dialled.stream)
     }
 

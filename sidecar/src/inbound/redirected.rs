@@ -27,7 +27,7 @@ pub fn serve_redirected(
     if let Ok(original) = original
         && redirect::is_inbound_probe(original)
     {
-        return Either::Right(Either::Left(answer_probe(stream, original)));
+        return Either::Right(Either::Left(answer_probe(worker, stream, original)));
     }
     match original.and_then(|original| application(&worker, original)) {
         Ok(application) => Either::Left(super::serve(worker, application, stream.into(), registered)),
@@ -42,9 +42,15 @@ pub fn serve_redirected(
 
 /// `redirect check` asks whether its connection arrives here, and with the address that it dialled. Only this machine can
 /// dial that address.
-async fn answer_probe(mut stream: TcpStream, original: SocketAddr) {
+async fn answer_probe(worker: Rc<Worker>, mut stream: TcpStream, original: SocketAddr) {
+    let way_back = if worker.dialer.keeps_source() {
+        Box::pin(redirect::way_back_in(original.ip().to_canonical().is_ipv4())).await
+    } else {
+        Ok(())
+    };
+    let answer = way_back.map_or_else(|why| redirect::no_way_back_answer(&why), |()| redirect::answer(original));
     // A check that has gone does not miss its answer.
-    let _ = stream.write_all(redirect::answer(original).as_bytes()).await;
+    let _ = stream.write_all(answer.as_bytes()).await;
     let _ = stream.shutdown().await;
 }
 

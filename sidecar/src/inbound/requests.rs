@@ -50,7 +50,7 @@ impl Walk {
     fn service(&self, framing: Framing, permit: Permit) -> Rc<Service> {
         let identity = self.caller.peer.as_ref().map(|peer| &peer.identity);
         Rc::new(Service {
-            lane: self.worker.application_lane(self.application, framing, identity),
+            lane: self.worker.application_lane(self.application, self.source(), framing, identity),
             claims: identity.and_then(|identity| Claims::new(&self.worker.own.principal, identity)),
             edges: [WireProtocol::Http1, WireProtocol::Http2, WireProtocol::Grpc]
                 .map(|protocol| self.caller.edge(&self.worker, protocol)),

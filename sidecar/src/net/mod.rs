@@ -2,13 +2,17 @@
 //! meant to go, and [`Stream`], the one byte-stream type of the walk.
 
 mod cut;
+mod kept_source;
 mod liveness;
 mod original_dst;
 mod socket;
 mod stream;
 
 pub use cut::Cut;
+pub use kept_source::{KEPT_SOURCE_MARK, answers_come_back, check_kept_source, connect_from};
 pub use liveness::give_up_silent_peers;
 pub use original_dst::OriginalDst;
-pub use socket::{SocketOptions, bind_udp, check_mark, connect, connect_marked, is_absent, is_local, is_taken, listen};
+pub use socket::{
+    SocketOptions, bind_udp, check_mark, connect, connect_marked, is_absent, is_local, is_taken, listen, source_towards,
+};
 pub use stream::Stream;

@@ -22,7 +22,7 @@ pub struct SocketOptions {
 
 impl SocketOptions {
     /// On a listener these are inherited by what it accepts, so that accepting costs no further system call.
-    fn apply(&self, socket: &SockRef<'_>) -> io::Result<()> {
+    pub(super) fn apply(&self, socket: &SockRef<'_>) -> io::Result<()> {
         socket.set_tcp_nodelay(true)?;
         if let Some(mark) = self.mark {
             socket.set_mark(mark)?;
@@ -104,14 +104,16 @@ pub fn is_taken(address: SocketAddr) -> bool {
 /// Whether an address belongs to this machine (or network namespace): who sends to its own address sends from it. That it
 /// could be bound says less, where `net.ipv4.ip_nonlocal_bind` lets anything be bound.
 pub fn is_local(ip: IpAddr) -> bool {
+    ip.is_loopback() || (!ip.is_unspecified() && source_towards(ip).is_ok_and(|source| source == ip))
+}
+
+/// The address of this machine from which it would send to `ip`; an error where no route leads there.
+pub fn source_towards(ip: IpAddr) -> io::Result<IpAddr> {
     let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let source = || {
-        let socket = std::net::UdpSocket::bind((any, 0))?;
-        // Sends nothing.
-        socket.connect((ip, 9))?;
-        socket.local_addr()
-    };
-    ip.is_loopback() || (!ip.is_unspecified() && source().is_ok_and(|source| source.ip() == ip))
+    let socket = std::net::UdpSocket::bind((any, 0))?;
+    // Sends nothing.
+    socket.connect((ip, 9))?;
+    Ok(socket.local_addr()?.ip())
 }
 
 /// Connects; the caller bounds the time.

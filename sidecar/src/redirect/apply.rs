@@ -1,10 +1,12 @@
-//! The thin part: feeds a script to `nft`, adds or takes away the routes, and says in the user's words why it could not. nft
-//! applies all of a script or nothing, and routes that were added are taken back then, so a failure leaves what was there.
+//! The thin part: feeds a script to `nft`, adds or takes away the routes and rules that stand beside, and says in the user's
+//! words why it could not. nft applies all of a script or nothing, and what was added is taken back then, so a failure
+//! leaves what was there.
 
 use std::io::{ErrorKind, Write};
 use std::process::{Command, Stdio};
 
-use super::{Rules, nft, routes};
+use super::netlink::{self, Entry};
+use super::{Rules, nft, routes, way_back};
 
 /// Why nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -31,25 +33,35 @@ pub(super) enum Error {
     #[error("nft refused the rules, which `outrigger-sidecar redirect print` shows: {0}. Nothing was changed.")]
     Refused(String),
     #[error("{0}. Nothing was changed.")]
-    Routes(routes::Error),
-    #[error("{0}. The rules are as they were asked for; only the routes are still there, and do no harm.")]
-    RoutesLeft(routes::Error),
+    Beside(netlink::Error),
+    #[error(
+        "{0}. The rules are as they were asked for; only what stands beside them is still there, and does no harm."
+    )]
+    Left(netlink::Error),
 }
 
-/// Puts the rules in force, and with `--dns` the routes that go with them; after an error everything is as it was.
+/// Puts the rules in force, and what stands beside them; after an error everything is as it was.
 pub(super) fn apply(rules: &Rules) -> Result<(), Error> {
-    let added = if rules.dns { routes::add().map_err(Error::Routes)? } else { Vec::new() };
-    feed(&nft::script(rules)).inspect_err(|_| routes::take_back(&added))?;
-    if !rules.dns {
-        routes::remove().map_err(Error::RoutesLeft)?;
-    }
-    Ok(())
+    let (wanted, others): (Vec<_>, Vec<_>) = beside(rules.dns, rules.keep_source_address);
+    let added = netlink::add(wanted).map_err(Error::Beside)?;
+    feed(&nft::script(rules)).inspect_err(|_| netlink::take_back(&added))?;
+    netlink::remove(others).map_err(Error::Left)
 }
 
 /// Takes away what [`apply`] did, this time or another.
 pub(super) fn remove() -> Result<(), Error> {
     feed(&nft::removal())?;
-    routes::remove().map_err(Error::RoutesLeft)
+    netlink::remove(beside(false, false).1).map_err(Error::Left)
+}
+
+/// What the kernel has to have besides the packet filter's rules, in the order in which it is added, and what it has to lose.
+fn beside(dns: bool, keep_source_address: bool) -> (Vec<Entry>, Vec<Entry>) {
+    let all = [(dns, Vec::from(routes::entries())), (keep_source_address, way_back::entries().collect())];
+    let (mut wanted, mut others) = (Vec::new(), Vec::new());
+    for (is_wanted, entries) in all {
+        if is_wanted { wanted.extend(entries) } else { others.extend(entries.into_iter().rev()) }
+    }
+    (wanted, others)
 }
 
 /// Runs `nft -f -`.

@@ -32,6 +32,9 @@ pub struct Args {
     /// Send questions about names (port 53, UDP and TCP) to the sidecar's resolver
     #[arg(long)]
     pub dns: bool,
+    /// For a sidecar with `run --keep-source-address`: lead back to it what the application answers to its clients' addresses
+    #[arg(long)]
+    pub keep_source_address: bool,
 }
 
 impl Args {
@@ -62,6 +65,7 @@ impl Args {
             exclude_v6: Ipv6Net::aggregate(&v6),
             exclude_uids: sorted(self.exclude_uids),
             dns: self.dns,
+            keep_source_address: self.keep_source_address,
         })
     }
 }

@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use super::hooks::{self, Hooks};
 use super::probe::{
     INBOUND_DROP_PORT, INBOUND_RULES_PORT, OUTBOUND_DROP_PORT, PROBE_V4, PROBE_V6, RULES_PORT, RULES_TARGET_PORT,
-    answer, complaint, inbound_probe,
+    answer, complaint, inbound_probe, no_way_back,
 };
 
 /// A sidecar that takes longer than this does not serve either.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Longer than any answer.
-const LONGEST: u64 = 256;
+const LONGEST: u64 = 512;
 
 /// On loopback a connection that is not dropped is refused, or made, before the call returns.
 const DROPPED_AFTER: Duration = Duration::from_secs(1);
@@ -42,6 +42,8 @@ pub(super) enum Found {
     Open(Way),
     /// The inbound rules are there, and PREROUTING does not lead to them.
     Unhooked,
+    /// The sidecar connects to the application with the client's address, and what is answered does not come back.
+    NoWayBack(String),
     /// Both are there, but the rules bring the sidecar's own connections back to it, so that none leaves.
     NotExempt,
     /// The sidecar cannot listen for this family, which is in use.
@@ -55,7 +57,7 @@ impl Found {
     fn code(&self) -> u8 {
         match self {
             Found::Works | Found::NotUsed => 0,
-            Found::NoRules(_) | Found::Open(_) | Found::Unhooked => 3,
+            Found::NoRules(_) | Found::Open(_) | Found::Unhooked | Found::NoWayBack(_) => 3,
             Found::NoSidecar(..) | Found::NoLoopback => 4,
             Found::NotExempt => 5,
         }
@@ -118,6 +120,13 @@ impl fmt::Display for Report {
                 Found::Unhooked => writeln!(
                     f,
                     "{family}: inbound rules absent in part: PREROUTING does not lead to them\n      to do: {APPLY}"
+                )?,
+                Found::NoWayBack(why) => writeln!(
+                    f,
+                    "{family}: rules absent in part: the sidecar keeps clients' source addresses, and what the application \
+                     answers does not come back to it ({why})\n      to do: `outrigger-sidecar redirect apply \
+                     --keep-source-address`, with the flags that it was applied with, in this network namespace, as root \
+                     (NET_ADMIN)"
                 )?,
                 Found::NotExempt => writeln!(
                     f,
@@ -210,6 +219,9 @@ fn redirected(way: Way, probe: SocketAddr, rules: SocketAddr, loopback: IpAddr) 
     let why = match ask(probe) {
         Ok(said) if said == answer(probe).as_bytes() => return Ok(Found::Works),
         Ok(said) if said == complaint(probe).as_bytes() => return Ok(Found::NotExempt),
+        Ok(said) if no_way_back(&said).is_some() => {
+            return Ok(Found::NoWayBack(no_way_back(&said).unwrap_or_default()));
+        }
         Ok(said) if said.is_empty() => "and it was closed without an answer".to_owned(),
         Ok(said) => format!("and something else answered: {:?}", String::from_utf8_lossy(&said)),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => "where nobody listens".to_owned(),
@@ -281,11 +293,11 @@ fn in_force(address: SocketAddr, loopback: IpAddr) -> io::Result<bool> {
 }
 
 /// Without the file nobody can tell, and the family counts as used.
-fn has_v4() -> bool {
+pub(super) fn has_v4() -> bool {
     std::fs::read_to_string("/proc/thread-self/net/fib_trie").map_or(true, |text| has_own_v4(&text))
 }
 
-fn has_v6() -> bool {
+pub(super) fn has_v6() -> bool {
     match std::fs::read_to_string("/proc/thread-self/net/if_inet6") {
         Ok(text) => has_own_v6(&text),
         // A kernel without IPv6 has no such file.

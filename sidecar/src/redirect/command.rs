@@ -34,8 +34,9 @@ pub fn main(
     let done = match verb.as_ref().and_then(|verb| verb.to_str()) {
         Some("apply") => rules("outrigger-sidecar redirect apply", argv).map(|rules| {
             let names = if rules.dns { format!(", questions about names to {RESOLVER_PORT}") } else { String::new() };
+            let back = if rules.keep_source_address { ", answers to clients' addresses to the sidecar" } else { "" };
             let said = format!(
-                "applied: outbound TCP goes to {OUTBOUND_PORT}, inbound TCP to {INBOUND_PORT}{names} (nftables, table {}); \
+                "applied: outbound TCP goes to {OUTBOUND_PORT}, inbound TCP to {INBOUND_PORT}{names}{back} (nftables, table {}); \
                  `{program} redirect check` asks whether a sidecar answers",
                 nft::TABLE
             );

@@ -11,7 +11,8 @@ use super::probe::{
     PROBE_V6, RULES_PORT, RULES_TARGET_PORT,
 };
 
-use super::{INBOUND_PORT, NEVER_REDIRECTED, OUTBOUND_PORT, Own, RESOLVER_PORT, Rules, routes};
+use super::{INBOUND_PORT, NEVER_REDIRECTED, OUTBOUND_PORT, Own, RESOLVER_PORT, Rules, routes, way_back};
+use crate::net::KEPT_SOURCE_MARK;
 
 const HEAD: &str = r#"#!/bin/sh
 # Outrigger: brings this network namespace's TCP connections to the sidecar, by iptables and ip6tables.
@@ -19,7 +20,8 @@ const HEAD: &str = r#"#!/bin/sh
 #   sh FILE remove   takes exactly them away
 # All rules are in chains of their own, into which one jump each leads: OUTRIGGER_OUTBOUND and OUTRIGGER_INBOUND in the table
 # nat, and what drops connections that got past them, OUTRIGGER_BYPASS_IN in mangle (where others' ACCEPT does not come
-# first) and OUTRIGGER_BYPASS_OUT in filter.
+# first) and OUTRIGGER_BYPASS_OUT in filter. With --keep-source-address there are OUTRIGGER_SOURCE in raw and
+# OUTRIGGER_SOURCE_BACK in mangle besides.
 #   iptables -t mangle -nvL OUTRIGGER_BYPASS_IN; iptables -nvL OUTRIGGER_BYPASS_OUT     how many were dropped
 set -eu
 
@@ -53,8 +55,16 @@ taken() {
     [ -z "$3" ] || printf '%s\n' "*$2" "$3" COMMIT | "$1-restore" -w 30 --noflush
 }
 
+# The chains of --keep-source-address, where they are: a table that is only asked may be made by that.
+no_source() {
+    "$1-save" 2>/dev/null | grep -q '^:OUTRIGGER_SOURCE' || return 0
+    taken "$1" mangle "$(gone "$1" mangle OUTPUT OUTRIGGER_SOURCE_BACK)"
+    taken "$1" raw "$(gone "$1" raw OUTPUT OUTRIGGER_SOURCE)"
+}
+
 # What drops goes before what redirects.
 remove() {
+    no_source "$1"
     taken "$1" mangle "$(gone "$1" mangle INPUT OUTRIGGER_BYPASS_IN)"
     taken "$1" filter "$(gone "$1" filter OUTPUT OUTRIGGER_BYPASS_OUT)"
     ours=$(
@@ -80,10 +90,28 @@ no_routes() {
     DEL6 2>/dev/null || :
 }
 
+# The way back of --keep-source-address: what the application answers to a client's address is marked, and led to the sidecar.
+way_back() {
+    BACKROUTE4
+    ip -4 rule list | grep -q 'LISTED' || BACKRULE4
+    ! grep -qs ' lo$' /proc/net/if_inet6 || {
+        BACKROUTE6
+        ip -6 rule list | grep -q 'LISTED' || BACKRULE6
+    }
+}
+
+no_way_back() {
+    NOBACKRULE4 2>/dev/null || :
+    NOBACKROUTE4 2>/dev/null || :
+    NOBACKRULE6 2>/dev/null || :
+    NOBACKROUTE6 2>/dev/null || :
+}
+
 case "${1:-apply}" in
 apply) ;;
 remove)
     no_routes
+    no_way_back
     remove iptables
     ! has_v6 || remove ip6tables
     exit
@@ -102,7 +130,16 @@ pub(super) fn script(rules: &Rules) -> String {
     for (place, command) in [("ADD4", add4), ("ADD6", add6), ("DEL4", del4), ("DEL6", del6)] {
         text = text.replace(place, &command);
     }
+    let ([back, no_back], listed) = (["add", "del"].map(way_back::commands), way_back::listed());
+    for (prefix, commands) in [("NOBACK", no_back), ("BACK", back)] {
+        for (family, [route, rule]) in (["4", "6"]).iter().zip(commands) {
+            text = text.replace(&format!("{prefix}ROUTE{family}"), &route);
+            text = text.replace(&format!("{prefix}RULE{family}"), &rule);
+        }
+    }
+    text = text.replace("LISTED", &listed);
     text += if rules.dns { "\nroutes\n" } else { "\nno_routes\n" };
+    text += if rules.keep_source_address { "way_back\n" } else { "no_way_back\n" };
     text += "\n";
     text += &applied("iptables", &Family::v4(rules));
     text += "\nhas_v6 || exit 0\n";
@@ -110,15 +147,21 @@ pub(super) fn script(rules: &Rules) -> String {
     text
 }
 
-/// Redirects first: what was not redirected is dropped only then.
+/// Redirects first: what was not redirected is dropped only then. Before them stands what they would redirect otherwise.
 fn applied(program: &str, family: &Family<'_>) -> String {
-    let mut text = String::new();
+    let kept = family.rules.keep_source_address;
+    let mut text = if kept { String::new() } else { format!("no_source {program}\n") };
+    let mangle =
+        if kept { "INPUT OUTRIGGER_BYPASS_IN OUTPUT OUTRIGGER_SOURCE_BACK" } else { "INPUT OUTRIGGER_BYPASS_IN" };
     for (table, chains, rules) in [
+        ("raw", "OUTPUT OUTRIGGER_SOURCE", family.kept_source()),
         ("nat", "OUTPUT OUTRIGGER_OUTBOUND PREROUTING OUTRIGGER_INBOUND", family.outbound() + &family.inbound()),
-        ("mangle", "INPUT OUTRIGGER_BYPASS_IN", family.bypass_inbound()),
+        ("mangle", mangle, family.bypass_inbound() + &family.kept_source_back()),
         ("filter", "OUTPUT OUTRIGGER_BYPASS_OUT", family.bypass_outbound()),
     ] {
-        let _ = write!(text, "apply {program} {table} {chains} <<'RULES'\n{rules}RULES\n");
+        if kept || table != "raw" {
+            let _ = write!(text, "apply {program} {table} {chains} <<'RULES'\n{rules}RULES\n");
+        }
     }
     text
 }
@@ -221,7 +264,40 @@ impl Family<'_> {
         into.also("-p tcp -m conntrack --ctdir ORIGINAL --ctorigdstport", &rules.exclude_inbound_ports);
         into.comment("A beginning, whatever other flags it has. Packets come here in one piece.");
         into.rule("-p tcp --tcp-flags SYN,ACK SYN -j DROP");
+        if rules.keep_source_address {
+            // Any other packet of its tuple is moved to another one by the kernel, which knows that it is taken.
+            into.comment(
+                "--keep-source-address: what could be meant for a connection that the sidecar made in a client's name.",
+            );
+            into.rule("-p tcp -m conntrack --ctstate INVALID -j DROP");
+        }
         into.text
+    }
+
+    fn kept_source(&self) -> String {
+        let mut out = Chain { name: "OUTRIGGER_SOURCE", text: String::new() };
+        if self.rules.keep_source_address {
+            out.comment(
+                "The sidecar's connections to the application, which begin with a client's address, are tracked apart",
+            );
+            out.comment("from the client's own, whose port may be the same.");
+            out.rule(format_args!("-m mark --mark {KEPT_SOURCE_MARK} -j CT --zone-orig {KEPT_SOURCE_MARK}"));
+        }
+        out.text
+    }
+
+    fn kept_source_back(&self) -> String {
+        let mut out = Chain { name: "OUTRIGGER_SOURCE_BACK", text: String::new() };
+        if self.rules.keep_source_address {
+            out.comment(
+                "What the application answers to a client's address is marked, and so led back to the sidecar.",
+            );
+            out.rule(format_args!("-m mark --mark {KEPT_SOURCE_MARK} -j CONNMARK --set-mark {KEPT_SOURCE_MARK}"));
+            out.rule(format_args!(
+                "-m conntrack --ctdir REPLY -m connmark --mark {KEPT_SOURCE_MARK} -j MARK --set-mark {KEPT_SOURCE_MARK}"
+            ));
+        }
+        out.text
     }
 
     fn bypass_outbound(&self) -> String {
@@ -275,6 +351,9 @@ impl Chain {
         match rules.own {
             Own::Uid(uid) => self.rule(format_args!("-m owner --uid-owner {uid} -j RETURN")),
             Own::Mark(mark) => self.rule(format_args!("-m mark --mark {mark} -j RETURN")),
+        }
+        if rules.keep_source_address {
+            self.rule(format_args!("-m mark --mark {KEPT_SOURCE_MARK} -j RETURN"));
         }
         self.except("--exclude-uids", "-m owner --uid-owner", &rules.exclude_uids);
     }

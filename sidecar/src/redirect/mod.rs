@@ -8,15 +8,19 @@ mod check;
 mod command;
 mod hooks;
 mod iptables;
+mod netlink;
 mod nft;
 mod probe;
 mod routes;
+mod way_back;
 
 pub use args::Args;
 pub use command::{main, variables_of_run};
 pub use probe::{
     PROBE_PORT, PROBE_V4, PROBE_V6, answer, complaint, exempt_target, is_exempt_target, is_inbound_probe, is_probe,
+    no_way_back_answer,
 };
+pub use way_back::{way_back, way_back_in};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
@@ -43,6 +47,8 @@ pub struct Rules {
     pub exclude_uids: Vec<u32>,
     /// Questions about names go to the resolver, too.
     pub dns: bool,
+    /// The sidecar connects to the application with the client's address; what is answered comes back to it.
+    pub keep_source_address: bool,
 }
 
 impl Default for Rules {
@@ -55,6 +61,7 @@ impl Default for Rules {
             exclude_v6: Vec::new(),
             exclude_uids: Vec::new(),
             dns: false,
+            keep_source_address: false,
         }
     }
 }

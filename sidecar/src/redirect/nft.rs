@@ -10,7 +10,8 @@ use super::probe::{
     PROBE_V6, RULES_PORT, RULES_TARGET_PORT,
 };
 
-use super::{INBOUND_PORT, NEVER_REDIRECTED, OUTBOUND_PORT, Own, RESOLVER_PORT, Rules, routes};
+use super::{INBOUND_PORT, NEVER_REDIRECTED, OUTBOUND_PORT, Own, RESOLVER_PORT, Rules, routes, way_back};
+use crate::net::KEPT_SOURCE_MARK;
 
 /// Our table; everything that we put into the packet filter is in it.
 pub(super) const TABLE: &str = "inet outrigger";
@@ -24,8 +25,16 @@ pub(super) fn script(rules: &Rules) -> String {
         text += "# Beside them stand the routes to virtual addresses, which `apply` adds and `remove` takes away:\n";
         routes::commands("replace").iter().for_each(|command| text += &format!("#   {command}\n"));
     }
+    if rules.keep_source_address {
+        text +=
+            "# Beside them stands the way back of --keep-source-address, which `apply` adds and `remove` takes away:\n";
+        way_back::commands("add").iter().flatten().for_each(|command| text += &format!("#   {command}\n"));
+    }
     text += &removal();
-    let chains = [outbound(rules), prerouting(), inbound(rules), bypass_outbound(rules), bypass_inbound(rules)];
+    let mut chains = vec![outbound(rules), prerouting(), inbound(rules), bypass_outbound(rules), bypass_inbound(rules)];
+    if rules.keep_source_address {
+        chains.extend([kept_source(), kept_source_back()]);
+    }
     let _ = write!(text, "\ntable {TABLE} {{\n{}}}\n", chains.join("\n"));
     text
 }
@@ -143,6 +152,35 @@ fn bypass_inbound(rules: &Rules) -> String {
     chain.also("meta l4proto tcp ct direction original ct original proto-dst", &rules.exclude_inbound_ports);
     chain.comment("A beginning, whatever other flags it has. Packets come here in one piece.");
     chain.rule("tcp flags & (syn | ack) == syn counter drop");
+    if rules.keep_source_address {
+        // Any other packet of its tuple is moved to another one by the kernel, which knows that it is taken.
+        chain.comment(
+            "--keep-source-address: what could be meant for a connection that the sidecar made in a client's name.",
+        );
+        chain.rule("meta l4proto tcp ct state invalid counter drop");
+    }
+    chain.end()
+}
+
+fn kept_source() -> String {
+    let mut chain = Chain::new(
+        "--keep-source-address: the sidecar's connections to the application, which begin with a client's address.",
+        "kept_source",
+        "type filter hook output priority -300; policy accept;",
+    );
+    chain.comment("Tracked apart from the client's own connections, whose port may be the same.");
+    chain.rule(format_args!("meta mark {KEPT_SOURCE_MARK} ct original zone set {KEPT_SOURCE_MARK}"));
+    chain.end()
+}
+
+fn kept_source_back() -> String {
+    let mut chain = Chain::new(
+        "--keep-source-address: what the application answers is marked, and so led back to the sidecar.",
+        "kept_source_back",
+        "type route hook output priority -150; policy accept;",
+    );
+    chain.rule(format_args!("meta mark {KEPT_SOURCE_MARK} ct mark set {KEPT_SOURCE_MARK}"));
+    chain.rule(format_args!("ct direction reply ct mark {KEPT_SOURCE_MARK} meta mark set {KEPT_SOURCE_MARK}"));
     chain.end()
 }
 
@@ -170,6 +208,9 @@ impl Chain {
         match rules.own {
             Own::Uid(uid) => self.rule(format_args!("meta skuid {uid} return")),
             Own::Mark(mark) => self.rule(format_args!("meta mark {mark} return")),
+        }
+        if rules.keep_source_address {
+            self.rule(format_args!("meta mark {KEPT_SOURCE_MARK} return"));
         }
         self.except("--exclude-uids", "meta skuid", &rules.exclude_uids);
     }

@@ -71,6 +71,20 @@ pub fn complaint(original: SocketAddr) -> String {
     format!("outrigger-sidecar not-exempt {original}\n")
 }
 
+/// What to write to the inbound probe instead of [`answer`] when the sidecar keeps clients' source addresses and what is
+/// answered to them does not come back. `why` is one line.
+pub fn no_way_back_answer(why: &str) -> String {
+    format!("{NO_WAY_BACK}{why}\n")
+}
+
+const NO_WAY_BACK: &str = "outrigger-sidecar no-way-back ";
+
+/// Why, if that is what was said.
+pub(super) fn no_way_back(said: &[u8]) -> Option<String> {
+    let said = std::str::from_utf8(said).ok()?;
+    said.strip_prefix(NO_WAY_BACK)?.strip_suffix('\n').map(str::to_owned)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,6 +110,8 @@ mod tests {
         assert!(is_inbound_probe("[::1]:15007".parse().unwrap()) && !is_inbound_probe(PROBE_V6));
         assert!(is_inbound_probe("[::ffff:127.15.0.1]:15007".parse().unwrap()));
         assert!(!is_inbound_probe("127.0.0.1:15007".parse().unwrap()));
+        assert_eq!(no_way_back(no_way_back_answer("IPv4: x").as_bytes()).as_deref(), Some("IPv4: x"));
+        assert_eq!(no_way_back(answer(PROBE_V4).as_bytes()), None);
         let mapped = "[::ffff:127.15.0.1]:15002".parse().unwrap();
         assert_eq!(answer(mapped), answer(PROBE_V4));
     }

@@ -27,6 +27,7 @@ fn the_nft_scripts() {
         ("", include_str!("testdata/default.nft")),
         (ALL, include_str!("testdata/all.nft")),
         ("--mark 1337", include_str!("testdata/mark.nft")),
+        ("--keep-source-address", include_str!("testdata/kept.nft")),
     ] {
         assert_eq!(nft::script(&parse(line).unwrap()), golden, "{line}");
     }
@@ -39,6 +40,7 @@ fn the_iptables_scripts() {
         ("", include_str!("testdata/default.sh")),
         (ALL, include_str!("testdata/all.sh")),
         ("--mark 1337", include_str!("testdata/mark.sh")),
+        ("--keep-source-address", include_str!("testdata/kept.sh")),
     ] {
         assert_eq!(iptables::script(&parse(line).unwrap()), golden, "{line}");
     }
@@ -49,6 +51,7 @@ fn flags_become_rules() {
     assert_eq!(parse("").unwrap(), Rules::default());
     assert_eq!(parse("--mark 7").unwrap().own, Own::Mark(7));
     assert_eq!(parse("--uid 0").unwrap().own, Own::Uid(0));
+    assert!(parse("--keep-source-address").unwrap().keep_source_address);
     let all = parse(ALL).unwrap();
     assert_eq!(all.exclude_inbound_ports, [22, 9100]);
     assert_eq!(all.exclude_uids, [0, 104]);

@@ -48,7 +48,8 @@ fn the_least_command_line_has_the_defaults_of_the_contract() {
 #[test]
 fn a_transparent_sidecar_is_scraped_and_probed_from_outside_unless_told_otherwise() {
     let config = with(&["--transparent", "--mark=1337", "--health-listen=127.0.0.1:15021"]).unwrap();
-    assert!(config.transparent);
+    assert!(config.transparent && !config.keep_source_address);
+    assert!(with(&["--transparent", "--keep-source-address"]).unwrap().keep_source_address);
     assert_eq!((config.mark, config.workload_address, config.ports.len()), (Some(1337), vec![], 0));
     let listen = [config.admin_listen, config.metrics_listen, config.health_listen].map(|address| address.to_string());
     assert_eq!(listen, ["127.0.0.1:15000", "0.0.0.0:15020", "127.0.0.1:15021"]);
@@ -161,6 +162,11 @@ fn mistakes_that_concern_several_flags() {
         ),
         (&["--port=80/http", "--port=80"], "--port=80 (flag): port 80 is declared with http already"),
         (&["--label=a=b", "--label=a=c"], "--label=a=c (flag): a has the value \"b\" already"),
+        (
+            &["--keep-source-address"],
+            "--keep-source-address=true (flag): needs --transparent: the rules of `redirect apply --keep-source-address` \
+             lead back what the application answers",
+        ),
         (&["--drain-delay=31s"], "--drain-delay=31s (flag): is more than 30s, in which a drain ends"),
         (
             &["--transparent", "--http-proxy=127.0.0.1:15001"],

@@ -4,7 +4,8 @@
 #   sh FILE remove   takes exactly them away
 # All rules are in chains of their own, into which one jump each leads: OUTRIGGER_OUTBOUND and OUTRIGGER_INBOUND in the table
 # nat, and what drops connections that got past them, OUTRIGGER_BYPASS_IN in mangle (where others' ACCEPT does not come
-# first) and OUTRIGGER_BYPASS_OUT in filter.
+# first) and OUTRIGGER_BYPASS_OUT in filter. With --keep-source-address there are OUTRIGGER_SOURCE in raw and
+# OUTRIGGER_SOURCE_BACK in mangle besides.
 #   iptables -t mangle -nvL OUTRIGGER_BYPASS_IN; iptables -nvL OUTRIGGER_BYPASS_OUT     how many were dropped
 set -eu
 
@@ -38,8 +39,16 @@ taken() {
     [ -z "$3" ] || printf '%s\n' "*$2" "$3" COMMIT | "$1-restore" -w 30 --noflush
 }
 
+# The chains of --keep-source-address, where they are: a table that is only asked may be made by that.
+no_source() {
+    "$1-save" 2>/dev/null | grep -q '^:OUTRIGGER_SOURCE' || return 0
+    taken "$1" mangle "$(gone "$1" mangle OUTPUT OUTRIGGER_SOURCE_BACK)"
+    taken "$1" raw "$(gone "$1" raw OUTPUT OUTRIGGER_SOURCE)"
+}
+
 # What drops goes before what redirects.
 remove() {
+    no_source "$1"
     taken "$1" mangle "$(gone "$1" mangle INPUT OUTRIGGER_BYPASS_IN)"
     taken "$1" filter "$(gone "$1" filter OUTPUT OUTRIGGER_BYPASS_OUT)"
     ours=$(
@@ -65,10 +74,28 @@ no_routes() {
     ip -6 route del local fd3a:94e7:c15b::/64 dev lo metric 15053 2>/dev/null || :
 }
 
+# The way back of --keep-source-address: what the application answers to a client's address is marked, and led to the sidecar.
+way_back() {
+    ip route replace local default dev lo table 15006
+    ip -4 rule list | grep -q 'fwmark 0x3a9e lookup 15006' || ip rule add fwmark 15006 lookup 15006 priority 15006
+    ! grep -qs ' lo$' /proc/net/if_inet6 || {
+        ip -6 route replace local ::/0 dev lo table 15006
+        ip -6 rule list | grep -q 'fwmark 0x3a9e lookup 15006' || ip -6 rule add fwmark 15006 lookup 15006 priority 15006
+    }
+}
+
+no_way_back() {
+    ip rule del fwmark 15006 lookup 15006 priority 15006 2>/dev/null || :
+    ip route del local default dev lo table 15006 2>/dev/null || :
+    ip -6 rule del fwmark 15006 lookup 15006 priority 15006 2>/dev/null || :
+    ip -6 route del local ::/0 dev lo table 15006 2>/dev/null || :
+}
+
 case "${1:-apply}" in
 apply) ;;
 remove)
     no_routes
+    no_way_back
     remove iptables
     ! has_v6 || remove ip6tables
     exit
@@ -80,7 +107,9 @@ remove)
 esac
 
 no_routes
+no_way_back
 
+no_source iptables
 apply iptables nat OUTPUT OUTRIGGER_OUTBOUND PREROUTING OUTRIGGER_INBOUND <<'RULES'
 # What is opened here. The first rule that says RETURN leaves a connection alone.
 # Connections that were there before these rules go on.
@@ -142,6 +171,7 @@ apply iptables filter OUTPUT OUTRIGGER_BYPASS_OUT <<'RULES'
 RULES
 
 has_v6 || exit 0
+no_source ip6tables
 apply ip6tables nat OUTPUT OUTRIGGER_OUTBOUND PREROUTING OUTRIGGER_INBOUND <<'RULES'
 # What is opened here. The first rule that says RETURN leaves a connection alone.
 # Connections that were there before these rules go on.
