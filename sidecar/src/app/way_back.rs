@@ -17,7 +17,12 @@ const HOLDS: Duration = Duration::from_secs(10);
 pub(super) async fn watch(holds: Arc<AtomicBool>) {
     let mut reported = false;
     loop {
-        let found = redirect::way_back().await;
+        let mut found = redirect::way_back().await;
+        if found.is_err() && holds.load(Relaxed) {
+            // One look that failed is no reason to refuse everybody.
+            tokio::time::sleep(AGAIN).await;
+            found = redirect::way_back().await;
+        }
         holds.store(found.is_ok(), Relaxed);
         if let Err(why) = &found
             && !reported

