@@ -28,10 +28,9 @@ pub enum Received {
 
 /// A request's body as it goes to the upstream, with what a lane needs to know of the request besides.
 pub struct RequestBody {
-    /// None: no body; such a request can be sent again.
-    streaming: Option<Streaming>,
-    /// What was taken of the body, while it can be given again.
-    replay: Option<Replay>,
+    /// None: no body; such a request can be sent again. Boxed, because most requests have none, and what carries a request
+    /// is moved from hand to hand on the walk.
+    streaming: Option<Box<Streaming>>,
     /// How the head of an HTTP/1 request was spelled.
     spelling: Option<Spelling>,
     /// Where interim answers go, if the client takes any.
@@ -59,6 +58,8 @@ struct Replay {
 
 struct Streaming {
     received: Received,
+    /// What was taken of it, while it can be given again.
+    replay: Option<Replay>,
     record: Rc<HttpRecord>,
     grpc: Option<GrpcFrames>,
     trailers: TrailerFilter,
@@ -135,17 +136,17 @@ impl RequestBody {
         };
         let streaming = (!received.is_end_stream()).then(|| {
             let grpc = grpc.then(GrpcFrames::default);
-            Streaming { received, record: record.clone(), grpc, trailers, progress: progress() }
+            let progress = progress();
+            Box::new(Streaming { received, replay: None, record: record.clone(), grpc, trailers, progress })
         });
         let Client { interim, bound, binds, ended } = of;
-        RequestBody { streaming, replay: None, spelling, interim, bound, binds, ended }
+        RequestBody { streaming, spelling, interim, bound, binds, ended }
     }
 
     /// The body of the same request once more. Only to be asked of one that is empty.
     pub fn clone_empty(&self) -> RequestBody {
         RequestBody {
             streaming: None,
-            replay: None,
             spelling: self.spelling.clone(),
             interim: self.interim.clone(),
             bound: self.bound.clone(),
@@ -156,30 +157,33 @@ impl RequestBody {
 
     /// From now on what is taken is kept, up to so many bytes, so that [`RequestBody::rewind`] can give it again.
     pub fn keep(&mut self, most: usize) {
-        if let Some(Streaming { received: Received::Http2(incoming), .. }) = &self.streaming
-            && self.replay.is_none()
+        let Some(body) = &mut self.streaming else { return };
+        if let Received::Http2(incoming) = &body.received
+            && body.replay.is_none()
         {
             let meter = incoming.meter().clone();
-            self.replay = Some(Replay { meter, first: None, more: Vec::new(), bytes: 0, most, given: 0, again: 0 });
+            body.replay = Some(Replay { meter, first: None, more: Vec::new(), bytes: 0, most, given: 0, again: 0 });
         }
     }
 
     /// It is not going to begin anew.
     pub fn forget(&mut self) {
+        let Some(body) = &mut self.streaming else { return };
         let given = |replay: &mut Replay| replay.again == replay.given;
-        if self.replay.take_if(given).is_none()
-            && let Some(replay) = &mut self.replay
+        if body.replay.take_if(given).is_none()
+            && let Some(replay) = &mut body.replay
         {
             replay.most = 0;
         }
-        if let Some(body) = self.streaming.as_ref().filter(|_| self.replay.is_none()) {
+        if body.replay.is_none() {
             body.progress.keeps(0);
         }
     }
 
     /// Begins anew; false when more was taken than is kept.
     pub fn rewind(&mut self) -> bool {
-        let Some(replay) = &mut self.replay else { return self.streaming.is_none() };
+        let Some(body) = &mut self.streaming else { return true };
+        let Some(replay) = &mut body.replay else { return false };
         replay.again = usize::from(replay.first.is_some()) + replay.more.len();
         replay.given = 0;
         true
@@ -269,9 +273,8 @@ impl Body for RequestBody {
     type Error = RequestBroke;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RequestBroke>>> {
-        let this = &mut *self;
-        let Some(body) = &mut this.streaming else { return Poll::Ready(None) };
-        if let Some(frame) = this.replay.as_mut().and_then(Replay::give) {
+        let Some(body) = self.streaming.as_deref_mut() else { return Poll::Ready(None) };
+        if let Some(frame) = body.replay.as_mut().and_then(Replay::give) {
             return Poll::Ready(Some(Ok(Frame::data(frame))));
         }
         let Some(frame) = ready!(body.received.poll_frame(cx)) else { return Poll::Ready(None) };
@@ -283,16 +286,16 @@ impl Body for RequestBody {
             }
         };
         body.progress.moved();
-        let kept = match (&mut this.replay, frame.data_ref()) {
+        let kept = match (&mut body.replay, frame.data_ref()) {
             (Some(replay), Some(data)) => replay.keep(data),
             (Some(_), None) => false,
             (None, _) => true,
         };
         if !kept {
-            this.replay = None;
+            body.replay = None;
         }
         if frame.is_data() {
-            body.progress.keeps(this.replay.as_ref().map_or(0, |replay| replay.bytes));
+            body.progress.keeps(body.replay.as_ref().map_or(0, |replay| replay.bytes));
         }
         if let Some(data) = frame.data_ref() {
             body.record.add_request_bytes(data.len() as u64);
@@ -306,17 +309,18 @@ impl Body for RequestBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        let given = self.replay.as_ref().is_none_or(|replay| replay.given == replay.again);
-        given && self.streaming.as_ref().is_none_or(|body| body.received.is_end_stream())
+        self.streaming.as_ref().is_none_or(|body| {
+            body.replay.as_ref().is_none_or(|replay| replay.given == replay.again) && body.received.is_end_stream()
+        })
     }
 
     fn size_hint(&self) -> SizeHint {
-        let left = match &self.streaming {
-            None => return SizeHint::with_exact(0),
-            Some(Streaming { received: Received::Http1(incoming), .. }) => incoming.size_hint(),
-            Some(Streaming { received: Received::Http2(incoming), .. }) => incoming.size_hint(),
+        let Some(body) = &self.streaming else { return SizeHint::with_exact(0) };
+        let left = match &body.received {
+            Received::Http1(incoming) => incoming.size_hint(),
+            Received::Http2(incoming) => incoming.size_hint(),
         };
-        match (&self.replay, left.exact()) {
+        match (&body.replay, left.exact()) {
             (Some(replay), Some(exact)) if replay.given < replay.again => SizeHint::with_exact(exact + replay.left()),
             _ => left,
         }

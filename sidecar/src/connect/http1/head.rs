@@ -143,7 +143,7 @@ pub fn parse_response(
     let old = parsed.version == Some(0);
     *response.version_mut() = if old { Version::HTTP_10 } else { Version::HTTP_11 };
     let lines = parsed.headers.len();
-    let fields = fields_of(&head, parsed.headers, 0).ok_or("a field of the answer")?;
+    let fields = fields_of(&head, parsed.headers, ADDED_TO_ANSWERS).ok_or("a field of the answer")?;
     *response.headers_mut() = fields.headers;
     if old && response.headers().contains_key(header::TRANSFER_ENCODING) {
         return Err("Transfer-Encoding in an HTTP/1.0 answer");
@@ -236,6 +236,8 @@ struct Parsed {
 
 /// Fields that are mostly added to a request on its way: who calls, in two forms.
 const ADDED: usize = 2;
+/// And to an answer: when it came, where the application did not say.
+const ADDED_TO_ANSWERS: usize = 1;
 
 fn fields_of(head: &Bytes, lines: &[httparse::Header<'_>], added: usize) -> Option<Parsed> {
     let mut headers = HeaderMap::with_capacity(lines.len() + added);
