@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use outrigger_runtime::stdout;
 
-use crate::{bench, demo, explain, policy_test, stat, status, token, validate};
+use crate::{bench, demo, explain, policy_report, policy_test, stat, status, token, validate};
 
 /// Mistakes on the command line, as in every command of this project.
 const USAGE: u8 = 2;
@@ -47,6 +47,9 @@ enum Command {
     Explain(explain::Args),
     /// Run the PolicyTest documents of a configuration
     Test(policy_test::Args),
+    /// Show what policies in Shadow mode would refuse
+    #[command(subcommand)]
+    Policy(Policy),
     /// Show who is connected to the control plane, and what is wrong
     Status(status::Args),
     /// Show requests/s, success and latency per edge of the mesh
@@ -60,6 +63,12 @@ enum Command {
     /// Run a control plane, as `outrigger-control-plane` does
     #[command(disable_help_flag = true)]
     ControlPlane(Rest),
+}
+
+#[derive(Subcommand)]
+enum Policy {
+    /// Show what policies in Shadow mode would have refused, by caller, and what to do next
+    Report(policy_report::Args),
 }
 
 #[derive(Subcommand)]
@@ -121,6 +130,7 @@ pub fn main(
         Command::Validate(Paths { paths }) => ExitCode::from(validate::validate(&paths)),
         Command::Explain(args) => explain::command(&args),
         Command::Test(args) => policy_test::command(&args),
+        Command::Policy(Policy::Report(args)) => policy_report::command(&args),
         Command::Status(args) => status::command(&args),
         Command::Stat(args) => stat::command(&args),
         Command::Bench(Rest { rest }) => bench::main(rest.into_iter()),

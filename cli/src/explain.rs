@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use crate::fetch;
 use crate::status::run;
+use crate::table::{printable, span};
 
 /// It would not arrive.
 const NOT_FORWARDED: u8 = 1;
@@ -26,25 +27,27 @@ pub(crate) const INVALID: u8 = 3;
 
 #[derive(clap::Args)]
 #[command(
-    override_usage = "outrigger explain [PATH]... --from WHO --to SERVICE[.NAMESPACE][:PORT] [METHOD TARGET] [-H 'Name: value']...",
+    override_usage = "outrigger explain [PATH]... --from WHO --to SERVICE[.NAMESPACE][:PORT] [METHOD TARGET] [-H 'Name: value']...
+       outrigger explain REQUEST-ID [--admin HOST:PORT]",
     after_help = "Without METHOD and TARGET a connection of bytes is meant, which nobody parses. Ends with 0 when an \
                   application would get it, 1 when it is refused or fails, 2 for a mistake on the line, 3 when the YAML \
                   is not valid."
 )]
 pub(crate) struct Args {
     /// Files or directories as the control plane's --config reads them; then METHOD and TARGET. Without a path the
-    /// sidecar at --admin is asked
+    /// sidecar at --admin is asked. Alone, without --from and --to: the x-request-id or trace id of a request that this
+    /// sidecar refused or could not forward, one of its last 1,000
     #[arg(value_name = "PATH")]
     words: Vec<String>,
     /// Who calls: NAMESPACE/SERVICEACCOUNT, a SPIFFE id, or `plaintext`
-    #[arg(long, value_name = "WHO")]
-    from: String,
+    #[arg(long, value_name = "WHO", requires = "to", required_unless_present = "words")]
+    from: Option<String>,
     /// The caller's address
     #[arg(long, value_name = "IP")]
     from_ip: Option<IpAddr>,
     /// What is called; without a port the Service's first
-    #[arg(long, value_name = "SERVICE[.NAMESPACE][:PORT]")]
-    to: String,
+    #[arg(long, value_name = "SERVICE[.NAMESPACE][:PORT]", requires = "from")]
+    to: Option<String>,
     /// A header of the request; may be repeated
     #[arg(short = 'H', long = "header", value_name = "Name: value")]
     headers: Vec<String>,
@@ -71,7 +74,13 @@ pub(crate) fn command(args: &Args) -> ExitCode {
             None
         }
     };
-    let answer = if paths.is_empty() { ask_sidecar(args, asked) } else { ask_files(args, &paths, asked) };
+    let answer = if args.from.is_none() {
+        ask_by_id(args)
+    } else if paths.is_empty() {
+        ask_sidecar(args, asked)
+    } else {
+        ask_files(args, &paths, asked)
+    };
     match answer {
         Ok(answer) => {
             let text = match args.output.as_str() {
@@ -142,9 +151,41 @@ fn ask_sidecar(args: &Args, asked: Option<(String, String)>) -> Result<Value, Fa
     }
 }
 
+/// A request that was refused or failed, by its id.
+fn ask_by_id(args: &Args) -> Result<Value, Failure> {
+    let usage = |message: &str| (USAGE, format!("outrigger explain: {message}"));
+    let [id] = args.words.as_slice() else {
+        return Err(usage("--from and --to are missing: who calls what? Or give one REQUEST-ID alone"));
+    };
+    if std::path::Path::new(id).exists() {
+        return Err(usage("--from and --to are missing: who calls what, by the YAML of this path?"));
+    }
+    let asked = run(async { fetch::json::<Value>(&args.admin, &format!("/explain/{}", escaped(id))).await });
+    match asked {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(error)) => Err(usage(&format!("{error}\nname another sidecar's admin address with --admin"))),
+        Err(error) => Err(usage(&error.to_string())),
+    }
+}
+
+/// As one segment of a path.
+fn escaped(id: &str) -> String {
+    let mut out = String::new();
+    for byte in id.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'~' => out.push(char::from(byte)),
+            byte => out += &format!("%{byte:02X}"),
+        }
+    }
+    out
+}
+
 fn question(args: &Args, trust_domain: &TrustDomain, asked: Option<(String, String)>) -> Result<Question, Failure> {
     let usage = |message: String| (USAGE, format!("outrigger explain: {message}"));
-    let from = match args.from.as_str() {
+    let (Some(from), Some(to)) = (&args.from, &args.to) else {
+        return Err(usage("--from and --to are missing: who calls what?".to_owned()));
+    };
+    let from = match from.as_str() {
         "plaintext" => None,
         text if text.starts_with("spiffe://") => {
             Some(SpiffeId::parse(text).map_err(|error| usage(format!("--from: {error}")))?)
@@ -156,12 +197,12 @@ fn question(args: &Args, trust_domain: &TrustDomain, asked: Option<(String, Stri
             Some(id.ok_or_else(wrong)?.map_err(|_| wrong())?)
         }
     };
-    let (name, port) = match args.to.rsplit_once(':') {
+    let (name, port) = match to.rsplit_once(':') {
         Some((name, port)) => {
             let wrong = || usage(format!("--to: {port:?} is not a port"));
             (name, Some(port.parse::<u16>().ok().filter(|port| *port != 0).ok_or_else(wrong)?))
         }
-        None => (args.to.as_str(), None),
+        None => (to.as_str(), None),
     };
     // A bare name is of the caller's own namespace, as an application means it.
     let own = from.as_ref().map_or("default", |from| from.namespace());
@@ -228,11 +269,46 @@ fn text(answer: &Value) -> String {
         first += &format!(": {hint}");
     }
     let mut lines = vec![first];
+    lines.extend(about_request(&answer["request"]));
+    lines.extend(about_now(&answer["now"]));
     for step in answer["steps"].as_array().into_iter().flatten() {
         let part = |name: &str| word(&step[name]).unwrap_or_default();
         lines.push(format!("  {:<8} {} -> {}: {}", part("stage"), part("object"), part("result"), part("why")));
     }
-    lines.join("\n")
+    lines.into_iter().map(printable).collect::<Vec<_>>().join("\n")
+}
+
+/// Which request of the past it was.
+fn about_request(request: &Value) -> Option<String> {
+    let word = |name: &str| request[name].as_str();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut line = format!(
+        "  {} {} {}, {} ago, from {}",
+        word("direction")?,
+        word("method")?,
+        word("target")?,
+        span(now.saturating_sub(request["at"].as_u64()?)),
+        word("from").or_else(|| word("client"))?
+    );
+    if let Some(others) = request["earlier_ones"].as_u64().filter(|others| *others > 0) {
+        line += &format!(" (the last of {} with this id)", others + 1);
+    }
+    Some(line)
+}
+
+/// Whether policy would say the same now.
+fn about_now(now: &Value) -> Option<String> {
+    let verdict = now["verdict"].as_str()?;
+    if now["otherwise"] == false {
+        return Some("  now: the same request would be decided alike".to_owned());
+    }
+    let reason = now["reason"].as_str().map(|reason| format!(" {reason}")).unwrap_or_default();
+    let by = &now["by"];
+    let by = match (by["kind"].as_str(), by["namespace"].as_str(), by["name"].as_str()) {
+        (Some(kind), Some(namespace), Some(name)) => format!(" by {kind}/{namespace}/{name}"),
+        _ => String::new(),
+    };
+    Some(format!("  now: the same request would be {verdict}{reason}{by}"))
 }
 
 #[cfg(test)]
@@ -252,6 +328,27 @@ mod tests {
         for (text, expected) in cases {
             assert_eq!(unix_time(text), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn a_request_of_the_past() {
+        let answer = serde_json::json!({
+            "verdict": "refused", "status": 403, "reason": "policy_denied", "hint": "no rule allows shop/web",
+            "by": {"kind": "AuthorizationPolicy", "namespace": "shop", "name": "lock", "rule": null},
+            "request": {"direction": "inbound", "method": "GET", "target": "/\u{1b}[2J", "at": 0, "from": null,
+                "client": "10.0.0.7:1", "earlier_ones": 1},
+            "now": {"verdict": "forwarded", "reason": null, "by": null, "otherwise": true}, "steps": [],
+        });
+        let lines: Vec<String> = text(&answer).lines().map(str::to_owned).collect();
+        assert!(
+            lines[0].starts_with("refused 403 policy_denied by AuthorizationPolicy/shop/lock: no rule"),
+            "{lines:?}"
+        );
+        assert!(
+            lines[1].starts_with("  inbound GET /\u{fffd}[2J, ") && lines[1].contains("from 10.0.0.7:1 (the last of 2")
+        );
+        assert_eq!(lines[2], "  now: the same request would be forwarded");
+        assert_eq!(escaped("a/b c.d"), "a%2Fb%20c%2Ed");
     }
 
     #[test]

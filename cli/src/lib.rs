@@ -5,6 +5,7 @@ pub mod command;
 pub mod demo;
 mod explain;
 mod fetch;
+mod policy_report;
 mod policy_test;
 mod stat;
 mod status;

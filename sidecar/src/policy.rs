@@ -121,6 +121,10 @@ struct Fields<'a>(&'a http::HeaderMap);
 
 impl Headers for Fields<'_> {
     fn each_value(&self, name: &str, each: &mut dyn FnMut(&[u8]) -> bool) {
+        // Of a request that is judged again, these are ours.
+        if name == "x-forwarded-client-cert" || name == "x-outrigger-identity" {
+            return;
+        }
         for value in self.0.get_all(name) {
             if !each(value.as_bytes()) {
                 return;

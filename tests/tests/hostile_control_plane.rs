@@ -8,8 +8,8 @@ use outrigger_api::wire::identity_client::IdentityClient;
 use outrigger_api::wire::registry_client::RegistryClient;
 use outrigger_api::wire::telemetry_client::TelemetryClient;
 use outrigger_api::wire::{
-    Ack, Edge, Hello, IssueRequest, LeaseRequest, ReportRequest, ResourceKey, Self_, WatchRequest, lease_request,
-    resource_key, watch_request,
+    Ack, Edge, Hello, IssueRequest, LeaseRequest, ReportRequest, ResourceKey, Self_, ShadowNote, WatchRequest,
+    lease_request, resource_key, watch_request,
 };
 use outrigger_tests::eventually::within;
 use outrigger_tests::{Connection, Mesh, MeshOptions, Peer, eventually};
@@ -20,6 +20,45 @@ use tonic::{Code, Status, Streaming};
 
 fn report(instance: &str, edges: Vec<Edge>) -> ReportRequest {
     ReportRequest { instance: instance.into(), window_seconds: 3.0, edges, ..ReportRequest::default() }
+}
+
+/// What a sidecar says of policies in Shadow mode is about its own workload and about policies that can select it.
+#[tokio::test]
+async fn shadow_notes_speak_for_their_sender_and_are_bounded() {
+    let policy = |namespace: &str| {
+        format!(
+            "apiVersion: outrigger.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: trial, namespace: \
+             {namespace}}}\nspec: {{mode: Shadow}}\n---\n"
+        )
+    };
+    let yaml = ["bank", "evil", "outrigger-system"].map(policy).concat();
+    let mesh = Mesh::start(MeshOptions { yaml, ..MeshOptions::default() }).await;
+    let mallory = Peer::issue(&mesh, "evil", "mallory", "mallory-1").await;
+    let mut telemetry = TelemetryClient::new(mallory.channel(mesh.control_plane()).await.unwrap());
+    let note = |namespace: &str, shape: String| ShadowNote {
+        policy: format!("AuthorizationPolicy/{namespace}/trial"),
+        would: "denied".into(),
+        principal: "spiffe://outrigger.local/ns/bank/sa/pay".into(),
+        shape,
+        count: u64::MAX,
+    };
+    let mut shadow: Vec<ShadowNote> =
+        ["bank", "evil", "outrigger-system", "nowhere"].map(|namespace| note(namespace, "GET /".into())).into();
+    shadow.extend((0..1_500).map(|number| note("evil", format!("GET /{number}"))));
+    for (number, shadow) in shadow.chunks(500).enumerate() {
+        let request = ReportRequest { shadow: shadow.to_vec(), ..report(&format!("m-{number}"), Vec::new()) };
+        telemetry.report(request).await.unwrap();
+    }
+    let report = mesh.control_plane_get("/policy-report").await;
+    let callers = report["policies"].as_array().unwrap().iter().map(|policy| {
+        let callers = policy["callers"].as_array().unwrap();
+        let own = "spiffe://outrigger.local/ns/evil/sa/mallory";
+        assert!(callers.iter().all(|caller| caller["called"] == own && caller["count"].as_u64() < Some(1 << 40)));
+        (policy["policy"].as_str().unwrap().to_owned(), callers.len().min(501))
+    });
+    let expected = [("bank", 0), ("evil", 501), ("outrigger-system", 1)];
+    let expected = expected.map(|(namespace, kept)| (format!("AuthorizationPolicy/{namespace}/trial"), kept));
+    assert_eq!(callers.collect::<Vec<_>>(), expected);
 }
 
 #[tokio::test]

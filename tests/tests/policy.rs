@@ -129,7 +129,34 @@ async fn the_default_action_shadow_and_audit() {
         counted.then_some(())
     })
     .await;
+    // The control plane learns of callers and shapes of requests, never of paths.
+    let reported = within(SOON, "the report has it", async || {
+        assert_eq!(client.ask("GET /v1/charges/8371 HTTP/1.1\r\nHost: catalog\r\n\r\n").await.status, 200);
+        let report = pair.mesh.control_plane_get("/policy-report").await;
+        let policy = report["policies"].as_array()?.first()?.clone();
+        let has = |shape: &str| policy["callers"].to_string().contains(shape);
+        (has("GET /v1/charges\"") && has("GET /v1/charges/{*}")).then_some(policy)
+    })
+    .await;
+    assert_eq!((&reported["policy"], &reported["action"]), (&json!("AuthorizationPolicy/shop/trial"), &json!("ALLOW")));
+    assert!(reported["selects"].as_u64() >= Some(1), "{reported}");
+    for caller in reported["callers"].as_array().unwrap() {
+        assert_eq!(
+            (&caller["caller"], &caller["called"], &caller["would"]),
+            (
+                &json!("spiffe://outrigger.local/ns/shop/sa/cart"),
+                &json!("spiffe://outrigger.local/ns/shop/sa/catalog"),
+                &json!("denied")
+            )
+        );
+    }
+    // Enforced, it is under trial no more.
     pair.mesh.remove("p.yaml");
+    within(SOON, "the report forgets it", async || {
+        let report = pair.mesh.control_plane_get("/policy-report").await;
+        report["policies"].as_array()?.is_empty().then_some(())
+    })
+    .await;
     pair.mesh.write(
         "deny.yaml",
         "apiVersion: outrigger.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: default, namespace: \
@@ -199,4 +226,46 @@ async fn a_running_sidecar_explains() {
     assert!(answer["steps"].to_string().contains("expected one of PUT"), "{answer}");
     let asked = pair.near.admin_post_json("/explain", &question).await;
     assert_eq!((&asked["verdict"], &asked["backends"][0]["endpoints"]), (&json!("forwarded"), &json!(1)));
+}
+
+/// By its id a refused request is explained as it was decided, and as it would be now; one that could not be forwarded, too.
+#[tokio::test]
+async fn a_refused_request_is_explained_by_its_id() {
+    let pair = pair(Some("http")).await;
+    let rule = "{action: DENY, rules: [{when: [{key: 'request.headers[x-role]', values: [reader]}]}]}";
+    pair.mesh.write("p.yaml", &policy("readers", rule));
+    let mut client = Connection::open(pair.near.outbound()).await;
+    let ask = |id: &str| {
+        format!(
+            "GET /v1/charges?token=secret HTTP/1.1\r\nHost: catalog\r\nX-Request-Id: {id}\r\nX-Role: reader\r\nCookie: \
+             secret\r\ntraceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n\r\n"
+        )
+    };
+    becomes(&mut client, &ask("first"), 403).await;
+    assert_eq!(client.ask(ask("one")).await.status, 403);
+    let was = pair.far.admin_get("/explain/one").await;
+    assert_eq!(
+        (&was["verdict"], &was["status"], &was["reason"], &was["by"]["name"], &was["by"]["rule"]),
+        (&json!("refused"), &json!(403), &json!("policy_denied"), &json!("readers"), &json!(0))
+    );
+    assert_eq!((&was["request"]["target"], &was["now"]["otherwise"]), (&json!("/v1/charges"), &json!(false)));
+    assert!(was["steps"].to_string().contains("AuthorizationPolicy/shop/readers rule 0"), "{was}");
+    assert!(was.to_string().contains("reader") && !was.to_string().contains("secret"), "{was}");
+    let by_trace = pair.far.admin_get("/explain/0af7651916cd43dd8448eb211c80319c").await;
+    assert_eq!(by_trace["request"]["request_id"], "one");
+    pair.mesh.write("p.yaml", &policy("readers", &rule.replace("[reader]", "[writer]")));
+    becomes(&mut client, &ask("three"), 200).await;
+    let was = pair.far.admin_get("/explain/one").await;
+    assert_eq!((&was["verdict"], &was["now"]["verdict"]), (&json!("refused"), &json!("forwarded")));
+    assert!(was["steps"].to_string().contains("\"refused\""), "the steps are those of that time: {was}");
+    // What could not be forwarded.
+    drop(pair.app);
+    within(SOON, "the application is gone", async || {
+        let answer = client.ask(ask("four")).await;
+        (answer.status >= 500).then_some(())
+    })
+    .await;
+    let failed = pair.far.admin_get("/explain/four").await;
+    assert_eq!((&failed["verdict"], &failed["now"]), (&json!("failed"), &json!(null)), "{failed}");
+    assert!(failed["steps"].to_string().contains("\"failed\""), "{failed}");
 }

@@ -3,7 +3,7 @@
 use crate::identity::{ROOT_NAMESPACE, TrustDomain};
 use crate::policy::authorization::{Authorization, DefaultAction, Lists, Policy, Values};
 use crate::policy::pattern::Pattern;
-use crate::resource::{Labels, Resources};
+use crate::resource::{AuthorizationPolicy, Labels, Metadata, Resources};
 
 /// Istio's name for the mesh's own trust domain in principals, whatever that is called.
 const OWN_TRUST_DOMAIN: &str = "cluster.local/";
@@ -19,12 +19,7 @@ pub fn authorization(
     let mut policies = Vec::new();
     for policy in resources.authorization_policies.values() {
         let (metadata, spec) = (&policy.metadata, &policy.spec);
-        if metadata.namespace != namespace && metadata.namespace != ROOT_NAMESPACE {
-            continue;
-        }
-        let selector = spec.selector.as_ref();
-        let mut wanted = selector.into_iter().flat_map(|selector| &selector.match_labels);
-        if !wanted.all(|(key, value)| labels.get(key) == Some(value)) {
+        if !selects(metadata, spec, namespace, labels) {
             continue;
         }
         let mut rules = spec.rules.clone();
@@ -49,6 +44,14 @@ pub fn authorization(
     }
     let default_action = if resources.mesh.deny_by_default { DefaultAction::Deny } else { DefaultAction::Allow };
     Authorization { policies, default_action }
+}
+
+/// Whether a policy is about a workload with these labels.
+pub fn selects(metadata: &Metadata, policy: &AuthorizationPolicy, namespace: &str, labels: &Labels) -> bool {
+    let selector = policy.selector.as_ref();
+    let mut wanted = selector.into_iter().flat_map(|selector| &selector.match_labels);
+    (metadata.namespace == namespace || metadata.namespace == ROOT_NAMESPACE)
+        && wanted.all(|(key, value)| labels.get(key) == Some(value))
 }
 
 fn in_own_trust_domain(principals: &mut Lists<Pattern>, trust_domain: &TrustDomain) {

@@ -6,7 +6,7 @@ mod check;
 mod mtls;
 mod protocol;
 
-pub use authorization::authorization;
+pub use authorization::{authorization, selects};
 pub use check::load;
 pub use mtls::{ModeSet, mtls_modes};
 pub use protocol::{called_protocol, protocol, service_protocol};

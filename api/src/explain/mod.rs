@@ -10,6 +10,8 @@ mod question;
 pub use answer::{BackendShare, Decider, Explanation, Outcome};
 pub use question::{Asked, Question, WrittenQuestion};
 
+use std::net::IpAddr;
+
 use crate::compile::{authorization, mtls_modes, protocol};
 use crate::identity::TrustDomain;
 use crate::policy::trace::{Step, Trace};
@@ -105,21 +107,26 @@ fn judge(
 /// the Service that is asked about.
 pub fn explain_own(own: &snapshot::Workload, question: &Question) -> Option<Explanation> {
     let mut ports = own.ports.iter().filter(|(_, port)| port.service.as_ref() == Some(&question.to));
-    let (port, inbound) = ports.next()?;
+    let (port, _) = ports.next()?;
+    Some(explain_port(own, *port, None, question))
+}
+
+/// The same about one of its ports, at one of its addresses.
+pub fn explain_port(own: &snapshot::Workload, port: u16, ip: Option<IpAddr>, question: &Question) -> Explanation {
     let gate = Gate {
         whom: format!("{}.{}", own.name, own.namespace),
-        mode: inbound.mtls_mode,
+        mode: own.mtls_mode(port),
         authorization: &own.authorization,
         labels: &own.labels,
-        ip: None,
-        port: *port,
-        service: inbound.service.as_ref(),
-        protocol: inbound.protocol,
+        ip,
+        port,
+        service: own.ports.get(&port).and_then(|port| port.service.as_ref()),
+        protocol: own.protocol(port),
     };
     let mut answer = Explanation::begin();
-    let backend = BackendShare { service: question.to.to_string(), port: *port, weight: 1, endpoints: 1, share: 1.0 };
+    let backend = BackendShare { service: question.to.to_string(), port, weight: 1, endpoints: 1, share: 1.0 };
     answer.backends.push(backend);
     let judged = gate.judge(question);
     answer.conclude(question, judged, None);
-    Some(answer)
+    answer
 }

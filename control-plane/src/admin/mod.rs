@@ -18,7 +18,7 @@ use tokio::sync::watch;
 
 use crate::ca::{ServingCertificate, unix_seconds};
 use crate::config::Configuration;
-use crate::distribute::{Control, EdgeKey, EdgeStats, Event, Noted, SidecarStatus, Totals};
+use crate::distribute::{Caller, Control, EdgeKey, EdgeStats, Event, Noted, Seen, SidecarStatus, Totals, Trial};
 
 /// What the pages are made from.
 #[derive(Clone)]
@@ -36,6 +36,7 @@ pub fn router(sources: Sources) -> Router {
         .route("/ready", get(ready))
         .route("/status", get(|State(sources): State<Sources>| async move { Json(status(&sources)) }))
         .route("/stats", get(|State(sources): State<Sources>| async move { Json(stats(&sources)) }))
+        .route("/policy-report", get(|State(sources): State<Sources>| async move { Json(policy_report(&sources)) }))
         .with_state(sources)
 }
 
@@ -146,6 +147,31 @@ fn stats(sources: &Sources) -> view::Stats {
         sidecars: publisher.connected(),
         reporting: reports.reporting(),
         uptime: sources.started.elapsed().as_secs(),
+    }
+}
+
+fn policy_report(sources: &Sources) -> view::PolicyReport {
+    let Control { shadows, publisher, .. } = &*sources.control;
+    let resources = publisher.resources();
+    let caller = |(caller, seen): (Caller, Seen)| view::ShadowCaller {
+        called: caller.called,
+        caller: caller.principal,
+        request: caller.shape,
+        would: caller.would.to_owned(),
+        count: seen.count,
+        first: unix_seconds(seen.first),
+        last: unix_seconds(seen.last),
+    };
+    let policy = |trial: Trial| view::ShadowPolicy {
+        selects: publisher.selected_by(&trial.policy),
+        policy: trial.policy,
+        action: trial.action,
+        since: unix_seconds(trial.since),
+        callers: trial.callers.into_iter().map(caller).collect(),
+    };
+    view::PolicyReport {
+        now: unix_seconds(SystemTime::now()),
+        policies: shadows.trials(&resources, SystemTime::now()).into_iter().map(policy).collect(),
     }
 }
 

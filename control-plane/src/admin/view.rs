@@ -1,5 +1,6 @@
-//! What `/status` and `/stats` say, as types that `outrigger status` and `outrigger stat` read. Times are Unix seconds.
+//! What `/status`, `/stats` and `/policy-report` say, as types that the commands of these names read. Times are Unix seconds.
 
+use outrigger_api::policy::authorization::Action;
 use serde::{Deserialize, Deserializer, Serialize};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -159,6 +160,43 @@ pub struct Edge {
     pub sent_bytes_per_second: f64,
     #[serde(deserialize_with = "number")]
     pub received_bytes_per_second: f64,
+}
+
+/// What policies in Shadow mode would have done.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PolicyReport {
+    /// When this was said.
+    pub now: u64,
+    /// Every policy in Shadow mode.
+    pub policies: Vec<ShadowPolicy>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShadowPolicy {
+    /// `KIND/NAMESPACE/NAME`
+    pub policy: String,
+    pub action: Action,
+    /// Since when it has been in Shadow mode as it is now, or since the control plane started.
+    pub since: u64,
+    /// Registered workloads that it selects.
+    pub selects: usize,
+    pub callers: Vec<ShadowCaller>,
+}
+
+/// Requests of one caller that a policy would have refused.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShadowCaller {
+    /// SPIFFE id of the called workload.
+    pub called: String,
+    /// SPIFFE id; empty: it proved none; `other`: beyond what is told apart.
+    pub caller: String,
+    /// `GET /users/{*}`; empty for bytes that are not parsed.
+    pub request: String,
+    /// denied, limited
+    pub would: String,
+    pub count: u64,
+    pub first: u64,
+    pub last: u64,
 }
 
 /// Whose sidecar reported the edge.

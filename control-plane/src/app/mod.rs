@@ -24,7 +24,7 @@ use crate::admin;
 use crate::ca::token::{self, TokenKey};
 use crate::ca::{Authority, AuthorityError, Redemptions, ServingCertificate};
 use crate::config::{Args, Directory, JournalError, State, StateError, StateLock, TRUST_DOMAIN};
-use crate::distribute::{Catalog, Control, Lines, Metrics, Publisher, Recent, Reports, Server};
+use crate::distribute::{Catalog, Control, Lines, Metrics, Publisher, Recent, Reports, Server, Shadows};
 use crate::registry::{Registry, SavedLease};
 use virtual_addresses::{Keeper, configure};
 
@@ -245,6 +245,7 @@ fn open(args: &Args, state: &State, directory: &Directory, stop: watch::Receiver
         redemptions: Redemptions::open(state)?,
         publisher: Arc::new(publisher),
         reports: Reports::default(),
+        shadows: Shadows::default(),
         metrics,
         lines: Lines::default(),
         recent: Recent::default(),

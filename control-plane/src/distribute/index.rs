@@ -223,6 +223,17 @@ impl Catalog {
         warnings
     }
 
+    /// How many workloads an AuthorizationPolicy, `KIND/NAMESPACE/NAME`, selects.
+    pub fn selected_by(&self, registry: &Registry, policy: &str) -> usize {
+        let mut parts = policy.splitn(3, '/').skip(1).map(str::to_owned);
+        let (Some(namespace), Some(name)) = (parts.next(), parts.next()) else { return 0 };
+        let Some(policy) = self.resources.authorization_policies.get(&(namespace, name)) else { return 0 };
+        let selected = |instance: &&Arc<Instance>| {
+            compile::selects(&policy.metadata, &policy.spec, &instance.id.namespace, &instance.labels)
+        };
+        registry.all().filter(selected).count()
+    }
+
     /// What the sidecars of a port say of its protocol, when it is not what its callers go by.
     fn disagreement(
         &self,

@@ -376,6 +376,12 @@ impl Publisher {
         warnings
     }
 
+    /// How many registered workloads a policy selects.
+    pub fn selected_by(&self, policy: &str) -> usize {
+        let inner = self.lock();
+        inner.catalog.selected_by(&inner.registry, policy)
+    }
+
     /// Services that list endpoints which were lost.
     pub fn stale_services(&self) -> Vec<ServiceName> {
         let inner = self.lock();

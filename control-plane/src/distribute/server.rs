@@ -30,6 +30,7 @@ use super::metrics::Metrics;
 use super::publisher::Publisher;
 use super::recent::Recent;
 use super::reports::Reports;
+use super::shadows::Shadows;
 use super::streams::Streams;
 use super::tls::{self, Peer, PeerCertificate, Standing, WorkloadVerifier};
 use crate::ca::token::TokenKey;
@@ -75,6 +76,7 @@ pub struct Control {
     pub redemptions: Redemptions,
     pub publisher: Arc<Publisher>,
     pub reports: Reports,
+    pub shadows: Shadows,
     pub metrics: Arc<Metrics>,
     /// For log lines that a peer can cause as often as it likes.
     pub lines: Lines,

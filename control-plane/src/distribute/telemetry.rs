@@ -1,6 +1,8 @@
 //! `Telemetry.Report`: takes a sidecar's summary of its golden signals. A sidecar speaks for itself only: on its own
 //! side of an edge everything is its certificate's.
 
+use std::time::SystemTime;
+
 use outrigger_api::wire::telemetry_server::Telemetry;
 use outrigger_api::wire::{ReportRequest, ReportResponse};
 use tonic::{Request, Response, Status};
@@ -13,7 +15,8 @@ use super::server::Shared;
 impl Telemetry for Shared {
     async fn report(&self, request: Request<ReportRequest>) -> Result<Response<ReportResponse>, Status> {
         let (_, certificate) = client_certificate(&request)?;
-        let report = request.into_inner();
+        let mut report = request.into_inner();
+        let shadow = std::mem::take(&mut report.shadow);
         let id = instance_of(&certificate, &report.instance)?;
         let reporter = Reporter { principal: certificate.identity.as_str(), workload: &certificate.workload };
         let now = tokio::time::Instant::now().into_std();
@@ -23,6 +26,8 @@ impl Telemetry for Shared {
                 Status::resource_exhausted(error.to_string())
             }
         })?;
+        let resources = self.0.publisher.resources();
+        self.0.shadows.take(&resources, &certificate.identity, &shadow, SystemTime::now());
         self.0.metrics.reports.inc();
         Ok(Response::new(ReportResponse {}))
     }

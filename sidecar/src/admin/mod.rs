@@ -2,6 +2,7 @@
 //! Answers are made from what is true now; what changes something is a POST.
 
 mod explain;
+mod lately;
 mod readiness;
 
 pub use readiness::{EXEMPT_HINT, NotReady, Readiness, WAY_BACK_HINT};
@@ -122,6 +123,7 @@ fn operator_routes(admin: Admin) -> Router {
         .route("/connections", get(connections))
         .route("/plaintext-callers", get(plaintext_callers))
         .route("/explain", post(explain::explain))
+        .route("/explain/{id}", get(lately::lately))
         .route("/certs", get(certs))
         .route("/certs/renew", post(renew))
         .route("/log-level", get(log_level).post(set_log_level))

@@ -118,11 +118,15 @@ struct Reports {
 
 impl Reports {
     fn source(self) -> discovery::ReportSource {
-        Box::new(move || {
-            let mut report = self.telemetry.report_window();
-            report.connections = self.tables.iter().map(|table| table.len() as u64).sum();
-            report
-        })
+        let telemetry = self.telemetry.clone();
+        discovery::ReportSource {
+            make: Box::new(move || {
+                let mut report = self.telemetry.report_window();
+                report.connections = self.tables.iter().map(|table| table.len() as u64).sum();
+                report
+            }),
+            taken: Arc::new(move |shadow| telemetry.report_taken(shadow)),
+        }
     }
 }
 

@@ -40,6 +40,8 @@ pub struct RequestBody {
     /// The request belongs to a login that authenticates its connection.
     binds: bool,
     ended: Rc<Cell<bool>>,
+    /// Where its head is left.
+    progress: Progress,
 }
 
 /// The beginning of a body, for a peer that refuses its stream. The first frame is apart because most requests have one.
@@ -75,6 +77,7 @@ pub struct Client {
     pub binds: bool,
     /// The client has ended its direction behind this request.
     pub ended: Rc<Cell<bool>>,
+    pub progress: Progress,
 }
 
 /// Why a request's body ended early; the request's own fault.
@@ -127,7 +130,6 @@ impl RequestBody {
         record: &Rc<HttpRecord>,
         grpc: bool,
         trailers: TrailerFilter,
-        progress: impl FnOnce() -> Progress,
         of: Client,
     ) -> RequestBody {
         let spelling = match &received {
@@ -136,11 +138,11 @@ impl RequestBody {
         };
         let streaming = (!received.is_end_stream()).then(|| {
             let grpc = grpc.then(GrpcFrames::default);
-            let progress = progress();
+            let progress = of.progress.clone();
             Box::new(Streaming { received, replay: None, record: record.clone(), grpc, trailers, progress })
         });
-        let Client { interim, bound, binds, ended } = of;
-        RequestBody { streaming, spelling, interim, bound, binds, ended }
+        let Client { interim, bound, binds, ended, progress } = of;
+        RequestBody { streaming, spelling, interim, bound, binds, ended, progress }
     }
 
     /// The body of the same request once more. Only to be asked of one that is empty.
@@ -152,7 +154,13 @@ impl RequestBody {
             bound: self.bound.clone(),
             binds: self.binds,
             ended: self.ended.clone(),
+            progress: self.progress.clone(),
         }
+    }
+
+    /// The request's stream, which may want to see its head.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
     }
 
     /// From now on what is taken is kept, up to so many bytes, so that [`RequestBody::rewind`] can give it again.

@@ -1,10 +1,12 @@
 //! The requests in flight on one worker, so that one on which nothing moves is ended. Its task is woken and ends the
 //! stream; where the task cannot, because it waits for a downstream that takes nothing, its task is ended (HTTP/2: the
 //! other streams of a shared connection go on) or the downstream connection is closed (HTTP/1). When memory is short,
-//! HTTP/2 streams that stand still and hold bytes are ended the same way (`relieve`).
+//! HTTP/2 streams that stand still and hold bytes are ended the same way (`relieve`), and when policy moves, streams that it
+//! turns against (`judge`).
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -12,6 +14,9 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use h2::FlowControl;
+use http::request::Parts;
+use outrigger_api::identity::SpiffeId;
+use outrigger_api::snapshot::Workload;
 use outrigger_runtime::drain::{DrainHandle, Hold};
 
 use super::http2::{Ledger, Meter};
@@ -26,6 +31,8 @@ const STANDS: Duration = Duration::from_secs(1);
 #[derive(Clone)]
 pub struct Streams {
     live: Rc<RefCell<Vec<Rc<Activity>>>>,
+    /// Which policy was in force when the watchdog looked last: a number that grows when it moves.
+    policy: Rc<Cell<u64>>,
     ledger: Rc<Ledger>,
 }
 
@@ -49,7 +56,46 @@ struct Activity {
     bodies: [RefCell<Option<Held>>; 2],
     /// Bytes of the request that have gone on and are kept in case the upstream refuses it.
     kept: Cell<usize>,
+    /// Who says whether policy would still let it in; None on the way out.
+    judge: RefCell<Option<Rc<dyn Judge>>>,
+    /// The number of the policy that judged it last.
+    judged: Cell<u64>,
+    /// Ticks that it has seen.
+    ticks: Cell<u8>,
+    head: RefCell<Head>,
+    /// Why policy has turned against it.
+    refused: Cell<Option<Reason>>,
 }
+
+/// The request's head, which the lane takes with it.
+#[derive(Default)]
+#[expect(clippy::large_enum_variant, reason = "a box would be one more allocation for each request")]
+enum Head {
+    #[default]
+    Gone,
+    /// The watchdog wants to see it.
+    Wanted,
+    Here(Parts),
+    /// It is too long to be kept for as long as the stream runs.
+    Long,
+}
+
+/// Decides again about a request that runs.
+pub trait Judge {
+    /// Why policy refuses it now. Without a head it is only known who calls: it is judged as bytes that nobody parses.
+    fn refuses(&self, own: &Workload, entry: &Entry, head: Option<&Parts>) -> Option<Reason>;
+
+    /// Who calls which port of the application.
+    fn call(&self) -> Call;
+}
+
+/// Who calls, if that is proved, and the application's address.
+pub type Call = (Option<SpiffeId>, SocketAddr);
+
+/// Bytes of a head that are kept for a stream that runs on.
+const KEPT_HEAD: usize = 16 * 1024;
+/// Ticks after which a stream has run for more than a second.
+const LONG: u8 = 2;
 
 /// Which of a stream's bodies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -99,7 +145,7 @@ thread_local! {
 
 impl Streams {
     pub fn new(ledger: &Rc<Ledger>) -> Streams {
-        Streams { live: Rc::default(), ledger: ledger.clone() }
+        Streams { live: Rc::default(), policy: Rc::default(), ledger: ledger.clone() }
     }
 
     /// What this worker's connections hold.
@@ -122,6 +168,11 @@ impl Streams {
             broken: Cell::new(false),
             bodies: [RefCell::default(), RefCell::default()],
             kept: Cell::new(0),
+            judge: RefCell::default(),
+            judged: Cell::new(self.policy.get()),
+            ticks: Cell::new(0),
+            head: RefCell::default(),
+            refused: Cell::new(None),
         });
         live.push(activity.clone());
         if own_task {
@@ -157,14 +208,30 @@ impl Streams {
                     activity.expired.set(Some(Reason::StreamIdleTimeout));
                     activity.wake();
                 }
-            } else if activity.task.get() == Task::Own {
-                // It was told a tick ago and is still here: its downstream takes nothing.
-                activity.task.set(Task::Ended);
-                activity.wake();
             } else {
-                activity.entry.ask(Command::Close);
+                activity.end();
             }
         }
+    }
+
+    /// The watchdog's tick, for those that came in: when policy has `moved`, streams of more than a second are judged again,
+    /// and ended where it has turned against them. Says how many it was now.
+    pub fn judge(&self, own: &Workload, moved: bool) -> usize {
+        if moved {
+            self.policy.set(self.policy.get() + 1);
+        }
+        let mut refused = 0;
+        for activity in self.live.borrow().iter() {
+            activity.ticks.set(activity.ticks.get().saturating_add(1));
+            if activity.refused.get().is_some() {
+                activity.end();
+            } else if activity.ticks.get() >= LONG && activity.judged.get() != self.policy.get() {
+                refused += usize::from(activity.judge_again(own, self.policy.get()));
+            } else if activity.ticks.get() == LONG {
+                activity.shorten_head();
+            }
+        }
+        refused
     }
 
     /// Ends streams that stand still while memory is short, as many as this worker's part of the excess takes; says whether
@@ -246,6 +313,56 @@ impl Activity {
         })
     }
 
+    /// It was told a tick ago and is still here: its downstream takes nothing.
+    fn end(&self) {
+        if self.task.get() == Task::Own {
+            self.task.set(Task::Ended);
+            self.wake();
+        } else {
+            self.entry.ask(Command::Close);
+        }
+    }
+
+    /// Whether policy refuses it now. Where its head is still on the way, the lane is asked for it, and the next tick
+    /// decides.
+    fn judge_again(&self, own: &Workload, policy: u64) -> bool {
+        let judge = self.judge.borrow();
+        let Some(judge) = judge.as_ref() else {
+            self.judged.set(policy);
+            return false;
+        };
+        self.shorten_head();
+        let mut head = self.head.borrow_mut();
+        let head = match &*head {
+            Head::Here(parts) => Some(parts),
+            Head::Long => None,
+            Head::Gone | Head::Wanted => {
+                *head = Head::Wanted;
+                drop(head);
+                self.wake();
+                return false;
+            }
+        };
+        self.judged.set(policy);
+        let reason = judge.refuses(own, &self.entry, head);
+        self.refused.set(reason);
+        if reason.is_some() {
+            self.wake();
+        }
+        reason.is_some()
+    }
+
+    fn shorten_head(&self) {
+        let mut head = self.head.borrow_mut();
+        if let Head::Here(parts) = &*head {
+            let fields = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 64);
+            let target = parts.uri.path_and_query().map_or(0, |target| target.as_str().len());
+            if fields.sum::<usize>() + target > KEPT_HEAD {
+                *head = Head::Long;
+            }
+        }
+    }
+
     fn wake(&self) {
         if let Some(waker) = self.waker.take() {
             waker.wake();
@@ -302,6 +419,7 @@ impl<F: Future> Future for StreamTask<F> {
 }
 
 /// Tells of a stream from beside it: held by the request's body.
+#[derive(Clone)]
 pub struct Progress(Rc<Activity>);
 
 impl Progress {
@@ -317,6 +435,23 @@ impl Progress {
     /// The downstream broke off its request.
     pub fn broke_off(&self) {
         self.0.broken.set(true);
+    }
+
+    /// Whether the watchdog wants to see the request's head.
+    pub fn wants_head(&self) -> bool {
+        matches!(*self.0.head.borrow(), Head::Wanted)
+    }
+
+    /// The lane needs the request's head no more, or was asked for it.
+    pub fn take_head(&self, head: Parts) {
+        if self.0.judge.borrow().is_some() {
+            *self.0.head.borrow_mut() = Head::Here(head);
+        }
+    }
+
+    /// The request failed, and its head may tell why.
+    pub fn leave_head(&self, head: Parts) {
+        *self.0.head.borrow_mut() = Head::Here(head);
     }
 
     /// So much of the request is kept.
@@ -351,6 +486,32 @@ impl Stream {
         Progress(self.activity.clone())
     }
 
+    /// Who decides about the request, and is asked again when policy moves.
+    pub fn judged_by(&self, judge: Rc<dyn Judge>) {
+        *self.activity.judge.borrow_mut() = Some(judge);
+    }
+
+    /// Policy has turned against it.
+    pub fn refused(&self) -> Option<Reason> {
+        self.activity.refused.get()
+    }
+
+    /// The head of a request that ends here, if it is known still, and who called.
+    pub fn lost(&self) -> Option<(Parts, Option<Call>)> {
+        let Head::Here(head) = self.activity.head.take() else { return None };
+        Some((head, self.activity.judge.borrow().as_ref().map(|judge| judge.call())))
+    }
+
+    /// The head of a request whose connection leaves HTTP, as far as it is kept; None when nobody judges it.
+    pub fn into_head(self) -> Option<Option<Parts>> {
+        self.activity.shorten_head();
+        self.activity.judge.take()?;
+        Some(match self.activity.head.take() {
+            Head::Here(parts) => Some(parts),
+            Head::Gone | Head::Wanted | Head::Long => None,
+        })
+    }
+
     /// Why the stream is to be ended; else the task is woken when it is.
     pub fn poll_expired(&self, cx: &Context<'_>) -> Option<Reason> {
         let expired = self.expired();
@@ -360,9 +521,9 @@ impl Stream {
         expired
     }
 
-    /// Why the stream is to be ended: nothing moved on it for too long, or while memory is short.
+    /// Why the stream is to be ended: policy, or nothing moved on it for too long, or while memory is short.
     pub fn expired(&self) -> Option<Reason> {
-        self.activity.expired.get()
+        self.activity.refused.get().or(self.activity.expired.get())
     }
 
     /// The downstream broke off its request.

@@ -23,7 +23,7 @@ use crate::connection::{IdleLimits, Table};
 use crate::discovery::Directory;
 use crate::net;
 use crate::outcome::Reason;
-use crate::policy::{self, Call};
+use crate::policy::{self, Call, Judgement};
 use crate::telemetry::Telemetry;
 use crate::tls::{Purpose, Tls};
 
@@ -339,19 +339,26 @@ impl Worker {
         }
         let Some(own) = self.own_workload() else { return };
         let before = self.judged_by.replace(Some(own.clone()));
-        let changed = other_roots || !before.is_some_and(|before| Arc::ptr_eq(&before, &own));
+        let moved = !before.is_some_and(|before| Arc::ptr_eq(&before, &own));
+        let changed = other_roots || moved;
+        let ended = self.streams.judge(&own, moved);
+        if ended > 0 {
+            tracing::warn!(streams = ended, "ended requests that ran and that policy no longer allows");
+        }
         // Connections of one peer share its chain.
         let mut verdicts: HashMap<*const u8, bool> = HashMap::new();
         let closed = self.table.judge(changed, |facts| {
             if let Err(error) = policy::admit(own.mtls_mode(facts.application.port()), facts.arrival) {
                 return Some(error.reason);
             }
-            if facts.opaque {
-                let call =
-                    Call { identity: facts.caller.as_ref(), client: facts.client, application: facts.application };
-                if let Some(error) = policy::judge_opaque(&own, &call).refused {
-                    return Some(error.reason);
-                }
+            let call = Call { identity: facts.caller.as_ref(), client: facts.client, application: facts.application };
+            let judgement = match &facts.head {
+                Some(head) => policy::judge_request(&own, &call, head),
+                None if facts.opaque => policy::judge_opaque(&own, &call),
+                None => Judgement::default(),
+            };
+            if let Some(error) = judgement.refused {
+                return Some(error.reason);
             }
             let proof = facts.proof.as_mut().filter(|proof| proof.bundle != bundles)?;
             let leaf = proof.chain.as_ptr().cast::<u8>();

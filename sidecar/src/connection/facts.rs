@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use http::request::Parts;
 use outrigger_api::identity::SpiffeId;
 use rustls_pki_types::CertificateDer;
 
@@ -34,4 +35,6 @@ pub struct Facts {
     pub client: IpAddr,
     /// Its bytes are not parsed, so that policy is asked about the connection as a whole.
     pub opaque: bool,
+    /// Of the request by which the connection left HTTP.
+    pub head: Option<Box<Parts>>,
 }

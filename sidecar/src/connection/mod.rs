@@ -13,6 +13,7 @@ use std::task::Waker;
 use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::task::AtomicWaker;
+use http::request::Parts;
 use serde::Serialize;
 use tokio::sync::Notify;
 
@@ -248,6 +249,15 @@ impl Entry {
     pub fn is_opaque(&self) {
         if let Some(facts) = self.facts().as_mut() {
             facts.opaque = true;
+        }
+        self.unjudged.store(true, Relaxed);
+    }
+
+    /// A request was let in with this head, and its connection leaves HTTP: it is judged by that head from here on.
+    pub fn leaves_http(&self, head: Option<Parts>) {
+        if let Some(facts) = self.facts().as_mut() {
+            facts.opaque = head.is_none();
+            facts.head = head.map(Box::new);
         }
         self.unjudged.store(true, Relaxed);
     }
@@ -612,7 +622,15 @@ mod tests {
     }
 
     fn facts(arrival: Arrival) -> Facts {
-        Facts { application: client(), arrival, proof: None, caller: None, client: client().ip(), opaque: false }
+        Facts {
+            application: client(),
+            arrival,
+            proof: None,
+            caller: None,
+            client: client().ip(),
+            opaque: false,
+            head: None,
+        }
     }
 
     #[test]

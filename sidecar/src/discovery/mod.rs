@@ -21,6 +21,7 @@ use std::time::Duration;
 use aws_lc_rs::rand::{SecureRandom, SystemRandom};
 use outrigger_api::identity::TrustDomain;
 use outrigger_api::name::Protocol;
+use outrigger_api::wire;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
@@ -85,8 +86,15 @@ const REPORT_EVERY: Duration = Duration::from_secs(3);
 /// The same while there is nothing to report but that it is there.
 const REPORT_IDLE: Duration = Duration::from_secs(10);
 
-/// Makes the summary of the time since it was last asked.
-pub type ReportSource = Box<dyn FnMut() -> outrigger_api::wire::ReportRequest + Send>;
+/// Where reports come from.
+pub struct ReportSource {
+    /// Makes the summary of the time since it was last asked.
+    pub make: Box<dyn FnMut() -> wire::ReportRequest + Send>,
+    /// Hears which notes about Shadow policies the control plane has taken.
+    pub taken: Taken,
+}
+
+pub type Taken = Arc<dyn Fn(&[wire::ShadowNote]) + Send + Sync>;
 
 /// Runs until it is dropped. When `withdraw` completes, the lease is taken back; discovery goes on.
 pub async fn run(
@@ -120,11 +128,11 @@ pub async fn run(
             () = &mut report => {
                 let mut every = REPORT_EVERY;
                 if let Some(session) = &watcher.session {
-                    let summary = reports();
-                    if summary.edges.is_empty() {
+                    let summary = (reports.make)();
+                    if summary.edges.is_empty() && summary.shadow.is_empty() {
                         every = REPORT_IDLE;
                     }
-                    session.report(summary);
+                    session.report(summary, &reports.taken);
                 }
                 report.as_mut().reset(tokio::time::Instant::now() + every);
             }

@@ -15,7 +15,7 @@ use tonic::Streaming;
 use tonic::transport::Channel;
 
 use super::lease::{LeaseEvent, Leasing};
-use super::{DiscoverySettings, Lease};
+use super::{DiscoverySettings, Lease, Taken};
 use crate::identity::{DialError, answered, dial};
 use crate::tls::{Clock, Credential};
 
@@ -121,12 +121,16 @@ impl Session {
         self.leasing.withdraw();
     }
 
-    /// Sends a summary beside everything else. One that is lost is lost: the next covers another window.
-    pub(super) fn report(&self, report: wire::ReportRequest) {
+    /// Sends a summary beside everything else. One that is lost is lost, since the next covers another window; but what
+    /// Shadow policies said is sent until it was `taken`.
+    pub(super) fn report(&self, report: wire::ReportRequest, taken: &Taken) {
         let mut client = TelemetryClient::new(self.channel.clone());
+        let (shadow, taken) = (report.shadow.clone(), taken.clone());
         tokio::spawn(async move {
-            if let Ok(Err(status)) = timeout(ANSWER, client.report(report)).await {
-                tracing::debug!(%status, "the control plane did not take a report");
+            match timeout(ANSWER, client.report(report)).await {
+                Ok(Ok(_)) => taken(&shadow),
+                Ok(Err(status)) => tracing::debug!(%status, "the control plane did not take a report"),
+                Err(_) => {}
             }
         });
     }

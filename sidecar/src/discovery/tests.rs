@@ -61,7 +61,10 @@ impl Fixture {
             self.tls.clone(),
             self.lease.clone(),
             self.directory.clone(),
-            Box::new(outrigger_api::wire::ReportRequest::default),
+            ReportSource {
+                make: Box::new(outrigger_api::wire::ReportRequest::default),
+                taken: std::sync::Arc::new(|_| {}),
+            },
             async move {
                 if wanted.await.is_err() {
                     pending().await

@@ -205,7 +205,7 @@ impl Walk {
     /// Records on which facts the connection was let in: they are judged again when policy or the trust bundle moves.
     fn let_in(&self, arrival: Arrival, proof: Option<Proof>, caller: Option<SpiffeId>) {
         let (application, client) = (self.application, self.registered.client.ip());
-        self.registered.let_in(Facts { application, arrival, proof, caller, client, opaque: false });
+        self.registered.let_in(Facts { application, arrival, proof, caller, client, opaque: false, head: None });
     }
 
     fn note(&self, how: Unproved) {

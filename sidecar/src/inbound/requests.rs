@@ -4,13 +4,17 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use http::request::Parts;
 use http::{Request, Response};
 use outrigger_api::identity::SpiffeId;
+use outrigger_api::snapshot::Workload;
 
 use crate::connect::lane::{Framing, Lane, Unsent};
 use crate::connect::request_body::Received;
+use crate::connect::streams::Judge;
+use crate::connection::Entry;
 use crate::net::Stream;
-use crate::outcome::Error;
+use crate::outcome::{Error, Reason};
 use crate::policy::{self, Call, Permit};
 use crate::protocol::http::body::ResponseBody;
 use crate::protocol::http::exchange::{Exchange, Session};
@@ -85,7 +89,7 @@ impl Service {
     }
 
     /// Asks policy about one request; what speaks without deciding is noted.
-    fn judge(&self, session: &Session, head: &http::request::Parts) -> Result<(), Error> {
+    fn judge(&self, session: &Session, head: &Parts) -> Result<(), Error> {
         let worker = &session.worker;
         let Some(own) = worker.own_workload() else { return Ok(()) };
         let call =
@@ -98,14 +102,30 @@ impl Service {
     }
 }
 
+impl Judge for Service {
+    fn refuses(&self, own: &Workload, entry: &Entry, head: Option<&Parts>) -> Option<Reason> {
+        let call = Call { identity: self.identity.as_ref(), client: entry.client.ip(), application: self.application };
+        let judgement = match head {
+            Some(head) => policy::judge_request(own, &call, head),
+            None => policy::judge_opaque(own, &call),
+        };
+        judgement.refused.map(|error| error.reason)
+    }
+
+    fn call(&self) -> (Option<SpiffeId>, SocketAddr) {
+        (self.identity.clone(), self.application)
+    }
+}
+
 async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<Received>) -> Response<ResponseBody> {
     let (mut exchange, mut outgoing) = Exchange::begin(&session, request);
     exchange.set_edge(&service.edge(exchange.protocol));
+    exchange.judged_by(service.clone());
     if let Err(error) = exchange.clean(&mut outgoing, || service.application.to_string()) {
-        return exchange.refuse(&error);
+        return exchange.refuse_head(outgoing, &error);
     }
     if let Err(error) = service.judge(&session, &outgoing.parts) {
-        return exchange.refuse(&error);
+        return exchange.refuse_head(outgoing, &error);
     }
     if exchange.is_last_hop() {
         return exchange.answer_last_hop(outgoing);
@@ -119,7 +139,10 @@ async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<Re
     let request = exchange.request(outgoing);
     match exchange.patiently(service.lane.send(request)).await {
         Ok(Ok(answered)) => exchange.answer(answered, None),
-        Ok(Err(Unsent { error, .. })) => {
+        Ok(Err(Unsent { error, request })) => {
+            if let Some((head, body)) = request.map(Request::into_parts) {
+                body.progress().leave_head(head);
+            }
             let error = exchange.fault(error);
             exchange.refuse(&error)
         }

@@ -82,14 +82,14 @@ pub(super) async fn respond_to(
             exchange.set_edge(&lost_edge(worker, exchange.protocol));
             exchange.record.set_called(backend.service());
             exchange.record.unattempted(&mut outgoing.parts.headers);
-            return exchange.refuse(&error);
+            return exchange.refuse_head(outgoing, &error);
         }
     };
     exchange.record.set_called(view.service.as_ref());
     if let Err(error) = exchange.clean(&mut outgoing, || view.authority()) {
         exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
         exchange.record.unattempted(&mut outgoing.parts.headers);
-        return exchange.refuse(&error);
+        return exchange.refuse_head(outgoing, &error);
     }
     if exchange.is_last_hop() {
         exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
@@ -113,7 +113,14 @@ async fn forward(
     let mut request = exchange.request(outgoing);
     let mut tried = Tried::new(worker, Instant::now());
     loop {
-        let Chosen { slot, load, mut began } = choose(exchange, view, framing, &mut request, &mut tried).await?;
+        let chosen = choose(exchange, view, framing, &mut request, &mut tried).await;
+        let Chosen { slot, load, mut began } = match chosen {
+            Ok(chosen) => chosen,
+            Err(error) => {
+                leave_head(request);
+                return Err(error);
+            }
+        };
         let edge = view.edge(worker, &slot, exchange.protocol);
         exchange.set_edge(&edge);
         exchange.record.set_in_process(slot.target.own.is_some());
@@ -131,10 +138,20 @@ async fn forward(
                 began = Instant::now();
                 load.finish(worker.nanos(began), exchange.elapsed(), blame(&error));
                 exchange.record.attempt_failed(error.reason, began);
+                if !tried.may_go_on(&error) {
+                    unsent.into_iter().for_each(leave_head);
+                    return Err(error);
+                }
                 request = tried.again(error, unsent)?;
             }
         }
     }
+}
+
+/// The request goes nowhere: its head tells who asks of it why.
+fn leave_head(request: Request<RequestBody>) {
+    let (head, body) = request.into_parts();
+    body.progress().leave_head(head);
 }
 
 /// An endpoint with a connection for the next request.

@@ -55,10 +55,15 @@ impl Tried {
         self.last.take().unwrap_or_else(|| unavailable(view))
     }
 
+    /// Whether another endpoint may be tried after this.
+    pub(super) fn may_go_on(&self, error: &Error) -> bool {
+        error.retry == Retry::Safe && self.may_begin()
+    }
+
     /// Notes a failure of the one that was begun last; gives back what may be tried elsewhere.
     pub(super) fn again<T>(&mut self, error: Error, what: Option<T>) -> Result<T, Error> {
         match what {
-            Some(what) if error.retry == Retry::Safe && self.may_begin() => {
+            Some(what) if self.may_go_on(&error) => {
                 self.last = Some(error);
                 Ok(what)
             }

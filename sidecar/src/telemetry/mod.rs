@@ -12,6 +12,7 @@ mod edge;
 mod export;
 mod grpc;
 mod labels;
+mod lately;
 mod record;
 mod report;
 mod span;
@@ -47,6 +48,7 @@ pub use labels::{
     Detected, Direction, EdgeLabels, OVERFLOW, Resolved, UNKNOWN, WireProtocol, grpc_status_name,
     is_failing_grpc_status, is_failure,
 };
+pub use lately::{Answered as AnsweredWith, Ended, Found, Inbound, Lately};
 pub use record::HttpRecord;
 pub use tcp::TcpRecord;
 pub use verdicts::{Note, NoteKey, NoteKind, Verdicts, shape};
@@ -87,6 +89,7 @@ pub struct Telemetry {
     spans: OnceLock<SpanQueue>,
     reported: Mutex<Instant>,
     callers: PlaintextCallers,
+    lately: Lately,
 }
 
 impl Telemetry {
@@ -120,6 +123,7 @@ impl Telemetry {
             spans: OnceLock::new(),
             reported: Mutex::new(Instant::now()),
             callers: PlaintextCallers::default(),
+            lately: Lately::default(),
         };
         Arc::new(telemetry)
     }
@@ -127,6 +131,11 @@ impl Telemetry {
     /// Who calls without mutual TLS.
     pub fn plaintext_callers(&self) -> &PlaintextCallers {
         &self.callers
+    }
+
+    /// What was refused or failed lately.
+    pub fn lately(&self) -> &Lately {
+        &self.lately
     }
 
     /// Where others register what they measure (`outrigger_build_info`, `process_*`).
@@ -226,12 +235,12 @@ impl Telemetry {
         self.metrics.memory_pressure.store(short, Ordering::Relaxed);
     }
 
-    /// Counts a connection on an undeclared port whose protocol was decided.
     /// What Shadow and AUDIT policies said.
     pub fn verdicts(&self) -> &Verdicts {
         &self.metrics.verdicts
     }
 
+    /// Counts a connection on an undeclared port whose protocol was decided.
     pub fn detected(&self, outcome: Detected) {
         self.metrics.detected[outcome as usize].fetch_add(1, Ordering::Relaxed);
     }
@@ -253,7 +262,13 @@ impl Telemetry {
             certificate_not_after: self.metrics.certificate_not_after.load(Ordering::Relaxed),
             connections: 0,
             troubles: self.spans.get().and_then(SpanQueue::trouble).into_iter().collect(),
+            shadow: self.metrics.verdicts.unreported(),
         }
+    }
+
+    /// The control plane has taken a report with these.
+    pub fn report_taken(&self, shadow: &[wire::ShadowNote]) {
+        self.metrics.verdicts.reported(shadow);
     }
 
     /// Waits until spans and log lines of what has ended are out, at most 5 s. For the end of the process.

@@ -6,8 +6,13 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
+use outrigger_api::wire;
+use prost::Message as _;
+
 /// Callers and shapes of paths that are told apart; what comes beyond counts under `other`.
 const MOST: usize = 1_000;
+/// Of one report, beside its edges.
+const MAX_REPORTED: usize = 40 * 1024;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum NoteKind {
@@ -31,6 +36,8 @@ pub struct NoteKey {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Note {
     pub count: u64,
+    /// So many of them the control plane has taken a report of.
+    reported: u64,
     pub first: SystemTime,
     pub last: SystemTime,
 }
@@ -44,7 +51,7 @@ impl Verdicts {
         if notes.len() >= MOST && !notes.contains_key(&key) {
             key = NoteKey { principal: OTHER.to_owned(), shape: OTHER.to_owned(), ..key };
         }
-        let note = notes.entry(key).or_insert(Note { count: 0, first: now, last: now });
+        let note = notes.entry(key).or_insert(Note { count: 0, reported: 0, first: now, last: now });
         note.count += 1;
         note.last = now;
     }
@@ -52,6 +59,41 @@ impl Verdicts {
     pub fn all(&self) -> Vec<(NoteKey, Note)> {
         let notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         notes.iter().map(|(key, note)| (key.clone(), *note)).collect()
+    }
+
+    /// What policies in Shadow mode said and no report that was taken has told, as much as fits.
+    pub(super) fn unreported(&self) -> Vec<wire::ShadowNote> {
+        let notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = notes.iter().filter(|(key, note)| key.kind == NoteKind::WouldDeny && note.count > note.reported);
+        let mut bytes = 0;
+        let told = new.map(|(key, note)| wire::ShadowNote {
+            policy: key.policy.clone(),
+            would: "denied".to_owned(),
+            principal: key.principal.clone(),
+            shape: key.shape.clone(),
+            count: note.count - note.reported,
+        });
+        told.take_while(|note| {
+            bytes += note.encoded_len() + 8;
+            bytes <= MAX_REPORTED
+        })
+        .collect()
+    }
+
+    /// The control plane has taken these.
+    pub(super) fn reported(&self, told: &[wire::ShadowNote]) {
+        let mut notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for told in told {
+            let key = NoteKey {
+                kind: NoteKind::WouldDeny,
+                policy: told.policy.clone(),
+                principal: told.principal.clone(),
+                shape: told.shape.clone(),
+            };
+            if let Some(note) = notes.get_mut(&key) {
+                note.reported = note.count.min(note.reported + told.count);
+            }
+        }
     }
 
     /// Counts per policy and caller, for metrics.
@@ -104,6 +146,32 @@ mod tests {
         for (path, expected) in cases {
             assert_eq!(shape("GET", path), expected);
         }
+    }
+
+    #[test]
+    fn what_no_report_told_is_told_again() {
+        let verdicts = Verdicts::default();
+        let note = |kind, principal: &str| {
+            let (policy, shape) = ("AuthorizationPolicy/a/b".to_owned(), "GET /".to_owned());
+            verdicts.note(NoteKey { kind, policy, principal: principal.into(), shape }, SystemTime::UNIX_EPOCH);
+        };
+        let told = || verdicts.unreported().iter().map(|note| (note.principal.clone(), note.count)).collect::<Vec<_>>();
+        note(NoteKind::WouldDeny, "x");
+        note(NoteKind::WouldDeny, "x");
+        note(NoteKind::Audit, "y");
+        assert_eq!(told(), [("x".to_owned(), 2)]);
+        // The report was lost.
+        note(NoteKind::WouldDeny, "x");
+        let lost = verdicts.unreported();
+        assert_eq!(told(), [("x".to_owned(), 3)]);
+        note(NoteKind::WouldDeny, "z");
+        verdicts.reported(&lost);
+        assert_eq!(told(), [("z".to_owned(), 1)]);
+        for n in 0..MOST {
+            note(NoteKind::WouldDeny, &format!("{n}{}", "x".repeat(200)));
+        }
+        let bytes: usize = verdicts.unreported().iter().map(|note| note.encoded_len()).sum();
+        assert!(bytes <= MAX_REPORTED && bytes > MAX_REPORTED / 2, "{bytes}");
     }
 
     #[test]

@@ -223,6 +223,14 @@ impl Authorization {
         })
     }
 
+    /// The headers that rules look at, in lower case; one may come several times.
+    pub fn headers(&self) -> impl Iterator<Item = &str> {
+        self.rules().flat_map(|rule| &rule.when).filter_map(|condition| match &condition.key {
+            Attribute::Header(name) => Some(name.as_str()),
+            _ => None,
+        })
+    }
+
     /// True when a rule looks at the clock.
     pub fn looks_at_time(&self) -> bool {
         let mut conditions = self.rules().flat_map(|rule| &rule.when);

@@ -98,7 +98,13 @@ impl Lane {
                         continue;
                     }
                     let retry = if untouched { Retry::Safe } else { Retry::Never };
-                    let request = if untouched { Some(request) } else { None };
+                    let request = if untouched {
+                        Some(request)
+                    } else {
+                        let (head, body) = request.into_parts();
+                        body.progress().leave_head(head);
+                        None
+                    };
                     return Err(Unsent { error: self.told(failure, retry), request });
                 }
             }
@@ -118,7 +124,9 @@ impl Lane {
         self.heed_keep_alive(&response);
         let lane = if binds { request.body().bound().bind(self) } else { self.clone() };
         let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-        let request = (!sending.done).then(|| request.into_body());
+        let (head, body) = request.into_parts();
+        body.progress().take_head(head);
+        let request = (!sending.done).then_some(body);
         let answer = Box::new(Answer {
             connection,
             lane,
@@ -261,6 +269,9 @@ impl<'a> Attempt<'a> {
             self.sending.end_direction(cx, self.conn);
         }
         self.request.body().stalled(!self.conn.is_flushed());
+        if self.request.body().progress().wants_head() {
+            self.request.body().progress().take_head(super::copy_head(self.request));
+        }
         if std::mem::take(&mut self.silent) && self.sending.failed.is_none() {
             return Poll::Pending;
         }

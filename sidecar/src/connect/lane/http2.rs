@@ -117,6 +117,7 @@ impl Lane {
         let mut refusals = 0;
         loop {
             let (head, empty) = copy(&mut request, self.limits.h2_replay);
+            let progress = request.body().progress().clone();
             let begun = loop {
                 if let Some(mut shared) = self.find_shared() {
                     break shared.begin(request);
@@ -133,9 +134,16 @@ impl Lane {
                     return Err(Unsent { error, request: None });
                 }
             };
-            let failure = match std::future::poll_fn(|cx| attempt.poll(cx)).await {
+            let answering = std::future::poll_fn(|cx| {
+                if progress.wants_head() {
+                    progress.take_head(head.clone());
+                }
+                attempt.poll(cx)
+            });
+            let failure = match answering.await {
                 Ok(response) => {
                     let at = Instant::now();
+                    progress.take_head(head);
                     return Ok(Answered { response: attempt.answered(response, self), at, latency: at - sent });
                 }
                 Err(failure) => failure,
@@ -144,7 +152,14 @@ impl Lane {
             let streams = attempt.place.streams.clone();
             attempt.place.ended = matches!(failure, Failure::Upstream(_));
             let body = if refused { attempt.into_body(empty) } else { None };
-            match body.map(|body| Request::from_parts(head, body)) {
+            let unsent = match body {
+                Some(body) => Some(Request::from_parts(head, body)),
+                None => {
+                    progress.leave_head(head);
+                    None
+                }
+            };
+            match unsent {
                 Some(unsent) if refusals < REFUSALS => {
                     request = unsent;
                     refusals += 1;
@@ -298,12 +313,7 @@ impl Lane {
 /// A copy of a request's head, for a peer that refuses the stream: the library takes the head away. What is taken of the
 /// body is kept, as far as it can be; of an empty one there is a copy.
 fn copy(request: &mut Request<RequestBody>, replay: usize) -> (Parts, Option<RequestBody>) {
-    let mut copy = Request::new(());
-    *copy.method_mut() = request.method().clone();
-    *copy.uri_mut() = request.uri().clone();
-    *copy.version_mut() = request.version();
-    *copy.headers_mut() = request.headers().clone();
-    let (head, ()) = copy.into_parts();
+    let head = super::copy_head(request);
     let empty = request.body().is_empty().then(|| request.body().clone_empty());
     request.body_mut().keep(replay);
     (head, empty)

@@ -12,6 +12,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use http::request::Parts;
 use http::{Request, Response};
 use http_body::{Frame, SizeHint};
 
@@ -295,6 +296,16 @@ impl Lane {
             keep
         });
     }
+}
+
+/// The head of a request without what the library hangs on it.
+fn copy_head<T>(request: &Request<T>) -> Parts {
+    let mut copy = Request::new(());
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.version_mut() = request.version();
+    *copy.headers_mut() = request.headers().clone();
+    copy.into_parts().0
 }
 
 fn usable(retire_at: Option<SystemTime>, material: u64, wall: SystemTime, current: u64) -> bool {

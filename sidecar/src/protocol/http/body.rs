@@ -75,6 +75,8 @@ pub enum BodyError {
     Downstream(#[source] io::Error),
     #[error("nothing moved on the stream for too long")]
     Idle,
+    #[error("policy has turned against the request")]
+    Refused,
 }
 
 impl BodyError {
@@ -83,6 +85,7 @@ impl BodyError {
         match self {
             BodyError::Truncated(broke) => broke.reset_code(),
             BodyError::Downstream(_) | BodyError::Idle => h2::Reason::INTERNAL_ERROR,
+            BodyError::Refused => h2::Reason::CANCEL,
         }
     }
 }
@@ -256,11 +259,16 @@ impl Upstream {
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let Some(incoming) = &mut self.incoming else { return Poll::Ready(None) };
+        if let Some(reason) = self.stream.refused() {
+            self.record.failed(reason, String::new);
+            return Poll::Ready(Some(self.break_off(reason, BodyError::Refused)));
+        }
         match incoming.poll_frame(cx) {
             Poll::Pending => match self.stream.poll_expired(cx) {
                 Some(reason) => {
                     self.record.failed(reason, String::new);
-                    Poll::Ready(Some(self.break_off(reason, BodyError::Idle)))
+                    let error = if self.stream.refused().is_some() { BodyError::Refused } else { BodyError::Idle };
+                    Poll::Ready(Some(self.break_off(reason, error)))
                 }
                 None => Poll::Pending,
             },

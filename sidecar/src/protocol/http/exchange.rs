@@ -20,11 +20,11 @@ use crate::connect::bound::{self, Bound};
 use crate::connect::interim::Interim;
 use crate::connect::lane::{self, Answered, UpstreamBody};
 use crate::connect::request_body::{Client, Received, RequestBody};
-use crate::connect::streams::{Busy, Part, Stream};
+use crate::connect::streams::{Busy, Judge, Part, Stream};
 use crate::connect::worker::Worker;
 use crate::connection::{Entry, Registered};
 use crate::outcome::{Error, Reason, Retry, Side, Stage};
-use crate::telemetry::{Edge, GrpcFrames, HttpRecord, WireProtocol};
+use crate::telemetry::{AnsweredWith, Edge, GrpcFrames, HttpRecord, WireProtocol};
 
 /// Of an answer that is not sent: its client has ended its direction and the upstream closed.
 pub const CLIENT_CLOSED: StatusCode = match StatusCode::from_u16(Reason::ClientClosed.row().status) {
@@ -170,14 +170,14 @@ impl Exchange {
         let grpc = self.protocol == WireProtocol::Grpc;
         // A client of HTTP/1.0 knows no interim answers (RFC 9110 section 15.2).
         let interim = (self.version != Version::HTTP_10).then(|| self.session.interim.clone());
-        let progress = || self.stream.progress();
+        let progress = self.stream.progress();
         let binds = match &outgoing.body {
             Received::Http1(incoming) => incoming.binds,
             Received::Http2(_) => binds(&outgoing.parts.headers),
         };
         let Session { bound, ended, .. } = &*self.session;
-        let client = Client { interim, bound: bound.clone(), binds, ended: ended.clone() };
-        let body = RequestBody::new(outgoing.body, &self.record, grpc, headers::clean_trailers, progress, client);
+        let client = Client { interim, bound: bound.clone(), binds, ended: ended.clone(), progress };
+        let body = RequestBody::new(outgoing.body, &self.record, grpc, headers::clean_trailers, client);
         Request::from_parts(outgoing.parts, body)
     }
 
@@ -194,6 +194,11 @@ impl Exchange {
             return error;
         }
         Error::downstream(Stage::Forward, Reason::ClientClosed, "the client ended its direction or broke off")
+    }
+
+    /// Who decides about the request, and is asked again when policy moves.
+    pub fn judged_by(&self, judge: Rc<dyn Judge>) {
+        self.stream.judged_by(judge);
     }
 
     /// Since the request began.
@@ -256,6 +261,21 @@ impl Exchange {
         Response::from_parts(parts, body)
     }
 
+    /// Answers by itself, before the request went anywhere.
+    pub fn refuse_head(self, outgoing: Outgoing, error: &Error) -> Response<ResponseBody> {
+        self.stream.progress().leave_head(outgoing.parts);
+        self.refuse(error)
+    }
+
+    /// Keeps what is known of a request that this error ended, for a person who asks.
+    fn remember(&self, error: &Error, answered: AnsweredWith) {
+        let Some((head, call)) = self.stream.lost() else { return };
+        let worker = &self.session.worker;
+        let own = worker.own_workload();
+        let inbound = call.zip(own.as_ref()).map(|((identity, application), own)| (identity, application, own));
+        worker.telemetry.lately().note(&head, self.session.entry.client, error, answered, inbound);
+    }
+
     /// Answers by itself.
     pub fn refuse(self, error: &Error) -> Response<ResponseBody> {
         let grpc = self.protocol == WireProtocol::Grpc;
@@ -284,9 +304,9 @@ impl Exchange {
         };
         let mut response = answer::refuse(error.reason, grpc, &self.session.worker.own.instance, told);
         self.record.answered(response.status().as_u16());
-        if grpc {
-            self.record.grpc_status(error.reason.row().grpc);
-        }
+        let grpc_status = grpc.then_some(error.reason.row().grpc);
+        grpc_status.into_iter().for_each(|status| self.record.grpc_status(status));
+        self.remember(error, AnsweredWith { status: response.status().as_u16(), grpc_status });
         self.close_when_draining(response.headers_mut());
         if !self.session.http2 && error.side == Side::Downstream {
             // Who sends what is refused may not agree with us on where it ends.
@@ -316,7 +336,10 @@ impl Exchange {
         let Some(upstream) = upstream.into_stream() else {
             return self.refuse(&upstream_protocol("101 on HTTP/2"));
         };
-        let Exchange { session, record, .. } = self;
+        let Exchange { session, record, stream, .. } = self;
+        if let Some(head) = stream.into_head() {
+            session.entry.leaves_http(head);
+        }
         let then: Switched =
             Box::new(move |downstream| Box::pin(tunnel::switched(session, record, downstream, upstream)));
         Response::from_parts(parts, ResponseBody::switched(then, spelling))
@@ -359,6 +382,10 @@ impl<F: Future> Future for Patiently<'_, F> {
         match this.waiting.poll(cx) {
             Poll::Ready(done) => Poll::Ready(Ok(done)),
             Poll::Pending => match this.stream.poll_expired(cx) {
+                Some(reason @ (Reason::PolicyDenied | Reason::PathAmbiguous)) => {
+                    let detail = "policy has turned against it while it ran";
+                    Poll::Ready(Err(Error::own(Stage::Policy, reason, detail)))
+                }
                 Some(Reason::Overloaded) => {
                     let detail = "memory is short, and this stream stood still with bytes waiting";
                     Poll::Ready(Err(Error::own(Stage::Forward, Reason::Overloaded, detail)))
