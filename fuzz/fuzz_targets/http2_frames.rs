@@ -23,11 +23,14 @@ fuzz_target!(|input: (u8, &[u8])| {
     let (whole, marked, begun) = follow(&[&bytes]);
     let (one, other) = bytes.split_at(usize::from(cut).min(bytes.len()));
     assert_eq!(follow(&[one, other]), (whole, marked, begun), "cut at {cut}: {bytes:x?}");
-    let limits = Limits::default();
-    let (mut at_once, mut cut_up) = (Flood::new(&limits, 100, 20), Flood::new(&limits, 100, 20));
-    let enough = at_once.heard(&bytes, 0);
-    let in_parts = cut_up.heard(one, 0).or_else(|| cut_up.heard(other, 0).map(|at| one.len() + at));
-    assert_eq!(enough, in_parts);
+    // None that time gives back between the two: none at all, or more than is ever spent.
+    for control_frames in [0, 1 << 40] {
+        let limits = Limits { h2_control_frames: control_frames, ..Limits::default() };
+        let (mut at_once, mut cut_up) = (Flood::new(&limits, 100_000, 20_000), Flood::new(&limits, 100_000, 20_000));
+        let enough = at_once.heard(&bytes, 0);
+        let in_parts = cut_up.heard(one, 0).or_else(|| cut_up.heard(other, 0).map(|at| one.len() + at));
+        assert_eq!(enough, in_parts);
+    }
     // An answer's side reads other rules, and must not break either.
     let mut answers = Heads::new(Sender::Server, TAKEN as usize, Marks::new(TAKEN));
     answers.heard(&bytes[PREFACE.len()..]);

@@ -1,11 +1,16 @@
 //! Watches the frames that a downstream HTTP/2 connection sends, below the library, for floods that the library does
 //! not see: resets of requests that were already taken up (rapid reset at a pace), and control frames without end.
-//! Called by `downstream_io` with every piece that is read. It parses frame heads only, and never changes a byte.
+//! Called by `downstream_io` with every piece that is read. It parses frame heads only, and how much padding a DATA frame
+//! has, and never changes a byte.
 //!
 //! Three allowances, each of which time gives back: one for control frames, two for resets. What a busy and honest
 //! connection does earns more than it costs: a request pays for its own flow control and pings, bytes that are sent pay
 //! for the window updates that let them go, two requests pay for one reset. A reset soon after its request is what a
 //! flood is made of, and has the small allowance; a client may end all its long streams at once.
+//!
+//! Payload costs nothing, in however small pieces it comes and for however long: windows and the library's budget for small
+//! frames hold the client to what the upstream takes. Padding is not payload: no window holds it back, because the library
+//! gives its part of the window back at once.
 
 use crate::config::limits::Limits;
 use crate::connect::http2::Allowance;
@@ -18,17 +23,20 @@ const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const CONTINUATION: u8 = 9;
 const END_STREAM: u8 = 1;
+const PADDED: u8 = 8;
 
 /// What a request earns for the control frames around it.
 const PER_REQUEST: i64 = 4;
+/// What a DATA frame costs that has more padding than payload: a request may have one for nothing.
+const PADDING: i64 = PER_REQUEST;
 /// So many bytes sent pay for one control frame: nobody updates windows more often than that for a reason.
 const PER_CONTROL_FRAME: u64 = 512;
 /// Resets are counted in halves, so that one request pays for half a reset.
 const RESET: i64 = 2;
 
 pub struct Flood {
-    /// The head of a frame, as far as it was read.
-    head: [u8; HEAD],
+    /// The head of a frame, as far as it was read, and behind it the length of its padding, of a DATA frame that has some.
+    head: [u8; HEAD + 1],
     head_read: usize,
     /// Bytes of the preface or of the current frame that are still to come.
     left: usize,
@@ -74,7 +82,7 @@ impl Flood {
     pub fn new(limits: &Limits, streams: u32, early_resets: u32) -> Flood {
         let control = i64::try_from(limits.h2_control_frames).unwrap_or(i64::MAX);
         Flood {
-            head: [0; HEAD],
+            head: [0; HEAD + 1],
             head_read: 0,
             left: PREFACE,
             control: Allowance::new(control, control),
@@ -97,13 +105,14 @@ impl Flood {
                 self.left -= count;
                 at += count;
             } else {
-                let count = (HEAD - self.head_read).min(bytes.len() - at);
+                let count = (self.head_length() - self.head_read).min(bytes.len() - at);
                 self.head[self.head_read..self.head_read + count].copy_from_slice(&bytes[at..at + count]);
                 self.head_read += count;
                 at += count;
-                if self.head_read == HEAD {
+                let head = self.head_length();
+                if self.head_read == head {
                     self.head_read = 0;
-                    self.frame();
+                    self.frame(head);
                 }
             }
             if self.over && self.left == 0 && self.head_read == 0 {
@@ -122,12 +131,21 @@ impl Flood {
         }
     }
 
-    fn frame(&mut self) {
-        let [a, b, c, kind, flags, stream @ ..] = self.head;
+    /// How much is read of a frame before it is known what it is.
+    fn head_length(&self) -> usize {
+        let [a, b, c, kind, flags, ..] = self.head;
+        let padded = self.head_read >= HEAD && kind == DATA && flags & PADDED != 0 && [a, b, c] != [0; 3];
+        HEAD + usize::from(padded)
+    }
+
+    fn frame(&mut self, head: usize) {
+        let [a, b, c, kind, flags, stream @ .., padding] = self.head;
         let stream = u32::from_be_bytes(stream) & (u32::MAX >> 1);
         let length = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
-        self.left = length;
+        self.left = length - (head - HEAD);
+        let padding = if head > HEAD { usize::from(padding) } else { 0 };
         let enough = match kind {
+            DATA if padding > self.left.saturating_sub(padding) => self.control.spend(PADDING),
             // The library bounds small and empty DATA, and CONTINUATION, by itself.
             DATA if length > 0 || flags & END_STREAM != 0 => true,
             CONTINUATION => true,
@@ -224,6 +242,41 @@ mod tests {
             assert!(cut.is_some(), "{piece}");
             assert_eq!(taken % 17, 0, "{piece}");
         }
+    }
+
+    #[test]
+    fn payload_is_free_in_any_pieces_and_padding_is_not() {
+        // Padding, payload, whether it goes on for ever.
+        let cases = [
+            (None, 1, true),
+            (None, 100, true),
+            (Some(0), 1, true),
+            (Some(1), 1, true),
+            (Some(100), 100, true),
+            (Some(250), 1, false),
+            (Some(2), 1, false),
+            (Some(1), 0, false),
+            (Some(3), 0, false),
+        ];
+        for (padding, payload, goes_on) in cases {
+            let data = match padding {
+                None => frame(DATA, 0, payload),
+                Some(padding) => {
+                    let mut data = frame(DATA, PADDED, 1 + payload + padding);
+                    data[HEAD] = padding;
+                    data
+                }
+            };
+            for piece in [1, 8, HEAD, HEAD + 1, 1_000] {
+                let mut flood = begun();
+                let mut all = std::iter::repeat_n(&data, 5_000);
+                let over = all.any(|data| data.chunks(piece).any(|piece| flood.heard(piece, 0).is_some()));
+                assert_eq!(over, !goes_on, "{padding:?}, {payload}, in pieces of {piece}");
+            }
+        }
+        let padded =
+            [frame(HEADERS, 4, 40), vec![0, 0, 9, DATA, PADDED | END_STREAM, 0, 0, 0, 1, 8], vec![0; 8]].concat();
+        assert_eq!(repeated(&mut begun(), &padded, 20_000), None, "one for each request");
     }
 
     fn framed(kind: u8, flags: u8, stream: u32) -> Vec<u8> {
