@@ -135,7 +135,7 @@ impl Incoming {
     fn release(&mut self) {
         if self.held > 0 {
             let held = std::mem::take(&mut self.held);
-            self.meter.release(held);
+            self.meter.went(held);
             // It fails for a stream that has ended, whose bytes count no more.
             let _ = self.stream.flow_control().release_capacity(held);
         }

@@ -95,6 +95,7 @@ impl KeepAlive {
     pub fn follow(&mut self, cx: &mut Context<'_>, mut set: impl FnMut(Change) -> bool) {
         self.meter.rests();
         let data = self.meter.take_received();
+        self.windows.went(self.meter.take_went());
         if self.windows.is_measuring()
             && let Some(pings) = &mut self.pings
             && pings.poll_pong(cx).is_ready()

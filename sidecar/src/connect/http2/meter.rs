@@ -95,6 +95,8 @@ pub struct Meter {
     frames: RefCell<Frames>,
     /// DATA that came since somebody asked.
     received: Cell<u64>,
+    /// DATA that has gone on since somebody asked.
+    went: Cell<u64>,
     /// DATA that came and has not gone on.
     held: Cell<i64>,
     /// The same, as the library knows it: used by `recount` alone.
@@ -116,6 +118,7 @@ impl Meter {
             heard: Cell::new(false),
             frames: RefCell::new(Frames::new(preface)),
             received: Cell::new(0),
+            went: Cell::new(0),
             held: Cell::new(0),
             counted: Cell::new(0),
             queued: Cell::new(0),
@@ -172,6 +175,11 @@ impl Meter {
         self.received.take()
     }
 
+    /// Bytes of DATA that have gone on since the last call.
+    pub fn take_went(&self) -> u64 {
+        self.went.take()
+    }
+
     /// These bytes came.
     pub fn read(&self, bytes: &[u8]) {
         self.heard.set(true);
@@ -196,6 +204,12 @@ impl Meter {
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         self.held.set(self.held.get() + bytes);
         self.ledger.add(bytes);
+    }
+
+    /// So much DATA has gone on.
+    pub fn went(&self, bytes: usize) {
+        self.went.set(self.went.get() + bytes as u64);
+        self.release(bytes);
     }
 
     /// So many bytes have gone on, or were given up.

@@ -1,7 +1,8 @@
 //! How large the windows of a connection's streams should be: they begin small, and follow what the path carries. With one
 //! window per round trip under way a sender waits for most of a long round trip, so a PING measures it: when nearly
-//! a window's worth of DATA comes between a PING and its answer, the window is what limits the sender, and grows. No
-//! clock and no I/O of its own: `KeepAlive` sends the PINGs and passes the time in.
+//! a window's worth of DATA comes between a PING and its answer, the window is what limits the sender, and grows. Not when
+//! that DATA only piles up: the first windows of many streams that nobody reads come at once, and larger ones would be
+//! filled as well. No clock and no I/O of its own: `KeepAlive` sends the PINGs and passes the time in.
 //!
 //! A measuring PING is sent only behind DATA that came after the last one's answer. Servers that count PINGs, such as
 //! grpc-go, forget the count whenever they send DATA, so that ours never ends a connection.
@@ -33,6 +34,8 @@ pub struct Windows {
 struct Measuring {
     since: Instant,
     data: u64,
+    /// What has gone on meanwhile, to whom it is for.
+    went: u64,
 }
 
 impl Windows {
@@ -73,10 +76,17 @@ impl Windows {
         self.window < self.most && self.data >= BEFORE_A_PING * self.patience
     }
 
+    /// So much DATA has gone on.
+    pub fn went(&mut self, data: u64) {
+        if let Some(measuring) = &mut self.measuring {
+            measuring.went += data;
+        }
+    }
+
     /// A PING was sent. What has just come counts: it came in one piece as far as we can tell, and the PING leaves before
     /// the window updates for it.
     pub fn asked(&mut self, now: Instant) {
-        self.measuring = Some(Measuring { since: now, data: self.last });
+        self.measuring = Some(Measuring { since: now, data: self.last, went: 0 });
     }
 
     /// Its answer came.
@@ -84,7 +94,9 @@ impl Windows {
         let Some(measuring) = self.measuring.take() else { return };
         self.data = 0;
         // The sender fills a window, waits for updates, which come for half a window at a time, and fills it again.
-        if measuring.data < u64::from(self.window) / 8 * 3 {
+        // What came last may have had no time to go on, and what came before it had.
+        let part = u64::from(self.window) / 8;
+        if measuring.data < part * 3 || measuring.went < part {
             self.patience = (self.patience * 2).min(MOST_PATIENT);
             return;
         }
@@ -136,6 +148,7 @@ mod tests {
                     windows.asked(now);
                     pings += 1;
                 }
+                windows.went(piece);
             }
             left -= came;
             now += round_trip;
@@ -166,11 +179,28 @@ mod tests {
     }
 
     #[test]
+    fn what_nobody_takes_makes_no_window_grow() {
+        let mut windows = Windows::new(&Limits::default());
+        let mut now = Instant::now();
+        for _ in 0..250 {
+            if windows.came(64 * KIB) {
+                windows.asked(now);
+            }
+            now += Duration::from_millis(1);
+            if windows.is_measuring() {
+                windows.answered(now);
+            }
+        }
+        assert_eq!(u64::from(windows.window()), 64 * KIB);
+    }
+
+    #[test]
     fn a_window_shrinks_and_is_not_asked_for_soon() {
         let mut windows = Windows::new(&Limits::default());
         assert!(windows.came(64 * KIB));
         let now = Instant::now();
         windows.asked(now);
+        windows.went(64 * KIB);
         assert!(!windows.came(64 * KIB), "one PING at a time");
         windows.answered(now + Duration::from_millis(50));
         assert_eq!(u64::from(windows.window()), 4 * MIB);
