@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 
 use field::{Bystander, Field, PLACES, Place};
 use frames::*;
-use tokio::sync::Mutex;
+use http::Request;
+use outrigger_tests::grpc::Http2;
+use tokio::sync::{Mutex, watch};
 
 /// Floods come one at a time, so that what is measured is theirs.
 static ALONE: Mutex<()> = Mutex::const_new(());
@@ -174,11 +176,8 @@ async fn control_frames_without_end_are_bounded() {
                 client.send(frame(HEADERS, END_HEADERS, 1, request("POST", "/hold"))).await;
                 let burst = frames.repeat(64);
                 let ended = flood(&field, &mut client, FLOOD, || burst.clone()).await;
-                // Payload in small pieces is an upload like any other for as long as it comes slowly enough, and a busy
-                // machine is slow: then it is enough that others are served.
-                let may_go_on = *name == "one byte of DATA in 256";
-                assert!(ended || may_go_on, "{place:?}: {name} goes on, {:?}", client.heard());
-                if hears && ended {
+                assert!(ended, "{place:?}: {name} goes on, {:?}", client.heard());
+                if hears {
                     let heard = client.until(&format!("{place:?} {name}: closed"), |heard| heard.ended).await;
                     // A flood of DATA runs over its window first.
                     let codes = [ENHANCE_YOUR_CALM, FLOW_CONTROL_ERROR];
@@ -269,9 +268,8 @@ async fn windows_that_never_open_hold_little_and_end() {
             // SETTINGS_INITIAL_WINDOW_SIZE.
             let mut client = Client::open(field.connect(place).await, &setting(4, 0)).await;
             let streams: Vec<u32> = (0..250).map(|index| index * 2 + 1).collect();
-            // The application is in this process and holds its answers whole; of each stream both sidecars hold a window of
-            // 64 KiB, and the libraries at both ends as much. All 250 run at once: 1,000 are allowed.
-            bystander.allow(streams.len() * ((1 << 20) + (256 << 10)));
+            // The application is in this process and holds its answers whole.
+            bystander.allow(streams.len() << 20);
             client.send(streams.iter().flat_map(|stream| get(*stream, "/bytes/1048576")).collect::<Vec<_>>()).await;
             client.until(&format!("{name}: answers begin"), |heard| heard.heads.len() >= 90 || heard.ended).await;
             if by_bytes {
@@ -287,4 +285,74 @@ async fn windows_that_never_open_hold_little_and_end() {
         }
         field.still_serves(place, "stalled windows").await;
     }
+}
+
+/// Asks and uploads on one HTTP/2 connection until it is told to stop; says how often.
+async fn victim(field: &Field, stop: watch::Receiver<bool>) -> tokio::task::JoinHandle<usize> {
+    let client = Http2::open(field.near.outbound()).await;
+    tokio::spawn(async move {
+        let (upload, mut count) = (vec![b'u'; 100_000], 0);
+        while !*stop.borrow() || count < 20 {
+            let answer = client.get("/bytes/100000").await.expect("an answer");
+            assert_eq!((answer.status.as_u16(), answer.body.len()), (200, 100_000), "request {count}");
+            let request = Request::post("http://catalog.shop/count").body(()).unwrap();
+            let answer = client.ask(request, &upload).await.expect("an answer");
+            assert_eq!(answer.status, 200, "upload {count}");
+            count += 1;
+        }
+        count
+    })
+}
+
+/// Attacks that end their connections, one after the other.
+async fn attacks_that_end(field: &Field, place: Place) {
+    let open = |stream| frame(HEADERS, END_HEADERS, stream, request("POST", "/hold"));
+    let attacks: [Attack; 4] = [
+        &|stream| [get(stream, "/hold"), frame(RST_STREAM, 0, stream, CANCEL)].concat(),
+        &|stream| [open(stream), frame(WINDOW_UPDATE, 0, stream, 0x7fff_ffff_u32.to_be_bytes())].concat(),
+        &|stream| [get(stream, "/hold"), frame(DATA, 0, stream, b"more")].concat(),
+        &|_| frame(PING, 0, 0, [1; 8]),
+    ];
+    for (number, attack) in attacks.into_iter().enumerate() {
+        let mut client = field.client(place).await;
+        let mut stream = 1;
+        let burst = || (0..100).flat_map(|_| attack(odd(&mut stream))).collect();
+        assert!(flood(field, &mut client, FLOOD, burst).await, "{place:?}: {number} goes on");
+    }
+}
+
+/// Streams whose windows open by a byte, or by nothing but the connection's, beside the requests of others, between the same
+/// two sidecars and after other attacks.
+#[tokio::test]
+async fn nobody_else_fails_while_one_client_takes_byte_by_byte() {
+    let _alone = ALONE.lock().await;
+    let field = Field::new().await;
+    let (stop, stopped) = watch::channel(false);
+    let mut victims = Vec::new();
+    for _ in 0..3 {
+        victims.push(victim(&field, stopped.clone()).await);
+    }
+    let bystander = Bystander::start(&field).await;
+    let streams: Vec<u32> = (0..60).map(|index| index * 2 + 1).collect();
+    for place in PLACES {
+        attacks_that_end(&field, place).await;
+        for window in [0, 1 << 20] {
+            let mut client = Client::open(field.connect(place).await, &setting(4, window)).await;
+            client.send(streams.iter().flat_map(|stream| get(*stream, "/bytes/100000")).collect::<Vec<_>>()).await;
+            client.until("answers begin", |heard| heard.heads.len() == streams.len()).await;
+            // One byte for each stream, or one for all.
+            let opened = |stream: u32| frame(WINDOW_UPDATE, 0, stream, 1_u32.to_be_bytes());
+            let opened = match window {
+                0 => streams.iter().flat_map(|stream| opened(*stream)).collect(),
+                _ => opened(0),
+            };
+            flood(&field, &mut client, Duration::from_secs(2), || opened.clone()).await;
+            // It leaves in the middle of it.
+        }
+    }
+    stop.send_replace(true);
+    for victim in victims {
+        victim.await.unwrap();
+    }
+    bystander.stop().await;
 }

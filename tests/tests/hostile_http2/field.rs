@@ -2,7 +2,7 @@
 //! of them, and a bystander whose requests must go on.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use outrigger_sidecar::config::Limits;
@@ -85,15 +85,17 @@ pub struct Bystander {
     stop: Arc<AtomicBool>,
     task: JoinHandle<Vec<Duration>>,
     memory: usize,
+    /// The most memory that the process had while it asked.
+    most: Arc<AtomicUsize>,
 }
 
 impl Bystander {
     pub async fn start(field: &Field) -> Bystander {
         let mut connection = Connection::open(field.near.outbound()).await;
         assert_eq!(connection.ask("GET /bystander HTTP/1.1\r\nHost: a\r\n\r\n").await.status, 200);
-        let stop: Arc<AtomicBool> = Arc::default();
+        let (stop, most) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
         let task = tokio::spawn({
-            let stop = stop.clone();
+            let (stop, most) = (stop.clone(), most.clone());
             async move {
                 let mut times = Vec::new();
                 while !stop.load(Ordering::Relaxed) || times.len() < 20 {
@@ -101,11 +103,12 @@ impl Bystander {
                     let answer = connection.ask("GET /bystander HTTP/1.1\r\nHost: a\r\n\r\n").await;
                     assert_eq!(answer.status, 200, "{}", answer.text());
                     times.push(begun.elapsed());
+                    most.fetch_max(resident(), Ordering::Relaxed);
                 }
                 times
             }
         });
-        Bystander { stop, task, memory: resident() }
+        Bystander { stop, task, memory: resident(), most }
     }
 
     /// So much of the memory is somebody else's.
@@ -113,12 +116,19 @@ impl Bystander {
         self.memory += bytes;
     }
 
-    /// The attack is over: nobody waited, and little memory was taken.
-    pub async fn was_served(self, attack: &str) {
-        let grown = resident().saturating_sub(self.memory);
+    /// The attack is over. How long each answer took, in order.
+    pub async fn stop(self) -> Vec<Duration> {
         self.stop.store(true, Ordering::Relaxed);
         let mut times = self.task.await.unwrap();
         times.sort_unstable();
+        times
+    }
+
+    /// The attack is over: nobody waited, and little memory was taken meanwhile.
+    pub async fn was_served(self, attack: &str) {
+        let most = self.most.load(Ordering::Relaxed).max(resident());
+        let grown = most.saturating_sub(self.memory);
+        let times = self.stop().await;
         let p99 = times[times.len() * 99 / 100];
         assert!(p99 <= Duration::from_secs(1), "{attack}: p99 {p99:?} of {}", times.len());
         assert!(grown <= 64 << 20, "{attack}: {} MiB more", grown >> 20);
