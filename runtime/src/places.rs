@@ -95,7 +95,8 @@ fn idle_for_longest(taken: &HashMap<u64, Arc<Seat>>, concerns: impl Fn(&Seat) ->
     longest.map(|(number, _)| *number)
 }
 
-fn source_of(address: IpAddr) -> IpAddr {
+/// What counts as one source: an IPv4 address, or a /64 of IPv6.
+pub fn source_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => IpAddr::V4(address),
         // The loopback address is a network of its own.
@@ -112,7 +113,7 @@ impl Place {
 
     /// Completes when another connection took this place. One waiter only.
     pub fn eviction(&self) -> Eviction {
-        Eviction(Box::pin(self.seat.evicted.clone().notified_owned()))
+        Eviction::by(&self.seat.evicted)
     }
 }
 
@@ -124,6 +125,13 @@ impl Drop for Place {
 
 /// See [`Place::eviction`].
 pub struct Eviction(Pin<Box<OwnedNotified>>);
+
+impl Eviction {
+    /// Completes when this is notified, for places of another kind than these.
+    pub fn by(evicted: &Arc<Notify>) -> Eviction {
+        Eviction(Box::pin(evicted.clone().notified_owned()))
+    }
+}
 
 impl Future for Eviction {
     type Output = ();

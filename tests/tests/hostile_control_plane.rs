@@ -247,6 +247,38 @@ async fn strangers_keep_nobody_from_joining() {
     Peer::issue(&mesh, "shop", "cart", "cart-2").await;
 }
 
+/// Connections of one workload that carry nothing, beside its own that does and beside others'.
+#[tokio::test]
+async fn one_workload_has_few_connections_and_loses_those_it_does_not_use() {
+    const MOST: usize = 16;
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let mallory = Peer::issue(&mesh, "shop", "cart", "cart-1").await;
+    let honest = Peer::issue(&mesh, "shop", "web", "web-1").await;
+    let mut used = streams(mallory.channel(mesh.control_plane()).await.unwrap(), "cart-1").await;
+    let mut others = streams(honest.channel(mesh.control_plane()).await.unwrap(), "web-1").await;
+    let mut idle = Vec::new();
+    for _ in 0..3 * MOST {
+        let mut connection = mallory.connect(mesh.control_plane(), &["h2"]).await.unwrap();
+        // The server's SETTINGS: it has its place.
+        connection.take(9).await;
+        idle.push(connection);
+    }
+    // One that does not answer PINGs is ended after 15 s; these go at once.
+    let begun = Instant::now();
+    for connection in &mut idle[..=2 * MOST] {
+        tokio::time::timeout(Duration::from_secs(8), connection.take_to_end()).await.expect("its place is another's");
+    }
+    assert!(begun.elapsed() < Duration::from_secs(9));
+    for connection in &mut idle[2 * MOST + 1..] {
+        let frames = connection.try_send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+        assert!(frames.is_ok(), "the last {} are open", MOST - 1);
+    }
+    for (streams, who) in [(&mut used, "the one with streams"), (&mut others, "another workload's")] {
+        assert!(tokio::time::timeout(Duration::from_millis(500), streams.ends()).await.is_err(), "{who} goes on");
+    }
+    Peer::issue(&mesh, "shop", "stock", "stock-1").await;
+}
+
 #[tokio::test]
 async fn a_stranger_is_read_for_64_kib_and_told_little() {
     let mesh = Mesh::start(MeshOptions::default()).await;

@@ -38,7 +38,7 @@ impl Discovery for Shared {
 
     async fn watch(&self, request: Request<Streaming<WatchRequest>>) -> Result<Response<Self::WatchStream>, Status> {
         let (peer, certificate) = client_certificate(&request)?;
-        let place = place(&self.0, &certificate)?;
+        let place = place(&self.0, &peer, &certificate)?;
         let (updates, stream) = mpsc::channel(IN_FLIGHT);
         tokio::spawn(watch(self.0.clone(), peer, certificate, place, request.into_inner(), updates));
         Ok(Response::new(ReceiverStream::new(stream)))
@@ -58,13 +58,15 @@ pub(super) fn client_certificate<T>(request: &Request<T>) -> Result<(Peer, PeerC
 }
 
 /// The place of one more stream of a sidecar.
-pub(super) fn place(control: &Control, certificate: &PeerCertificate) -> Result<Place, Status> {
+pub(super) fn place(control: &Control, peer: &Peer, certificate: &PeerCertificate) -> Result<Place, Status> {
     let (holder, _) = control.holder(certificate, "");
-    control.open_streams.open(&holder.lineage).ok_or_else(|| {
+    let mut place = control.open_streams.open(&holder.lineage).ok_or_else(|| {
         Status::resource_exhausted(
             "too_many_streams: this sidecar has too many streams open; close those it does not use",
         )
-    })
+    })?;
+    place.in_use = peer.member.as_ref().map(|member| member.in_use());
+    Ok(place)
 }
 
 /// The instance that a caller stands for. The certificate proves namespace and account; its subject names the workload,

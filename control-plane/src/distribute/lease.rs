@@ -31,7 +31,7 @@ impl Registry for Shared {
 
     async fn lease(&self, request: Request<Streaming<LeaseRequest>>) -> Result<Response<Self::LeaseStream>, Status> {
         let (peer, certificate) = client_certificate(&request)?;
-        let place = place(&self.0, &certificate)?;
+        let place = place(&self.0, &peer, &certificate)?;
         let (answers, stream) = mpsc::channel(4);
         let held = lease(self.0.clone(), peer, certificate, request.into_inner(), answers);
         tokio::spawn(async move {

@@ -7,6 +7,7 @@ mod identity;
 mod index;
 mod late;
 mod lease;
+mod members;
 mod metrics;
 mod publisher;
 mod recent;

@@ -26,6 +26,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
+use super::members::Members;
 use super::metrics::Metrics;
 use super::publisher::Publisher;
 use super::recent::Recent;
@@ -108,6 +109,12 @@ impl Control {
         (Holder { lineage, process: process.chars().take(MAX_PROCESS).collect() }, grant)
     }
 
+    /// What was redeemed for the sidecar that has this certificate.
+    fn lineage(&self, certificate: &PeerCertificate) -> String {
+        let subject = certificate.subject();
+        self.redemptions.certified(&subject).map_or(subject.key, |known| known.lineage)
+    }
+
     pub fn next_stream(&self) -> u64 {
         self.streams.fetch_add(1, Ordering::Relaxed)
     }
@@ -168,6 +175,7 @@ impl Server {
             verifier: self.verifier,
             control: control.clone(),
             strangers: Places::new(STRANGERS),
+            members: Arc::default(),
             member,
             stranger,
         };
@@ -243,6 +251,7 @@ struct Handshakes {
     verifier: Arc<WorkloadVerifier>,
     control: Arc<Control>,
     strangers: Places,
+    members: Arc<Members>,
     member: mpsc::Sender<io::Result<Connection>>,
     stranger: mpsc::Sender<io::Result<Connection>>,
 }
@@ -319,18 +328,29 @@ impl Handshakes {
             }
             None => STRANGER_TIMEOUT,
         };
-        let stranger = certificate.is_none().then(|| {
-            let place = self.strangers.take(address.ip());
-            Stranger { eviction: place.eviction(), _place: place, left: STRANGER_BYTES }
-        });
+        let (mut stranger, mut member) = (None, None);
+        let eviction = match &certificate {
+            Some(certificate) => {
+                let place = self.members.enter(&self.control.lineage(certificate), address.ip());
+                let eviction = place.eviction();
+                member = Some(place);
+                eviction
+            }
+            None => {
+                let place = self.strangers.take(address.ip());
+                let eviction = place.eviction();
+                stranger = Some(Stranger { _place: place, left: STRANGER_BYTES });
+                eviction
+            }
+        };
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
         let mut exported = None;
         if certificate.is_none() {
             let bytes = stream.get_ref().1.export_keying_material([0; 32], LATE_RENEWAL_LABEL, Some(&[]));
             exported = Some(bytes.map_err(io::Error::other)?);
         }
-        let peer = Peer { address, certificate, standing, exported };
-        Ok(Connection { stream, peer, deadline: Box::pin(sleep(life)), stranger })
+        let peer = Peer { address, certificate, standing, member, exported };
+        Ok(Connection { stream, peer, deadline: Box::pin(sleep(life)), eviction, stranger })
     }
 }
 
@@ -340,13 +360,14 @@ struct Connection {
     peer: Peer,
     /// When it ends whatever happens on it.
     deadline: Pin<Box<Sleep>>,
+    /// Another connection got its place.
+    eviction: Eviction,
     /// Somebody without a certificate.
     stranger: Option<Stranger>,
 }
 
 struct Stranger {
     _place: Place,
-    eviction: Eviction,
     /// Bytes that it may still send.
     left: usize,
 }
@@ -369,11 +390,7 @@ impl Connected for Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let evicted =
-            |stranger: &mut Stranger, cx: &mut Context<'_>| Pin::new(&mut stranger.eviction).poll(cx).is_ready();
-        if self.deadline.as_mut().poll(cx).is_ready()
-            || self.stranger.as_mut().is_some_and(|stranger| evicted(stranger, cx))
-        {
+        if self.deadline.as_mut().poll(cx).is_ready() || Pin::new(&mut self.eviction).poll(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         let before = buf.filled().len();

@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::members::InUse;
+
 /// Watch and Lease streams that are open at once for one redemption: a sidecar has two, and for a while two more after
 /// each renewal of its certificate and each connection that vanished.
 const MAX_STREAMS: usize = 16;
@@ -26,6 +28,8 @@ pub struct Place {
     lineage: String,
     /// Keys to which all streams of the redemption are subscribed.
     pub subscriptions: Arc<AtomicUsize>,
+    /// The connection that carries the stream.
+    pub in_use: Option<InUse>,
 }
 
 impl Streams {
@@ -38,7 +42,7 @@ impl Streams {
         }
         account.streams += 1;
         let subscriptions = account.subscriptions.clone();
-        Some(Place { streams: self.clone(), lineage: lineage.to_owned(), subscriptions })
+        Some(Place { streams: self.clone(), lineage: lineage.to_owned(), subscriptions, in_use: None })
     }
 }
 

@@ -23,6 +23,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 
+use super::members::Member;
 use crate::ca::{Authority, Bundle, ServingCertificate, Subject, key_fingerprint};
 
 /// Who is at the other end of a connection. In the extensions of each request.
@@ -32,6 +33,8 @@ pub struct Peer {
     /// None: it showed no certificate.
     pub certificate: Option<PeerCertificate>,
     pub(super) standing: Option<Arc<Standing>>,
+    /// The place of a connection with a certificate.
+    pub(super) member: Option<Arc<Member>>,
     /// What both ends of the connection export to bind a late renewal to it; None where nobody can ask for one.
     pub exported: Option<[u8; 32]>,
 }
