@@ -3,6 +3,7 @@
 //! and tells a connection to finish or to stop; `/connections` reads it from the control thread. Nothing here does I/O.
 
 mod facts;
+mod holders;
 mod places;
 
 use std::collections::HashMap;
@@ -14,10 +15,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::task::AtomicWaker;
 use http::request::Parts;
+use outrigger_api::identity::SpiffeId;
 use serde::Serialize;
 use tokio::sync::Notify;
 
 use crate::outcome::Reason;
+
+use holders::{Holder, Idle};
 
 pub use facts::{Arrival, Facts, Proof};
 pub use places::Places;
@@ -121,8 +125,8 @@ pub struct Entry {
     facts: Mutex<Option<Facts>>,
     /// Its facts are new: the watchdog judges them at its next tick, because policy may have changed meanwhile.
     unjudged: AtomicBool,
-    /// An inbound connection whose peer proved nothing.
-    stranger: AtomicBool,
+    /// Whose place it has, of an inbound one.
+    holder: Mutex<Option<Holder>>,
     /// HTTP/2 runs on it.
     http2: AtomicBool,
     /// It has its place still: the place of an evicted one is given back before its task has ended.
@@ -240,7 +244,6 @@ impl Entry {
 
     /// An inbound connection was let in, or has proved more since: the facts by which it is judged again.
     pub fn let_in(&self, facts: Facts) {
-        self.stranger.store(!matches!(facts.arrival, Arrival::Mutual | Arrival::Own), Relaxed);
         *self.facts() = Some(facts);
         self.unjudged.store(true, Relaxed);
     }
@@ -280,8 +283,36 @@ impl Entry {
         let had = self.placed.swap(false, Relaxed);
         if had {
             places.give_back(self.direction);
+            if let Some(holder) = self.holder().take() {
+                places.leave(&holder);
+            }
         }
         had
+    }
+
+    fn holder(&self) -> std::sync::MutexGuard<'_, Option<Holder>> {
+        self.holder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The peer of an inbound connection proved to be `principal`, whose place it has from now on. False when that one has
+    /// too many already.
+    fn prove(&self, places: &Places, principal: &SpiffeId) -> bool {
+        let principal = Holder::Principal(principal.clone());
+        if !places.claim(&principal) {
+            return false;
+        }
+        let mut holder = self.holder();
+        // One that has lost its place meanwhile has none to hold.
+        let before = holder.take();
+        let left = match before {
+            Some(stranger) => {
+                *holder = Some(principal);
+                stranger
+            }
+            None => principal,
+        };
+        places.leave(&left);
+        true
     }
 
     /// Whether bytes wait for a client that takes none.
@@ -404,6 +435,13 @@ impl Drop for Registered {
     }
 }
 
+impl Registered {
+    /// The peer proved to be `principal`; false when that one has too many connections already.
+    pub fn prove(&self, principal: &SpiffeId) -> bool {
+        self.entry.prove(&self.table.places, principal)
+    }
+}
+
 /// The idle limits that the watchdog holds connections to.
 #[derive(Clone, Copy, Debug)]
 pub struct IdleLimits {
@@ -443,16 +481,26 @@ impl Table {
 
     /// Takes a place; `None` when its direction has none left, or the process is at its limit.
     pub fn enter(self: &Arc<Table>, direction: Direction, client: SocketAddr) -> Option<Registered> {
-        self.places.take(direction).then(|| self.register(direction, client, true))
+        let holder = match direction {
+            Direction::Inbound => Some(Holder::source(client.ip())),
+            Direction::Outbound => None,
+        };
+        self.places.take(direction, holder.as_ref()).then(|| self.register(direction, client, holder, true))
     }
 
     /// The inbound end of a connection of the workload to itself, whose outbound end has a place already: strangers cannot
     /// keep it out.
     pub fn enter_own(self: &Arc<Table>, client: SocketAddr) -> Registered {
-        self.register(Direction::Inbound, client, false)
+        self.register(Direction::Inbound, client, None, false)
     }
 
-    fn register(self: &Arc<Table>, direction: Direction, client: SocketAddr, placed: bool) -> Registered {
+    fn register(
+        self: &Arc<Table>,
+        direction: Direction,
+        client: SocketAddr,
+        holder: Option<Holder>,
+        placed: bool,
+    ) -> Registered {
         let entry = Arc::new(Entry {
             id: self.next.fetch_add(1, Relaxed),
             direction,
@@ -461,7 +509,7 @@ impl Table {
             about: Mutex::default(),
             facts: Mutex::default(),
             unjudged: AtomicBool::new(false),
-            stranger: AtomicBool::new(direction == Direction::Inbound && placed),
+            holder: Mutex::new(holder),
             http2: AtomicBool::new(false),
             placed: AtomicBool::new(placed),
             state: AtomicU8::new(State::Opening as u8),
@@ -481,15 +529,17 @@ impl Table {
         Registered { entry, table: self.clone() }
     }
 
-    /// Inbound connections that proved nothing and on which nothing runs: handshakes and first bytes that have not come,
-    /// and HTTP connections between requests.
-    fn idle_strangers(&self) -> Vec<Arc<Entry>> {
-        let idle = |entry: &&Arc<Entry>| {
-            entry.stranger.load(Relaxed)
-                && entry.placed.load(Relaxed)
-                && matches!(entry.state(), State::Opening | State::Idle)
+    /// Inbound connections on which nothing runs: handshakes and first bytes that have not come, and HTTP connections between
+    /// requests.
+    fn idle_inbound(&self) -> Vec<Idle<Arc<Entry>>> {
+        let idle = |entry: &Arc<Entry>| {
+            if !matches!(entry.state(), State::Opening | State::Idle) {
+                return None;
+            }
+            let holder = entry.holder().clone()?;
+            Some(Idle { holder, since: (entry.since(), entry.opened), connection: entry.clone() })
         };
-        self.entries().values().filter(idle).cloned().collect()
+        self.entries().values().filter_map(idle).collect()
     }
 
     /// The places of the whole process.
@@ -611,6 +661,15 @@ mod tests {
         ([127, 0, 0, 1], 40000).into()
     }
 
+    /// Each at another address: no source has all places.
+    fn clients() -> impl Iterator<Item = SocketAddr> {
+        (0..=u8::MAX).map(|number| ([10, 0, 0, number], 40000).into())
+    }
+
+    fn principal(account: &str) -> SpiffeId {
+        SpiffeId::parse(&format!("spiffe://outrigger.local/ns/shop/sa/{account}")).unwrap()
+    }
+
     #[test]
     fn places_are_bounded_and_given_back() {
         let table = Table::new(Places::new(1));
@@ -637,21 +696,13 @@ mod tests {
     fn neither_direction_takes_the_places_of_the_other() {
         for (greedy, other) in [(Direction::Inbound, Direction::Outbound), (Direction::Outbound, Direction::Inbound)] {
             let table = Table::new(Places::new(100));
-            let taken: Vec<_> = std::iter::from_fn(|| {
-                let entry = table.enter(greedy, client())?;
-                entry.enter(State::Busy);
-                Some(entry)
-            })
-            .take(200)
-            .collect();
+            let fill = |direction| -> Vec<Registered> {
+                let entered = clients().map_while(|client| table.enter(direction, client));
+                entered.inspect(|entry| entry.enter(State::Busy)).take(200).collect()
+            };
+            let taken = fill(greedy);
             assert_eq!(taken.len(), 80, "{greedy:?}");
-            let others: Vec<_> = std::iter::from_fn(|| {
-                let entry = table.enter(other, client())?;
-                entry.enter(State::Busy);
-                Some(entry)
-            })
-            .take(200)
-            .collect();
+            let others = fill(other);
             assert_eq!(others.len(), 20, "{other:?}");
             assert!(taken.iter().all(|entry| entry.command() == Command::Run), "what runs is not closed for others");
         }
@@ -673,9 +724,13 @@ mod tests {
         let open: Vec<_> = cases
             .iter()
             .enumerate()
-            .map(|(index, (arrival, state, _))| {
-                let entry = tables[index % 2].enter(Direction::Inbound, client()).unwrap();
+            .zip(clients())
+            .map(|((index, (arrival, state, _)), client)| {
+                let entry = tables[index % 2].enter(Direction::Inbound, client).unwrap();
                 arrival.iter().for_each(|arrival| entry.let_in(facts(*arrival)));
+                if *arrival == Some(Arrival::Mutual) {
+                    assert!(entry.prove(&principal("cart")));
+                }
                 entry.enter(*state);
                 entry.since.store(index as u64, Relaxed);
                 entry
@@ -690,14 +745,52 @@ mod tests {
             let closed: Vec<_> = open.iter().filter(closed).map(|entry| entry.since()).collect();
             assert_eq!(closed, (3..=expected).collect::<Vec<u64>>());
         }
+        let entry = tables[0].enter(Direction::Inbound, client()).expect("no stranger is left");
+        entry.enter(State::Busy);
+        later.push(entry);
+        assert_eq!(open[0].closed_for(), Some(Reason::Overloaded));
         assert!(tables[1].enter(Direction::Inbound, client()).is_none(), "nothing idle is left");
         assert_eq!(places.open(), 6);
         drop(open);
-        assert_eq!(places.open(), 3, "the place of an evicted connection is given back once");
+        assert_eq!(places.open(), 4, "the place of an evicted connection is given back once");
         // The application's own connections make strangers go as well.
         let stranger = tables[0].enter(Direction::Inbound, client()).unwrap();
-        let outbound: Vec<_> = (0..4).map(|_| tables[1].enter(Direction::Outbound, client()).unwrap()).collect();
-        assert_eq!((stranger.command(), outbound.len(), later.len()), (Command::Close, 4, 3));
+        let outbound: Vec<_> = (0..3).map(|_| tables[1].enter(Direction::Outbound, client()).unwrap()).collect();
+        assert_eq!((stranger.command(), outbound.len(), later.len()), (Command::Close, 3, 4));
+    }
+
+    #[test]
+    fn neither_one_identity_nor_one_source_has_all_places() {
+        // Of 100 the inbound share is 80, and three quarters of that are 60.
+        for proved in [true, false] {
+            let table = Table::new(Places::new(100));
+            let mut next = clients();
+            let mut enter = |state: State| {
+                let client = if proved { next.next().unwrap() } else { client() };
+                let entry = table.enter(Direction::Inbound, client)?;
+                (!proved || entry.prove(&principal("cart"))).then_some(())?;
+                entry.enter(state);
+                Some(entry)
+            };
+            let busy: Vec<_> = (0..59).map(|_| enter(State::Busy).unwrap()).collect();
+            let idle = enter(State::Idle).unwrap();
+            let last = enter(State::Busy).expect("its own idle one makes room");
+            assert_eq!(idle.closed_for(), Some(Reason::Overloaded));
+            assert!(enter(State::Busy).is_none(), "{proved}");
+            // Somebody else, whose identity is another, or none.
+            let others: Vec<_> = (1..=20)
+                .map(|number| {
+                    let entry = table.enter(Direction::Inbound, ([192, 0, 2, number], 1).into()).expect("a place");
+                    assert!(number % 2 == 0 || entry.prove(&principal("web")));
+                    entry.enter(State::Busy);
+                    entry
+                })
+                .collect();
+            assert!(table.enter(Direction::Inbound, ([192, 0, 2, 77], 1).into()).is_none(), "all are taken");
+            assert!(busy.iter().chain(&others).all(|entry| entry.command() == Command::Run));
+            drop((idle, last, busy, others));
+            assert_eq!(table.places().open(), 0);
+        }
     }
 
     #[test]

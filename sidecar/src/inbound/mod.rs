@@ -225,6 +225,10 @@ impl Walk {
             .await
             .map_err(|error| Box::new((Error::downstream(Stage::Accept, error.reason(), error.to_string()), None)))?;
         let stream = Stream::from(stream);
+        if !self.registered.prove(&peer.identity) {
+            let detail = format!("{} has three quarters of this sidecar's inbound connections", peer.identity);
+            return Err(Box::new((Error::downstream(Stage::Accept, Reason::Overloaded, detail), Some(stream))));
+        }
         self.registered.describe(|about| {
             about.principal = Some(peer.identity.to_string());
             about.mtls = true;
