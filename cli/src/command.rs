@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use outrigger_runtime::stdout;
 
-use crate::{bench, demo, explain, policy_report, policy_test, stat, status, token, validate};
+use crate::{bench, convert, demo, explain, policy_report, policy_test, stat, status, token, validate};
 
 /// Mistakes on the command line, as in every command of this project.
 const USAGE: u8 = 2;
@@ -43,6 +43,8 @@ enum Command {
     Token(Token),
     /// Check YAML as a control plane would, without one
     Validate(Paths),
+    /// Rewrite documents of Istio and Linkerd into this mesh's kinds, and say what could not be
+    Convert(Converted),
     /// Say what would happen to a request or connection, by which policy, and what to do about it
     Explain(explain::Args),
     /// Run the PolicyTest documents of a configuration
@@ -75,6 +77,18 @@ enum Policy {
 enum Token {
     /// Print a join token, alone on stdout
     Create(token::Args),
+}
+
+#[derive(clap::Args)]
+#[command(
+    after_help = "Reads VirtualService, DestinationRule and ServiceEntry of Istio and Server, AuthorizationPolicy and \
+                        authentications of Linkerd; other documents pass as they are. What could not be rewritten is told on \
+                        stderr. Ends with 0 when all was, 1 when something was not, 2 when a file cannot be read."
+)]
+struct Converted {
+    /// Files; - is stdin. The result goes to stdout
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
 }
 
 #[derive(clap::Args)]
@@ -128,6 +142,7 @@ pub fn main(
         Command::Demo(args) => demo::command(&args),
         Command::Token(Token::Create(args)) => token::command(&args),
         Command::Validate(Paths { paths }) => ExitCode::from(validate::validate(&paths)),
+        Command::Convert(Converted { files }) => ExitCode::from(convert::convert(&files)),
         Command::Explain(args) => explain::command(&args),
         Command::Test(args) => policy_test::command(&args),
         Command::Policy(Policy::Report(args)) => policy_report::command(&args),

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod command;
+mod convert;
 pub mod demo;
 mod explain;
 mod fetch;

@@ -33,6 +33,8 @@ fn exit_codes_and_streams() {
         (&["token", "create"], 2, "", "--state"),
         (&["validate"], 2, "", "PATH"),
         (&["validate", "/nonexistent"], 2, "", "/nonexistent"),
+        (&["convert"], 2, "", "FILE"),
+        (&["convert", "/nonexistent"], 2, "", "/nonexistent"),
         (&["sidecar", "--help"], 0, "outrigger sidecar run", ""),
         (&["sidecar", "run", "--help"], 0, "--token-file", ""),
         (&["sidecar", "run", "--nmae", "x"], 2, "", "--nmae"),
@@ -83,4 +85,21 @@ fn a_token_is_alone_on_stdout() {
     assert!(!stderr.contains("outrigger1."), "{stderr}");
     let refused = create("outrigger-system");
     assert_eq!((refused.status.code(), refused.stdout.len()), (Some(2), 0));
+}
+
+#[test]
+fn what_is_converted_goes_to_stdout_and_the_rest_is_told() {
+    let files = tempfile::tempdir().unwrap();
+    let path = files.path().join("linkerd.yaml");
+    let server = "apiVersion: policy.linkerd.io/v1beta3\nkind: Server\nmetadata: {name: stock, namespace: shop}\nspec: {podSelector: \
+                  {matchLabels: {app: stock}}, port: PORT}\n";
+    for (port, code, out, err) in [("8080", 0, "kind: AuthorizationPolicy", ""), ("http", 1, "", "spec.port is a name")]
+    {
+        std::fs::write(&path, server.replace("PORT", port)).unwrap();
+        let output = outrigger(&["convert", path.to_str().unwrap()]);
+        let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+        assert_eq!(output.status.code(), Some(code), "{said:?}");
+        assert!(said[0].contains(out) && said[1].contains(err), "{said:?}");
+        assert_eq!((said[0].is_empty(), said[1].is_empty()), (out.is_empty(), err.is_empty()), "{said:?}");
+    }
 }
