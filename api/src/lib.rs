@@ -10,6 +10,7 @@ pub mod path;
 pub mod peer_text;
 pub mod policy;
 pub mod resource;
+pub mod route;
 pub mod snapshot;
 pub mod virtual_address;
 pub mod wire;

@@ -9,6 +9,7 @@ use crate::identity::SpiffeId;
 use crate::name::{Protocol, ServiceName};
 use crate::policy::authorization::Authorization;
 pub use crate::policy::mtls::MtlsMode;
+use crate::route::Routes;
 
 /// The workload itself: what its inbound side needs.
 #[derive(Clone, PartialEq, Debug)]
@@ -135,6 +136,8 @@ pub struct Destination {
     pub why_empty: String,
     /// The Service exists and has no such port.
     pub no_such_port: bool,
+    /// What binds the port, for the callers of the asking workload's namespace.
+    pub routes: Option<Arc<Routes>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

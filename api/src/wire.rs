@@ -9,6 +9,7 @@ use crate::identity::SpiffeId;
 use crate::name;
 use crate::peer_text::cut;
 use crate::policy::authorization::Authorization;
+use crate::route::Routes;
 use crate::snapshot;
 
 mod generated {
@@ -19,6 +20,8 @@ pub use generated::*;
 
 /// What a [`Workload`] needs of its reader when policies are in it.
 const AUTHORIZATION: &str = "authorization";
+/// What a [`Destination`] needs of its reader when routes are in it.
+const ROUTES: &str = "routes";
 
 /// The ALPN id of the control plane's port.
 pub const CONTROL_PLANE_ALPN: &[u8] = b"h2";
@@ -306,6 +309,12 @@ impl From<&snapshot::Destination> for Destination {
             stale: destination.stale,
             why_empty: destination.why_empty.clone(),
             no_such_port: destination.no_such_port,
+            needs: destination.routes.iter().map(|_| ROUTES.to_owned()).collect(),
+            // Plain values with text as keys: there is nothing that JSON could refuse.
+            routes: destination
+                .routes
+                .as_ref()
+                .map_or_else(Vec::new, |routes| serde_json::to_vec(&**routes).unwrap_or_else(|_| b"!".to_vec())),
         }
     }
 }
@@ -314,6 +323,13 @@ impl TryFrom<&Destination> for snapshot::Destination {
     type Error = WireError;
 
     fn try_from(destination: &Destination) -> Result<snapshot::Destination, WireError> {
+        if let Some(need) = destination.needs.iter().find(|need| *need != ROUTES) {
+            return Err(WireError::Needs(need.chars().take(60).collect()));
+        }
+        let routes: Option<Routes> = match destination.routes.as_slice() {
+            [] => None,
+            json => Some(serde_json::from_slice(json).map_err(|error| invalid("routes", error))?),
+        };
         Ok(snapshot::Destination {
             service: name::ServiceName::new(&destination.name, &destination.namespace)
                 .map_err(|e| invalid("name", e))?,
@@ -331,6 +347,7 @@ impl TryFrom<&Destination> for snapshot::Destination {
             stale: destination.stale,
             why_empty: cut(&destination.why_empty),
             no_such_port: destination.no_such_port,
+            routes: routes.map(Arc::new),
         })
     }
 }

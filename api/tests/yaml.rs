@@ -49,8 +49,14 @@ fn good_files_mean_what_they_say() {
     let files: Vec<SourceFile> = testdata("good").iter().map(|path| source(path)).collect();
     let parsed = parse(&files);
     assert_eq!(printed(&parsed), "");
-    assert_eq!(parsed.objects, 7);
+    assert_eq!(parsed.objects, 11);
     let all = parsed.resources;
+
+    let route = &all.http_routes[&("shop".to_owned(), "pay".to_owned())];
+    assert_eq!((route.metadata.created.as_deref(), route.spec.rules.len()), (Some("2026-11-28T14:30:00Z"), 3));
+    assert_eq!(route.spec.rules[0].matches.len(), 2);
+    assert_eq!(route.spec.rules[0].timeouts.backend_request, Some(500));
+    assert_eq!((all.grpc_routes.len(), all.reference_grants.len()), (1, 1));
 
     let mesh = all.mesh;
     assert_eq!(mesh.trust_domain.as_ref().unwrap().as_str(), "example.org");

@@ -116,6 +116,17 @@ fn judge(metadata: &Metadata, case: &Case, answer: &Explanation) -> Ran {
     compare("reason", expect.reason.clone(), answer.reason.map(str::to_owned));
     compare("by", expect.by.clone(), text_of(answer.by.as_ref()));
     compare("rule", text_of(expect.rule), text_of(answer.by.as_ref().and_then(|by| by.rule)));
+    let route = answer.route.as_ref().map(|taken| {
+        let rule = if expect.route.as_ref().is_some_and(|expected| expected.contains(" rule ")) {
+            format!(" rule {}", taken.rule)
+        } else {
+            String::new()
+        };
+        format!("{}/{}/{}{rule}", taken.kind, taken.namespace, taken.name)
+    });
+    compare("route", expect.route.clone(), route);
+    let timeout = expect.timeout.map(|timeout| format!("{timeout:?}"));
+    compare("timeout", timeout, answer.timeouts.get("request").cloned());
     if let Some(backends) = &expect.backends {
         let shown = |name: &str, weight: u32| format!("{name}: {weight}");
         let got = answer.backends.iter().map(|backend| {
@@ -146,7 +157,8 @@ fn rules(resources: &Resources) -> Vec<String> {
         let (namespace, name) = (&policy.metadata.namespace, &policy.metadata.name);
         (0..policy.spec.rules.len()).map(move |rule| format!("AuthorizationPolicy/{namespace}/{name} rule {rule}"))
     });
-    rules.collect()
+    let routes = resources.routes().flat_map(|route| route.spec.rules.iter().map(ToString::to_string));
+    rules.chain(routes).collect()
 }
 
 fn text(report: &Report) -> String {

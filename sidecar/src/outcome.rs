@@ -30,6 +30,8 @@ pub enum Reason {
     ForeignAddress,
     ForbiddenAddress,
     MethodNotAllowed,
+    RouteNotFound,
+    BackendInvalid,
     // What the upstream did.
     ConnectionRefused,
     ConnectTimeout,
@@ -41,6 +43,8 @@ pub enum Reason {
     UpstreamHeadTooLarge,
     UpstreamTruncated,
     StreamIdleTimeout,
+    RequestTimeout,
+    AttemptTimeout,
     // What this sidecar could not do.
     Overloaded,
     Draining,
@@ -67,7 +71,7 @@ const fn row(word: &'static str, status: u16, grpc: u8, proxy_status: &'static s
 }
 
 impl Reason {
-    pub const ALL: [Reason; 33] = [
+    pub const ALL: [Reason; 37] = [
         Reason::BadRequest,
         Reason::RequestHeadTimeout,
         Reason::RequestHeadTooLarge,
@@ -88,6 +92,8 @@ impl Reason {
         Reason::ForeignAddress,
         Reason::ForbiddenAddress,
         Reason::MethodNotAllowed,
+        Reason::RouteNotFound,
+        Reason::BackendInvalid,
         Reason::ConnectionRefused,
         Reason::ConnectTimeout,
         Reason::ConnectFailed,
@@ -98,6 +104,8 @@ impl Reason {
         Reason::UpstreamHeadTooLarge,
         Reason::UpstreamTruncated,
         Reason::StreamIdleTimeout,
+        Reason::RequestTimeout,
+        Reason::AttemptTimeout,
         Reason::Overloaded,
         Reason::Draining,
         Reason::Internal,
@@ -210,6 +218,20 @@ impl Reason {
             Reason::MethodNotAllowed => {
                 row("method_not_allowed", 405, 12, "http_request_denied", "This listener does not take that method.")
             }
+            Reason::RouteNotFound => row(
+                "route_not_found",
+                404,
+                12,
+                "destination_not_found",
+                "Routes are attached to this destination, and none of them matches.",
+            ),
+            Reason::BackendInvalid => row(
+                "backend_invalid",
+                500,
+                14,
+                "destination_unavailable",
+                "The route leads to a backend that does not exist or is not granted.",
+            ),
             Reason::ConnectionRefused => {
                 row("connection_refused", 503, 14, "connection_refused", "The upstream refused the connection.")
             }
@@ -268,6 +290,20 @@ impl Reason {
             Reason::StreamIdleTimeout => {
                 row("stream_idle_timeout", 504, 4, "http_response_timeout", "Nothing moved on the stream for too long.")
             }
+            Reason::RequestTimeout => row(
+                "request_timeout",
+                504,
+                4,
+                "http_response_timeout",
+                "The request took longer than its route allows.",
+            ),
+            Reason::AttemptTimeout => row(
+                "attempt_timeout",
+                504,
+                4,
+                "http_response_timeout",
+                "The backend took longer than the route allows for one attempt.",
+            ),
             Reason::Overloaded => {
                 row("overloaded", 503, 8, "connection_limit_reached", "This sidecar is at a limit; try again later.")
             }
@@ -296,6 +332,7 @@ pub enum Stage {
     Lookup,
     Detect,
     Policy,
+    Route,
     Balance,
     Connect,
     Forward,

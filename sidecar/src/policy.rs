@@ -117,7 +117,8 @@ fn refusal(verdict: &Verdict<'_>, told: bool) -> Option<Error> {
     Some(Error { side: Side::Own, ..error })
 }
 
-struct Fields<'a>(&'a http::HeaderMap);
+/// A head's fields as decisions look at them.
+pub struct Fields<'a>(pub &'a http::HeaderMap);
 
 impl Headers for Fields<'_> {
     fn each_value(&self, name: &str, each: &mut dyn FnMut(&[u8]) -> bool) {

@@ -28,6 +28,7 @@ const ROWS: [Rows; 3] = [
             &["identity", "virtual_address"],
             &["facts"],
             &["policy"],
+            &["route"],
             &["snapshot"],
             &["resource"],
             &["compile"],

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::mtls_modes;
+use super::{RouteTable, mtls_modes};
 use crate::identity::ROOT_NAMESPACE;
 use crate::resource::{
     AuthorizationPolicy, Labels, ObjectName, Parsed, PeerAuthentication, Remark, Resource, Resources, SourceFile,
@@ -18,6 +18,7 @@ pub fn load(files: &[SourceFile]) -> Parsed {
 fn remarks(resources: &Resources) -> Vec<Remark> {
     let mut remarks = mtls_contradictions(resources);
     remarks.extend(resources.authorization_policies.values().filter_map(|policy| without_service(resources, policy)));
+    remarks.extend(RouteTable::new(resources).remarks);
     remarks
 }
 

@@ -5,8 +5,10 @@ mod authorization;
 mod check;
 mod mtls;
 mod protocol;
+mod routes;
 
 pub use authorization::{authorization, selects};
 pub use check::load;
 pub use mtls::{ModeSet, mtls_modes};
 pub use protocol::{called_protocol, protocol, service_protocol};
+pub use routes::RouteTable;

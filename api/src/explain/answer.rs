@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::inbound::Judged;
 use super::question::{Asked, Question};
+use super::route::{RetryShown, RouteTaken};
 use crate::policy::trace::Step;
 use crate::resource::{ObjectName, Parsed, SourceFile};
 use crate::snapshot;
@@ -43,11 +44,11 @@ pub struct Explanation {
     /// The word of metrics and logs.
     pub reason: Option<&'static str>,
     pub by: Option<Decider>,
-    /// No routes are in this version.
-    pub route: Option<()>,
+    /// The rule that is followed; None where no route binds the port, or none of its rules matches.
+    pub route: Option<RouteTaken>,
     pub backends: Vec<BackendShare>,
     pub timeouts: BTreeMap<&'static str, String>,
-    pub retry: Option<()>,
+    pub retry: Option<RetryShown>,
     pub steps: Vec<Step>,
     pub hint: String,
 }
@@ -136,7 +137,7 @@ impl Explanation {
         self.verdict = outcome;
         self.reason = Some(reason);
         if let Some(asked) = &question.request {
-            let grpc = is_grpc(asked);
+            let grpc = asked.is_grpc();
             self.status = Some(if grpc { 200 } else { status });
             self.grpc_status = grpc.then_some(grpc_status);
         }
@@ -164,17 +165,12 @@ impl Explanation {
                 self.fail(question, Outcome::Refused, reason, status, grpc_status);
             }
             None => {
-                let grpc = question.request.as_ref().is_some_and(is_grpc);
+                let grpc = question.request.as_ref().is_some_and(Asked::is_grpc);
                 self.status = question.request.is_some().then_some(200);
                 self.grpc_status = grpc.then_some(0);
             }
         }
     }
-}
-
-fn is_grpc(asked: &Asked) -> bool {
-    let mut types = asked.headers.iter().filter(|(name, _)| name.eq_ignore_ascii_case("content-type"));
-    types.any(|(_, value)| value.starts_with("application/grpc"))
 }
 
 fn decider(configuration: Option<(&Parsed, &[SourceFile])>, object: String, rule: Option<usize>) -> Decider {

@@ -1,42 +1,100 @@
 //! What would happen to a request or connection, and why: the decisions of the data path, asked by a person, over the
 //! objects of a configuration. `outrigger explain` prints it, `outrigger test` compares it with what is expected. A stage
-//! of the way is a file: `lookup`, then the called side (`inbound`).
+//! of the way is a file: `lookup`, the caller's `route`, then the called side (`inbound`).
 
 mod answer;
 mod inbound;
 mod lookup;
 mod question;
+mod route;
 
 pub use answer::{BackendShare, Decider, Explanation, Outcome};
 pub use question::{Asked, Question, WrittenQuestion};
+pub use route::{RetryShown, RouteTaken};
 
 use std::net::IpAddr;
 
-use crate::compile::{authorization, mtls_modes, protocol};
+use crate::compile::{RouteTable, authorization, mtls_modes, protocol};
 use crate::identity::TrustDomain;
+use crate::name::ServicePort;
 use crate::policy::trace::{Step, Trace};
-use crate::resource::{Parsed, Resource, Resources, Service, ServicePort, SourceFile};
+use crate::resource::{Parsed, Resource, Resources, Service, ServicePort as ServicePortSpec, SourceFile};
 use crate::snapshot;
 
 use inbound::{Gate, Judged};
 use lookup::{Candidate, candidates, lookup, service_object, shown_labels};
+use route::{Share, follow};
 
 /// Answers over a configuration without errors. `files` are those that it was parsed from.
 pub fn explain(parsed: &Parsed, files: &[SourceFile], trust_domain: &TrustDomain, question: &Question) -> Explanation {
     let mut answer = Explanation::begin();
     let resources = &parsed.resources;
-    let Some((service, port)) = lookup(resources, question, &mut answer) else {
+    let Some((_, port)) = lookup(resources, question, &mut answer) else {
         answer.fail(question, Outcome::Failed, "not_registered", 502, 14);
         return answer;
     };
+    let front = ServicePort { service: question.to.clone(), port: port.port };
+    // A caller without an identity has no sidecar that would follow routes.
+    let table = RouteTable::new(resources);
+    let routes = question.from.as_ref().and_then(|from| table.of(&front, from.namespace()));
+    let shares = match routes {
+        None => vec![Share { to: front, weight: 1, share: 1.0, question: question.clone() }],
+        Some(routes) => match follow(routes, &front, question, &mut answer) {
+            Some(shares) => shares,
+            None => return answer,
+        },
+    };
+    let mut decided: Option<Judged> = None;
+    for share in &shares {
+        let Some(backend) = backend(resources, share) else { continue };
+        let judged = deliver(resources, trust_domain, share, backend, &mut answer);
+        let Some(judged) = judged else {
+            answer.fail(question, Outcome::Failed, "destination_unavailable", 503, 14);
+            return answer;
+        };
+        // The one that refuses is what a user has to know about.
+        if share.weight > 0 && decided.as_ref().is_none_or(|before| before.denied.is_none() && judged.denied.is_some())
+        {
+            decided = Some(judged);
+        }
+    }
+    let Some(judged) = decided else { return answer };
+    answer.conclude(question, judged, Some((parsed, files)));
+    if answer.verdict == Outcome::Forwarded {
+        for share in answer.backends.clone().into_iter().filter(|share| share.weight > 0) {
+            let state = match share.endpoints {
+                0 => "its endpoints register themselves".to_owned(),
+                1 => "1 endpoint".to_owned(),
+                many => format!("{many} endpoints"),
+            };
+            let name = share.service.split_once('.').map(|(name, namespace)| format!("Service/{namespace}/{name}"));
+            answer.steps.push(Step::new("balance", name.unwrap_or_default(), "forwarded", state));
+        }
+    }
+    answer
+}
+
+fn backend<'r>(resources: &'r Resources, share: &Share) -> Option<(&'r Resource<Service>, &'r ServicePortSpec)> {
+    let name = &share.to.service;
+    let service = resources.services.get(&(name.namespace.to_string(), name.name.to_string()))?;
+    Some((service, service.spec.ports.iter().find(|port| port.port == share.to.port)?))
+}
+
+/// What the workloads of one backend do with its share. None: it has none.
+fn deliver(
+    resources: &Resources,
+    trust_domain: &TrustDomain,
+    share: &Share,
+    (service, port): (&Resource<Service>, &ServicePortSpec),
+    answer: &mut Explanation,
+) -> Option<Judged> {
     let candidates = candidates(resources, service, port);
-    let endpoints = candidates.iter().filter(|candidate| candidate.name.is_some()).count();
     answer.backends.push(BackendShare {
-        service: question.to.to_string(),
-        port: port.port,
-        weight: 1,
-        endpoints,
-        share: 1.0,
+        service: share.to.service.to_string(),
+        port: share.to.port,
+        weight: share.weight,
+        endpoints: candidates.iter().filter(|candidate| candidate.name.is_some()).count(),
+        share: share.share,
     });
     if candidates.is_empty() {
         answer.steps.step(|| {
@@ -44,13 +102,12 @@ pub fn explain(parsed: &Parsed, files: &[SourceFile], trust_domain: &TrustDomain
             Step::new("balance", service_object(service), "failed", why)
         });
         answer.hint = format!("start a workload with the labels {}", shown_labels(&service.spec.selector));
-        answer.fail(question, Outcome::Failed, "destination_unavailable", 503, 14);
-        return answer;
+        return None;
     }
     // Every candidate is asked: the one that refuses is what a user has to know about.
     let mut first = None;
     for candidate in &candidates {
-        let judged = judge(resources, trust_domain, question, service, port, candidate);
+        let judged = judge(resources, trust_domain, share, service, port, candidate);
         let refuses = judged.denied.is_some();
         if first.is_none() || refuses {
             first = Some(judged);
@@ -59,30 +116,21 @@ pub fn explain(parsed: &Parsed, files: &[SourceFile], trust_domain: &TrustDomain
             break;
         }
     }
-    let Some(judged) = first else { return answer };
-    answer.conclude(question, judged, Some((parsed, files)));
-    if answer.verdict == Outcome::Forwarded {
-        let state = match endpoints {
-            0 => "its endpoints register themselves".to_owned(),
-            1 => "1 endpoint".to_owned(),
-            many => format!("{many} endpoints"),
-        };
-        answer.steps.push(Step::new("balance", service_object(service), "forwarded", state));
-    }
-    answer
+    first
 }
 
 fn judge(
     resources: &Resources,
     trust_domain: &TrustDomain,
-    question: &Question,
+    share: &Share,
     service: &Resource<Service>,
-    port: &ServicePort,
+    port: &ServicePortSpec,
     candidate: &Candidate<'_>,
 ) -> Judged {
     let namespace = &service.metadata.namespace;
-    let whom =
-        candidate.name.map_or_else(|| format!("any workload of {}", question.to), |name| format!("{name}.{namespace}"));
+    let whom = candidate
+        .name
+        .map_or_else(|| format!("any workload of {}", share.to.service), |name| format!("{name}.{namespace}"));
     if !candidate.mesh {
         let step = Step::new("mtls", whom, "plaintext", "it has no sidecar: no policy of its own".to_owned());
         return Judged { steps: vec![step], denied: None, by: None };
@@ -97,10 +145,10 @@ fn judge(
         labels: candidate.labels,
         ip: candidate.ip,
         port: application,
-        service: Some(&question.to),
+        service: Some(&share.to.service),
         protocol: protocol(resources, None, Some(port), candidate.port),
     };
-    gate.judge(question)
+    gate.judge(&share.question)
 }
 
 /// The same of a sidecar, about its own workload: what it knows now decides. None when no port of the workload belongs to

@@ -29,6 +29,27 @@ pub struct Asked {
     pub headers: Vec<(String, String)>,
 }
 
+impl Asked {
+    /// Path and query, also of a target in absolute form.
+    pub(super) fn path_and_query(&self) -> &str {
+        match self.target.split_once("://") {
+            Some((_, rest)) => rest.find('/').map_or("/", |begin| &rest[begin..]),
+            None => &self.target,
+        }
+    }
+
+    /// The authority: what the header says, else the name that is called.
+    pub(super) fn host(&self, question: &Question) -> String {
+        let mut hosts = self.headers.iter().filter(|(name, _)| name.eq_ignore_ascii_case("host"));
+        hosts.next().map_or_else(|| question.to.to_string(), |(_, value)| value.clone())
+    }
+
+    pub(super) fn is_grpc(&self) -> bool {
+        let mut types = self.headers.iter().filter(|(name, _)| name.eq_ignore_ascii_case("content-type"));
+        types.any(|(_, value)| value.starts_with("application/grpc"))
+    }
+}
+
 /// A question as it is sent to a sidecar's `/explain`, as JSON.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]

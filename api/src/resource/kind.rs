@@ -16,6 +16,11 @@ pub(super) enum Kind {
     PeerAuthentication,
     AuthorizationPolicy,
     PolicyTest,
+    HttpRoute,
+    GrpcRoute,
+    TlsRoute,
+    TcpRoute,
+    ReferenceGrant,
     Service,
     ServiceAccount,
 }
@@ -52,6 +57,13 @@ const OWN: Facts = Facts {
 };
 /// A kind of Istio's that is ours, field by field.
 const ISTIO: &[&str] = &[OWN_API, "security.istio.io/v1", "security.istio.io/v1beta1"];
+/// A kind of Gateway API's, also in the versions in which it was tried out: what is read of it is the same.
+const GATEWAY: &[&str] = &[
+    "gateway.networking.k8s.io/v1",
+    "gateway.networking.k8s.io/v1beta1",
+    "gateway.networking.k8s.io/v1alpha3",
+    "gateway.networking.k8s.io/v1alpha2",
+];
 /// A kind that is adopted from others.
 const ADOPTED: Facts = Facts { api_versions: &["v1"], strict: false, ..OWN };
 
@@ -62,6 +74,11 @@ impl Kind {
         Kind::PeerAuthentication,
         Kind::AuthorizationPolicy,
         Kind::PolicyTest,
+        Kind::HttpRoute,
+        Kind::GrpcRoute,
+        Kind::TlsRoute,
+        Kind::TcpRoute,
+        Kind::ReferenceGrant,
         Kind::Service,
         Kind::ServiceAccount,
     ];
@@ -73,6 +90,15 @@ impl Kind {
             Kind::PeerAuthentication => Facts { name: "PeerAuthentication", api_versions: ISTIO, ..OWN },
             Kind::AuthorizationPolicy => Facts { name: "AuthorizationPolicy", api_versions: ISTIO, ..OWN },
             Kind::PolicyTest => Facts { name: "PolicyTest", ..OWN },
+            Kind::HttpRoute => Facts {
+                name: "HTTPRoute",
+                api_versions: &["gateway.networking.k8s.io/v1", "gateway.networking.k8s.io/v1beta1"],
+                ..ADOPTED
+            },
+            Kind::GrpcRoute => Facts { name: "GRPCRoute", api_versions: GATEWAY, ..ADOPTED },
+            Kind::TlsRoute => Facts { name: "TLSRoute", api_versions: GATEWAY, ..ADOPTED },
+            Kind::TcpRoute => Facts { name: "TCPRoute", api_versions: GATEWAY, ..ADOPTED },
+            Kind::ReferenceGrant => Facts { name: "ReferenceGrant", api_versions: GATEWAY, ..ADOPTED },
             Kind::Service => Facts {
                 name: "Service",
                 label: true,
@@ -114,7 +140,6 @@ const LATER: &[&str] = &[
     "TelemetryPolicy",
 ];
 const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
-const GATEWAY_LATER: &[&str] = &["HTTPRoute", "GRPCRoute", "TLSRoute", "TCPRoute", "ReferenceGrant"];
 
 /// What to do with a document. `Refuse` and `Ignore` carry the message; `about_version` says that it is about the
 /// apiVersion and not the kind.
@@ -134,13 +159,24 @@ pub(super) fn classify(api_version: &str, kind: &str) -> Verdict {
     match group {
         "" => core(version, kind),
         OWN_GROUP => own(api_version, kind),
-        GATEWAY_GROUP if GATEWAY_LATER.contains(&kind) => {
-            refuse_kind(format!("kind {kind} is not acted on by this version: remove the document"))
-        }
+        GATEWAY_GROUP => gateway(api_version, kind),
         // Istio's objects of these names would be read as protection and protect nothing.
         _ if own_word(kind).is_some() && group.ends_with("istio.io") => foreign(api_version, kind),
         _ if Kind::of_name(kind).is_some_and(Kind::is_own) => foreign(api_version, kind),
         _ => ignored(api_version, kind),
+    }
+}
+
+fn gateway(api_version: &str, kind: &str) -> Verdict {
+    match Kind::of_name(kind).filter(|known| known.api_version().starts_with(GATEWAY_GROUP)) {
+        Some(known) => {
+            let expected = known.api_version();
+            refuse_version(format!("{kind} has apiVersion {expected}, not {}", Shortened(api_version)))
+        }
+        None if kind == "UDPRoute" => {
+            refuse_kind("kind UDPRoute is not acted on by this version: remove the document".to_owned())
+        }
+        None => ignored(api_version, kind),
     }
 }
 
@@ -239,10 +275,19 @@ mod tests {
                 "RequestAuthentication",
                 "refuse kind RequestAuthentication is not enforced by this version: remove the document".to_owned(),
             ),
+            ("gateway.networking.k8s.io/v1", "HTTPRoute", read(Kind::HttpRoute)),
+            ("gateway.networking.k8s.io/v1alpha2", "TCPRoute", read(Kind::TcpRoute)),
             (
-                "gateway.networking.k8s.io/v1",
+                "gateway.networking.k8s.io/v1alpha2",
                 "HTTPRoute",
-                "refuse kind HTTPRoute is not acted on by this version: remove the document".to_owned(),
+                "refuse HTTPRoute has apiVersion gateway.networking.k8s.io/v1, not \
+                 `gateway.networking.k8s.io/v1alpha2`"
+                    .to_owned(),
+            ),
+            (
+                "gateway.networking.k8s.io/v1alpha2",
+                "UDPRoute",
+                "refuse kind UDPRoute is not acted on by this version: remove the document".to_owned(),
             ),
             (
                 "gateway.networking.k8s.io/v1",

@@ -17,10 +17,12 @@ use super::peer_authentication::RawPeerAuthentication;
 use super::policy_test::RawPolicyTest;
 use super::position::{At, locate};
 use super::report::{Found, Place, located, position_of, without_position};
+use super::route::{RawGrpcRoute, RawHttpRoute, RawReferenceGrant, RawStreamRoute};
 use super::service::{self, RawService};
 use super::tree::{Budget, Node, TreeSeed, safe_prefix};
 use super::workload::RawWorkload;
 use super::{Metadata, Parsed, Remark, Resource, Resources, ServiceAccount, SourceFile};
+use crate::route;
 
 /// Longer files are refused unread.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
@@ -312,6 +314,26 @@ impl<'o> Sections<'o, '_> {
             Kind::AuthorizationPolicy => {
                 let raw: RawAuthorizationPolicy = self.read("spec", findings)?;
                 among(|all| &mut all.authorization_policies, raw.check(metadata, &path, findings))
+            }
+            Kind::HttpRoute => {
+                let raw: RawHttpRoute = self.read("spec", findings)?;
+                among(|all| &mut all.http_routes, raw.check(metadata, &path, findings))
+            }
+            Kind::GrpcRoute => {
+                let raw: RawGrpcRoute = self.read("spec", findings)?;
+                among(|all| &mut all.grpc_routes, raw.check(metadata, &path, findings))
+            }
+            Kind::TlsRoute => {
+                let raw: RawStreamRoute = self.read("spec", findings)?;
+                among(|all| &mut all.tls_routes, raw.check(route::Kind::Tls, metadata, &path, findings))
+            }
+            Kind::TcpRoute => {
+                let raw: RawStreamRoute = self.read("spec", findings)?;
+                among(|all| &mut all.tcp_routes, raw.check(route::Kind::Tcp, metadata, &path, findings))
+            }
+            Kind::ReferenceGrant => {
+                let raw: RawReferenceGrant = self.read("spec", findings)?;
+                among(|all| &mut all.reference_grants, raw.check(&path, findings))
             }
             Kind::Service => {
                 service::check_annotations(metadata, &metadata_path, findings);

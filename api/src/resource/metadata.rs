@@ -14,7 +14,6 @@ use crate::name::is_label;
 
 /// Fields that Kubernetes puts into every object. They mean nothing here and are no mistake.
 pub(super) const STANDARD_FIELDS: &[&str] = &[
-    "metadata.creationTimestamp",
     "metadata.deletionGracePeriodSeconds",
     "metadata.deletionTimestamp",
     "metadata.finalizers",
@@ -32,12 +31,13 @@ pub(super) const STANDARD_FIELDS: &[&str] = &[
 const OWN_PREFIX: &str = "outrigger.dev/";
 
 #[derive(Deserialize, Default)]
-#[serde(default)]
+#[serde(default, rename_all = "camelCase")]
 pub(super) struct RawMetadata {
     name: Option<String>,
     namespace: Option<String>,
     labels: BTreeMap<String, String>,
     annotations: BTreeMap<String, String>,
+    creation_timestamp: Option<String>,
 }
 
 impl RawMetadata {
@@ -61,7 +61,15 @@ impl RawMetadata {
         if let Some(wrong) = wrong {
             findings.error(&path.key("name"), wrong(&name));
         }
-        Some(Metadata { name, namespace, labels: self.labels, annotations: self.annotations })
+        let created = self.creation_timestamp.filter(|text| {
+            if !is_time(text) {
+                let message =
+                    format!("{:?} is not a time as in 2026-11-28T14:30:00Z: it counts as none", Shortened(text));
+                findings.warning(&path.key("creationTimestamp"), message);
+            }
+            is_time(text)
+        });
+        Some(Metadata { name, namespace, labels: self.labels, annotations: self.annotations, created })
     }
 
     fn check_own_annotations(&self, kind: Kind, path: &Path, findings: &mut Findings) {
@@ -77,6 +85,13 @@ impl RawMetadata {
             }
         }
     }
+}
+
+/// `YYYY-MM-DDTHH:MM:SSZ`, the one form in which Kubernetes writes it.
+fn is_time(text: &str) -> bool {
+    let form = b"0000-00-00T00:00:00Z";
+    let fits = |(byte, of): (u8, &u8)| if *of == b'0' { byte.is_ascii_digit() } else { byte == *of };
+    text.len() == form.len() && text.bytes().zip(form).all(fits)
 }
 
 pub(super) fn not_a_label(text: &str) -> String {

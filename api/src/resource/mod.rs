@@ -20,6 +20,7 @@ mod policy_test;
 mod position;
 mod problem;
 mod report;
+mod route;
 mod service;
 mod service_account;
 mod strictest;
@@ -37,6 +38,7 @@ pub use nearest::nearest_word;
 pub use peer_authentication::{PeerAuthentication, Selector};
 pub use policy_test::{Case, CaseRequest, Expect, From as CaseFrom, PolicyTest};
 pub use problem::{ObjectName, Parsed, Problem, Remark, SourceFile};
+pub use route::{GrantFrom, GrantTo, Parent, ReferenceGrant, Route};
 pub use service::{LOAD_BALANCER, SERVICE_ACCOUNTS, Service, ServicePort, TargetPort};
 pub use service_account::ServiceAccount;
 pub use strictest::{Strictest, strictest, unreadable};
@@ -55,6 +57,8 @@ pub struct Metadata {
     pub namespace: String,
     pub labels: Labels,
     pub annotations: Labels,
+    /// `creationTimestamp`, in UTC and to the second, so that texts are in the order of times.
+    pub created: Option<String>,
 }
 
 /// One resource: its metadata and its spec.
@@ -75,4 +79,17 @@ pub struct Resources {
     pub peer_authentications: BTreeMap<(String, String), Resource<PeerAuthentication>>,
     pub policy_tests: BTreeMap<(String, String), Resource<PolicyTest>>,
     pub authorization_policies: BTreeMap<(String, String), Resource<AuthorizationPolicy>>,
+    pub http_routes: BTreeMap<(String, String), Resource<Route>>,
+    pub grpc_routes: BTreeMap<(String, String), Resource<Route>>,
+    pub tls_routes: BTreeMap<(String, String), Resource<Route>>,
+    pub tcp_routes: BTreeMap<(String, String), Resource<Route>>,
+    pub reference_grants: BTreeMap<(String, String), Resource<ReferenceGrant>>,
+}
+
+impl Resources {
+    /// Routes of all kinds.
+    pub fn routes(&self) -> impl Iterator<Item = &Resource<Route>> {
+        let all = [&self.grpc_routes, &self.http_routes, &self.tls_routes, &self.tcp_routes];
+        all.into_iter().flat_map(BTreeMap::values)
+    }
 }

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use super::Metadata;
+use super::duration::WrittenDuration;
 use super::findings::Findings;
 use super::path::{Path, Shortened};
 use crate::identity::{SpiffeId, is_account};
@@ -54,6 +56,10 @@ pub struct Expect {
     pub by: Option<String>,
     pub rule: Option<usize>,
     pub backends: Option<BTreeMap<String, u32>>,
+    /// `KIND/NAMESPACE/NAME`, with ` rule N` where the rule counts as well.
+    pub route: Option<String>,
+    /// How long the request may take.
+    pub timeout: Option<Duration>,
 }
 
 /// `spec` as written.
@@ -116,9 +122,9 @@ struct RawExpect {
     reason: Option<String>,
     by: Option<String>,
     rule: Option<usize>,
-    route: Option<IgnoredAny>,
+    route: Option<String>,
     backends: Option<BTreeMap<String, u32>>,
-    timeout: Option<IgnoredAny>,
+    timeout: Option<WrittenDuration>,
 }
 
 #[derive(Deserialize, Clone, Copy)]
@@ -227,11 +233,6 @@ impl RawFrom {
 
 impl RawExpect {
     fn check(self, path: &Path, findings: &mut Findings) -> Expect {
-        for (field, there) in [("route", self.route.is_some()), ("timeout", self.timeout.is_some())] {
-            if there {
-                findings.error_at_key(&path.key(field), "routes and timeouts are not in this version".to_owned());
-            }
-        }
         let verdict = self.verdict.map(|verdict| match verdict {
             Verdict::Forwarded => "forwarded",
             Verdict::Refused => "refused",
@@ -246,10 +247,13 @@ impl RawExpect {
             by: self.by,
             rule: self.rule,
             backends: self.backends,
+            route: self.route,
+            timeout: self.timeout.map(|written| written.0),
         };
         if expect == Expect::default() {
             let message =
-                "says nothing: name one of verdict, status, grpcStatus, reason, by, rule, backends".to_owned();
+                "says nothing: name one of verdict, status, grpcStatus, reason, by, rule, route, backends, timeout"
+                    .to_owned();
             findings.error(path, message);
         }
         expect

@@ -192,7 +192,7 @@ async fn talk(
             },
             room = room => {
                 let Ok(room) = room else { return None };
-                let message = subscriber.take().and_then(|topic| control.publisher.message(&topic));
+                let message = subscriber.take().and_then(|topic| control.publisher.message(&topic, &subscriber.id.namespace));
                 if let Some(message) = message {
                     room.send(Ok(WatchResponse::clone(&message)));
                 }

@@ -28,6 +28,7 @@ pub(super) fn without_port(service: &Resource<Service>, key: &name::ServicePort)
         stale: false,
         why_empty: format!("{} has no port {}; it has {has}", key.service, key.port),
         no_such_port: true,
+        routes: None,
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use outrigger_api::compile;
+use outrigger_api::compile::{self, RouteTable};
 use outrigger_api::identity::{SpiffeId, TrustDomain};
 use outrigger_api::name::{self, Protocol, ServiceName};
 use outrigger_api::resource::{
@@ -38,6 +38,7 @@ pub struct Catalog {
     /// By clusterIP or virtual address.
     by_service_ip: HashMap<SocketAddr, name::ServicePort>,
     service_by_ip: HashMap<IpAddr, ServiceName>,
+    routes: RouteTable,
     /// Who has a clusterIP, and who wants the same.
     contested: Vec<(SocketAddr, ServiceName, ServiceName)>,
 }
@@ -64,7 +65,17 @@ impl Catalog {
             }
         }
         let cluster_ips = resources.services.values().flat_map(|service| service.spec.cluster_ips.clone()).collect();
-        Catalog { resources, trust_domain, virtual_addresses, cluster_ips, by_service_ip, service_by_ip, contested }
+        let routes = RouteTable::new(&resources);
+        Catalog {
+            resources,
+            trust_domain,
+            virtual_addresses,
+            cluster_ips,
+            by_service_ip,
+            service_by_ip,
+            routes,
+            contested,
+        }
     }
 
     /// Whether an address is a clusterIP or a virtual address, which no workload can have.
@@ -114,13 +125,18 @@ impl Catalog {
         }
     }
 
-    /// Who serves a destination; None when nobody registered it.
-    pub fn destination(&self, registry: &Registry, key: &Key) -> Option<Destination> {
+    /// Who serves a destination, and what binds it for callers of the namespace `caller`; None when nobody registered it.
+    pub fn destination(&self, registry: &Registry, key: &Key, caller: &str) -> Option<Destination> {
+        // Routes bind the Service's own addresses: who dials one endpoint gets that endpoint.
+        let bound = |key: &name::ServicePort| {
+            let destination = self.service(registry, key)?;
+            Some(Destination { routes: self.routes.of(key, caller).cloned(), ..destination })
+        };
         match key {
             Key::Own | Key::Name(_) => None,
-            Key::Service(key) => self.service(registry, key),
+            Key::Service(key) => bound(key),
             Key::Address(address) => match self.by_service_ip.get(address) {
-                Some(key) => self.service(registry, key),
+                Some(key) => bound(key),
                 None => self.endpoint_itself(registry, *address).or_else(|| {
                     // The address of a Service, at a port that it does not have.
                     let service = self.service_by_ip.get(&address.ip())?;
@@ -129,6 +145,16 @@ impl Catalog {
                 }),
             },
         }
+    }
+
+    /// Whether callers of that namespace follow routes of their own to a destination.
+    pub fn is_consumer(&self, key: &Key, caller: &str) -> bool {
+        let port = match key {
+            Key::Own | Key::Name(_) => None,
+            Key::Service(port) => Some(port),
+            Key::Address(address) => self.by_service_ip.get(address),
+        };
+        port.is_some_and(|port| self.routes.is_consumer(port, caller))
     }
 
     /// What the name of a service stands for; None when nobody registered it.
@@ -372,6 +398,7 @@ impl Catalog {
             stale: chosen.iter().any(|(instance, _)| instance.stale),
             why_empty: String::new(),
             no_such_port: false,
+            routes: None,
         }
     }
 

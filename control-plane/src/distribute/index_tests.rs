@@ -89,7 +89,7 @@ impl Moment {
             Ok(address) => Key::Address(address),
             Err(_) => Key::Service(name::ServicePort::parse(key, "shop").unwrap()),
         };
-        self.catalog().destination(&self.registry, &key)
+        self.catalog().destination(&self.registry, &key, "shop")
     }
 
     fn endpoints(&self, key: &str) -> Vec<String> {

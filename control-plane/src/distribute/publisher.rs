@@ -8,8 +8,8 @@ mod subscriber;
 
 pub use subscriber::{Refusal, SidecarStatus, Subscriber};
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry as MapEntry;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -94,6 +94,8 @@ struct Held {
 struct Entry {
     /// None: withheld until the registry has settled.
     message: Option<Arc<wire::WatchResponse>>,
+    /// What sidecars of these namespaces are told instead: their callers follow routes of their own.
+    consumers: HashMap<String, Arc<wire::WatchResponse>>,
     subscribers: HashMap<u64, Arc<Subscriber>>,
     /// For a workload's own topic: labels to go by until it has a lease.
     granted: Labels,
@@ -283,11 +285,12 @@ impl Publisher {
             held.subscriptions += 1;
         }
         if !inner.entries.contains_key(topic) {
-            let resource = inner.compute(topic, granted);
+            let resource = inner.compute(topic, granted, NO_CALLER);
             let message = (!inner.withholds(&resource)).then(|| inner.next_message(topic, resource));
-            let entry = Entry { message, subscribers: HashMap::new(), granted: granted.clone() };
-            inner.entries.insert(topic.clone(), entry);
+            let (consumers, subscribers) = (HashMap::new(), HashMap::new());
+            inner.entries.insert(topic.clone(), Entry { message, consumers, subscribers, granted: granted.clone() });
         }
+        inner.take_consumer(topic, &subscriber.id.namespace);
         if let Some(entry) = inner.entries.get_mut(topic) {
             entry.subscribers.insert(subscriber.number, subscriber.clone());
         }
@@ -303,9 +306,11 @@ impl Publisher {
         }
     }
 
-    /// What a topic says now.
-    pub fn message(&self, topic: &Topic) -> Option<Arc<wire::WatchResponse>> {
-        self.lock().entries.get(topic).and_then(|entry| entry.message.clone())
+    /// What a topic says now to sidecars of that namespace.
+    pub fn message(&self, topic: &Topic, namespace: &str) -> Option<Arc<wire::WatchResponse>> {
+        let inner = self.lock();
+        let entry = inner.entries.get(topic)?;
+        entry.consumers.get(namespace).or(entry.message.as_ref()).cloned()
     }
 
     /// Computes what may have changed and wakes those for whom it did.
@@ -322,18 +327,12 @@ impl Publisher {
             .map(|(topic, entry)| (topic.clone(), entry.granted.clone()))
             .collect();
         for (topic, granted) in concerned {
-            let resource = inner.compute(&topic, &granted);
-            let told = inner.entries.get(&topic).and_then(|entry| entry.message.as_ref()?.resource.as_ref());
-            if told == Some(&resource) || inner.withholds(&resource) {
-                continue;
-            }
-            let message = inner.next_message(&topic, resource);
-            if let MapEntry::Occupied(mut entry) = inner.entries.entry(topic) {
-                entry.get_mut().message = Some(message);
-                let topic = entry.key();
-                for subscriber in entry.get().subscribers.values() {
+            let changed = inner.renew(&topic, &granted);
+            let Some(entry) = inner.entries.get(&topic) else { continue };
+            for subscriber in entry.subscribers.values() {
+                if changed.concerns(&subscriber.id.namespace, entry) {
                     self.metrics.pushes.inc();
-                    subscriber.mark(topic);
+                    subscriber.mark(&topic);
                 }
             }
         }
@@ -406,8 +405,87 @@ fn account_of(subscriber: &Subscriber) -> (String, String) {
     (subscriber.id.namespace.clone(), subscriber.id.service_account.clone())
 }
 
+/// A namespace that nobody is of.
+const NO_CALLER: &str = "";
+
+/// Who is told something new of a topic.
+struct Changed {
+    /// Sidecars of namespaces without routes of their own.
+    others: bool,
+    namespaces: Vec<String>,
+}
+
+impl Changed {
+    fn concerns(&self, namespace: &str, entry: &Entry) -> bool {
+        self.namespaces.iter().any(|changed| changed == namespace)
+            || (self.others && !entry.consumers.contains_key(namespace))
+    }
+}
+
 impl Inner {
-    fn compute(&self, topic: &Topic, granted: &Labels) -> watch_response::Resource {
+    /// Computes what a topic says, to every namespace that subscribed to it.
+    fn renew(&mut self, topic: &Topic, granted: &Labels) -> Changed {
+        let mut changed = Changed { others: false, namespaces: Vec::new() };
+        let resource = self.compute(topic, granted, NO_CALLER);
+        if self.withholds(&resource) {
+            return changed;
+        }
+        let Some(entry) = self.entries.get(topic) else { return changed };
+        changed.others = entry.message.as_ref().and_then(|message| message.resource.as_ref()) != Some(&resource);
+        let before = entry.consumers.clone();
+        let subscribed: BTreeSet<String> =
+            entry.subscribers.values().map(|subscriber| subscriber.id.namespace.clone()).collect();
+        let is_consumer = |namespace: &String| match topic {
+            Topic::Destination(key) => self.catalog.is_consumer(key, namespace),
+            Topic::Own(_) => false,
+        };
+        let consuming: Vec<String> = subscribed.into_iter().filter(is_consumer).collect();
+        let mut consumers = HashMap::new();
+        for namespace in consuming {
+            let resource = self.compute(topic, granted, &namespace);
+            let told = before.get(&namespace).filter(|told| told.resource.as_ref() == Some(&resource));
+            let message = match told {
+                Some(told) => told.clone(),
+                None => {
+                    changed.namespaces.push(namespace.clone());
+                    self.next_message(topic, resource)
+                }
+            };
+            consumers.insert(namespace, message);
+        }
+        // Those whose routes went follow what the others follow, which needs a version newer than their last.
+        let left: Vec<String> = before.into_keys().filter(|namespace| !consumers.contains_key(namespace)).collect();
+        let message = (changed.others || !left.is_empty()).then(|| self.next_message(topic, resource));
+        changed.namespaces.extend(left);
+        if let Some(entry) = self.entries.get_mut(topic) {
+            entry.consumers = consumers;
+            entry.message = message.or(entry.message.take());
+        }
+        changed
+    }
+
+    /// Sees to it that a namespace with routes of its own is told of them.
+    fn take_consumer(&mut self, topic: &Topic, namespace: &str) {
+        let Topic::Destination(key) = topic else { return };
+        if !self.catalog.is_consumer(key, namespace) {
+            return;
+        }
+        let Some(entry) = self.entries.get(topic).filter(|entry| !entry.consumers.contains_key(namespace)) else {
+            return;
+        };
+        let granted = entry.granted.clone();
+        let resource = self.compute(topic, &granted, namespace);
+        if self.withholds(&resource) {
+            return;
+        }
+        let message = self.next_message(topic, resource);
+        if let Some(entry) = self.entries.get_mut(topic) {
+            entry.consumers.insert(namespace.to_owned(), message);
+        }
+    }
+
+    /// `caller`: the namespace whose callers are meant.
+    fn compute(&self, topic: &Topic, granted: &Labels, caller: &str) -> watch_response::Resource {
         match topic {
             Topic::Own(id) => {
                 let own = self.catalog.own_workload(&self.registry, id, granted);
@@ -417,7 +495,7 @@ impl Inner {
                 Some(ips) => watch_response::Resource::ServiceAddresses(ips.as_slice().into()),
                 None => watch_response::Resource::Unregistered(wire::Unregistered {}),
             },
-            Topic::Destination(key) => match self.catalog.destination(&self.registry, key) {
+            Topic::Destination(key) => match self.catalog.destination(&self.registry, key, caller) {
                 Some(destination) => watch_response::Resource::Destination((&destination).into()),
                 None => watch_response::Resource::Unregistered(wire::Unregistered {}),
             },
@@ -427,7 +505,7 @@ impl Inner {
     /// What sidecars ask for at ports that a Service does not have.
     fn wrong_ports(&self) -> Vec<String> {
         let asked = self.entries.keys().filter_map(|topic| match topic {
-            Topic::Destination(key) => self.catalog.destination(&self.registry, key),
+            Topic::Destination(key) => self.catalog.destination(&self.registry, key, NO_CALLER),
             Topic::Own(_) => None,
         });
         let wrong = asked.filter(|destination| destination.no_such_port);

@@ -40,6 +40,7 @@ pub(super) fn destination(load_balancer: LoadBalancer, weights: &[u32]) -> Desti
         stale: false,
         why_empty: String::new(),
         no_such_port: false,
+        routes: None,
     }
 }
 

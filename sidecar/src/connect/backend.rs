@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outrigger_api::name::{Protocol, ServiceName, ServicePort};
+use outrigger_api::route::{self, Routes};
 use outrigger_api::snapshot::{Destination, Endpoint, EndpointTls, Key, LoadBalancer};
 use outrigger_api::virtual_address::is_virtual;
 use rustls_pki_types::ServerName;
@@ -41,6 +42,8 @@ pub struct View {
     /// Why there are no endpoints, as the control plane says.
     pub why_empty: String,
     pub endpoints: Arc<Endpoints>,
+    /// What binds it: where there are routes, they say where its requests go.
+    pub routes: Option<Arc<Routes>>,
     slots: Vec<Rc<Slot>>,
     balancer: RefCell<Balancer>,
     /// For what ends before an endpoint is picked.
@@ -198,6 +201,7 @@ impl View {
             stale: false,
             why_empty: String::new(),
             no_such_port: false,
+            routes: None,
         };
         Ok(View::new(worker, None, &destination, previous))
     }
@@ -217,6 +221,7 @@ impl View {
             protocol: destination.protocol,
             why_empty: destination.why_empty.clone(),
             endpoints: Arc::new(set),
+            routes: destination.routes.clone(),
             slots,
             balancer: RefCell::default(),
             unpicked: Edges::default(),
@@ -227,6 +232,10 @@ impl View {
     pub fn declared(&self, worker: &Worker) -> Option<Protocol> {
         match (&self.service, self.slots.first()) {
             (None, Some(slot)) => worker.own_workload()?.mesh.protocol(slot.endpoint.address.port()),
+            // What a TLSRoute binds is TLS, and its name is needed before anybody is dialled.
+            (Some(_), _) if self.routes.as_ref().is_some_and(|routes| routes.kind == route::Kind::Tls) => {
+                self.protocol.or(Some(Protocol::Tls))
+            }
             (Some(_) | None, _) => self.protocol,
         }
     }

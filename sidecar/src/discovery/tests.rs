@@ -172,6 +172,7 @@ fn destination(name: &str, endpoints: &[&str]) -> Destination {
         stale: false,
         why_empty: String::new(),
         no_such_port: false,
+        routes: None,
     }
 }
 

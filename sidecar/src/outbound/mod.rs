@@ -17,12 +17,14 @@ use crate::protocol::opaque::Declared;
 use crate::protocol::peek::{self, Peeked};
 use crate::telemetry::WireProtocol;
 
+mod edits;
 mod opaque;
 mod proxy;
 mod race;
 mod redirected;
 mod refusal;
 mod requests;
+mod route;
 mod tried;
 mod undeclared;
 

@@ -14,18 +14,20 @@ use crate::net::Stream;
 use crate::outcome::{Error, Reason};
 use crate::policy::Permit;
 use crate::protocol::opaque::{self, Declared};
+use crate::protocol::peek;
 use crate::protocol::sni::{self, Sniffed};
 use crate::telemetry::{TcpRecord, WireProtocol};
 use crate::tls::MeshAlpn;
 
 use super::race::{self, Connected, Counted};
 use super::refusal::refuse_connection;
+use super::route;
 use super::tried::{Tried, blame};
 
 pub(super) async fn opaque(
     worker: &Rc<Worker>,
     view: Result<Rc<View>, Error>,
-    stream: Stream,
+    mut stream: Stream,
     registered: &Rc<Registered>,
     protocol: WireProtocol,
     declared: Declared,
@@ -35,7 +37,11 @@ pub(super) async fn opaque(
         Ok(view) => view,
         Err(error) => return refuse_connection(worker, None, &stream, &error),
     };
-    match dial(worker, &view, permit).await {
+    let opened = match route::needs_name(&view) {
+        true => Box::pin(dial_by_name(worker, &view, &mut stream, permit)).await,
+        false => dial(worker, &view, permit).await,
+    };
+    match opened {
         Ok(opened) => copy(worker, stream, opened, registered, protocol, declared).await,
         Err(error) => refuse_connection(worker, Some(&view), &stream, &error),
     }
@@ -77,7 +83,33 @@ impl Counted for Open {
     }
 }
 
-pub(super) async fn dial(worker: &Rc<Worker>, view: &Rc<View>, _permit: Permit) -> Result<Opened, Error> {
+/// A TLSRoute decides by the name that the application's ClientHello holds.
+async fn dial_by_name(
+    worker: &Rc<Worker>,
+    view: &Rc<View>,
+    stream: &mut Stream,
+    permit: Permit,
+) -> Result<Opened, Error> {
+    let sniffed = sni::sniff(stream, worker.limits.head_timeout).await.map_err(|error| peek::left(&error))?;
+    let name = match &sniffed {
+        Sniffed::Tls(name) => name.as_deref(),
+        Sniffed::Other => None,
+    };
+    dial_backend(worker, &route::of_connection(worker, view.clone(), name).await?, permit).await
+}
+
+/// An endpoint of the view, or of the backend to which a route leads from it.
+pub(super) async fn dial(worker: &Rc<Worker>, view: &Rc<View>, permit: Permit) -> Result<Opened, Error> {
+    match &view.routes {
+        Some(_) => {
+            let backend = Box::pin(route::of_connection(worker, view.clone(), None)).await?;
+            dial_backend(worker, &backend, permit).await
+        }
+        None => dial_backend(worker, view, permit).await,
+    }
+}
+
+async fn dial_backend(worker: &Rc<Worker>, view: &Rc<View>, _permit: Permit) -> Result<Opened, Error> {
     let mut tried = Tried::new(worker, Instant::now());
     let open = async |slot: Rc<Slot>| worker.dialer.dial(&slot.target, MeshAlpn::Tcp).await;
     let mut lost = Vec::new();

@@ -24,6 +24,7 @@ use crate::protocol::http::serve;
 
 use super::race::{self, Connected, Counted, Lost};
 use super::refusal::{head_refusals, stream_refusals};
+use super::route;
 use super::tried::{Tried, blame, unavailable};
 
 pub(super) async fn http1(
@@ -95,6 +96,11 @@ pub(super) async fn respond_to(
         exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));
         return exchange.answer_last_hop(outgoing);
     }
+    // Without routes this look is all that they cost.
+    if let Some(routes) = &view.routes {
+        let routes = routes.clone();
+        return Box::pin(route::respond(exchange, outgoing, view, routes, permit)).await;
+    }
     match forward(&exchange, &view, outgoing, permit).await {
         Ok((answered, load)) => exchange.answer(answered, Some(load)),
         Err(error) => exchange.refuse(&error),
@@ -102,7 +108,7 @@ pub(super) async fn respond_to(
 }
 
 /// Balance, connect, send; to another endpoint when the first provably did nothing with the request.
-async fn forward(
+pub(super) async fn forward(
     exchange: &Exchange,
     view: &View,
     outgoing: Outgoing,

@@ -1,5 +1,5 @@
 //! Reads the server name out of an application's own TLS, which otherwise passes unparsed: for `/connections` and the
-//! access log. The bytes stay in the stream; nobody waits long for them, and nothing is decided by what they say.
+//! access log, and for TLSRoutes, which choose a backend by it. The bytes stay in the stream; who may is never decided by them.
 
 use std::io;
 use std::task::Poll;

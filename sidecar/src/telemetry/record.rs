@@ -10,6 +10,7 @@ use std::time::{Instant, SystemTime};
 use http::header::{HOST, HeaderMap, HeaderValue, USER_AGENT};
 use http::{Method, Uri};
 use outrigger_api::name::ServicePort;
+use outrigger_api::route::{Match, PathMatch, Rule};
 
 use crate::outcome::Reason;
 
@@ -56,7 +57,10 @@ struct Words {
     method: Option<Method>,
     path: ShortText<96>,
     authority: ShortText<56>,
-    route: Option<Arc<str>>,
+    /// For the span's name: few values, never a path.
+    template: Option<Arc<str>>,
+    /// The route and the rule, for the log.
+    route: Option<(Arc<str>, usize)>,
     detail: Option<String>,
     policy: Option<Box<PolicyFacts>>,
 }
@@ -107,6 +111,7 @@ impl HttpRecord {
                 method: None,
                 path: ShortText::empty(),
                 authority: ShortText::empty(),
+                template: None,
                 route: None,
                 detail: None,
                 policy: None,
@@ -149,10 +154,13 @@ impl HttpRecord {
         }
     }
 
-    /// The route that matched, for the span's name: a pattern of few values, never a path.
-    pub fn set_route(&self, route: &Arc<str>) {
+    /// The rule that the request follows, and by which of its matches.
+    pub fn set_route(&self, rule: &Rule, by: &Match) {
         if self.telemetry.traces() {
-            self.words.borrow_mut().route = Some(route.clone());
+            self.words.borrow_mut().template = by.path.as_ref().map(PathMatch::template);
+        }
+        if self.telemetry.logs(true) {
+            self.words.borrow_mut().route = Some((rule.object.clone(), rule.index));
         }
     }
 
@@ -326,6 +334,7 @@ impl HttpRecord {
             grpc_status: outcome.grpc_status,
             reason: outcome.reason,
             policy: words.policy.take(),
+            route: words.route.take(),
             duration: ended.duration,
             request_bytes: ended.request_bytes,
             response_bytes: ended.response_bytes,
@@ -384,7 +393,7 @@ impl HttpRecord {
             parent: trace.incoming.ids.map_or(0, |ids| ids.span),
             edge: &edge,
             method: words.method.as_ref().unwrap_or(&Method::GET),
-            route: words.route.as_deref(),
+            route: words.template.as_deref(),
             path: words.path.as_str(),
             authority: words.authority.as_str(),
             user_agent: trace.user_agent.as_deref(),

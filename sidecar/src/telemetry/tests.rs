@@ -380,7 +380,7 @@ async fn a_failure_is_one_line_and_a_success_none() {
     let expected = serde_json::json!({
         "timestamp": lines[0]["timestamp"], "log": "access", "direction": "inbound", "protocol": "http1",
         "method": "GET", "path": "/books/1", "authority": "catalog.shop", "status": 503, "grpc_status": null,
-        "sni": "", "reason": "connection_refused", "policy": "AuthorizationPolicy/shop/readers", "rule": "1", "duration": 1.5,
+        "sni": "", "reason": "connection_refused", "policy": "AuthorizationPolicy/shop/readers", "rule": "1", "route": "", "duration": 1.5,
         "request_bytes": 0, "response_bytes": 42, "source_workload": "web", "source_namespace": "shop",
         "source_principal": "spiffe://outrigger.local/ns/shop/sa/web", "destination_service": "catalog.shop",
         "destination_workload": "catalog", "destination_namespace": "shop",

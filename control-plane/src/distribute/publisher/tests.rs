@@ -73,7 +73,7 @@ fn registration(app: &str, last: u8) -> Registration {
 fn sent(publisher: &Publisher, subscriber: &Subscriber) -> Vec<(Topic, u64)> {
     let mut sent = Vec::new();
     while let Some(topic) = subscriber.take() {
-        let version = publisher.message(&topic).unwrap().version;
+        let version = publisher.message(&topic, "shop").unwrap().version;
         sent.push((topic, version));
     }
     sent
@@ -108,7 +108,7 @@ fn each_is_told_what_it_asked_for_and_only_when_it_changes() {
     publisher.publish();
     assert_eq!(
         sent(&publisher, &one),
-        [(unknown, 105)].map(|(topic, _)| (topic.clone(), publisher.message(&topic).unwrap().version))
+        [(unknown, 105)].map(|(topic, _)| (topic.clone(), publisher.message(&topic, "shop").unwrap().version))
     );
     assert_eq!(sent(&publisher, &other).len(), 1, "pay is unregistered now");
 
@@ -186,7 +186,7 @@ async fn a_lost_lease_is_published_after_fifteen_seconds() {
     }
     let after = lost.elapsed();
     assert!(after >= LOST && after < LOST + COALESCE * 2, "{after:?}");
-    let message = publisher.message(&cart).unwrap();
+    let message = publisher.message(&cart, "shop").unwrap();
     let Some(watch_response::Resource::Destination(destination)) = &message.resource else { panic!("{message:?}") };
     assert!(destination.endpoints.is_empty());
     running.abort();
@@ -280,4 +280,75 @@ fn no_workload_has_the_address_of_a_service() {
             assert_eq!(registered == Err(RegisterError::AddressOfService { ip }), refused, "{ip}: {registered:?}");
         }
     }
+}
+
+fn with_routes(routes: &str) -> Arc<Resources> {
+    let text = format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: cart, namespace: shop}}\nspec: {{selector: {{app: cart}}, ports: \
+         [{{port: 80, targetPort: 8080}}]}}\n{routes}"
+    );
+    let parsed = outrigger_api::compile::load(&[outrigger_api::resource::SourceFile { name: "a".into(), text }]);
+    assert!(parsed.errors.is_empty(), "{:?}", parsed.errors);
+    Arc::new(parsed.resources)
+}
+
+fn route(namespace: &str, weight: u32) -> String {
+    format!(
+        "---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: cart, namespace: {namespace}}}\nspec: \
+         {{parentRefs: [{{group: '', kind: Service, name: cart, namespace: shop}}], rules: [{{backendRefs: [{{name: cart, \
+         namespace: shop, port: 80, weight: {weight}}}]}}]}}\n"
+    )
+}
+
+/// Routes of a namespace concern its own callers, and nobody else is woken for them.
+#[test]
+fn consumers_are_told_of_their_own_routes() {
+    let publisher = publisher(100);
+    publisher.configure(with_routes(""), VirtualAddresses::default());
+    let of = |number: u64, namespace: &str| {
+        let id = InstanceId { namespace: namespace.into(), ..id(&format!("client-{number}")) };
+        let subscriber = stream(number, id, "one");
+        publisher.connect(&subscriber).unwrap();
+        subscriber
+    };
+    let (near, far) = (of(1, "shop"), of(2, "far"));
+    let cart = topic("cart:80");
+    for subscriber in [&near, &far] {
+        publisher.subscribe(subscriber, &cart, &Labels::new()).unwrap();
+    }
+    let took = |subscriber: &Subscriber| {
+        let mut told = None;
+        while let Some(topic) = subscriber.take() {
+            told = publisher.message(&topic, &subscriber.id.namespace);
+        }
+        let told = told?;
+        let Some(watch_response::Resource::Destination(destination)) = &told.resource else { panic!("{told:?}") };
+        let weight = serde_json::from_slice::<serde_json::Value>(&destination.routes).ok();
+        let weight = weight.map(|routes| routes["rules"][0]["backends"][0]["weight"].clone());
+        Some((told.version, weight.and_then(|weight| weight.as_u64())))
+    };
+    assert_eq!(took(&near).map(|(_, weight)| weight), Some(None));
+    let mut last = took(&far).unwrap().0;
+    // Both follow the producer's, then one its own; and when that goes, the producer's again, as something newer.
+    for (routes, expected) in [
+        (route("shop", 1), [Some(Some(1)), Some(Some(1))]),
+        (route("shop", 1) + &route("far", 2), [None, Some(Some(2))]),
+        (route("shop", 3) + &route("far", 2), [Some(Some(3)), None]),
+        (route("shop", 3) + &route("elsewhere", 9) + &route("far", 2), [None, None]),
+        (route("shop", 3), [None, Some(Some(3))]),
+        (route("far", 4), [Some(None), Some(Some(4))]),
+    ] {
+        publisher.configure(with_routes(&routes), VirtualAddresses::default());
+        publisher.publish();
+        let (one, other) = (took(&near), took(&far));
+        assert_eq!([one.map(|(_, weight)| weight), other.map(|(_, weight)| weight)], expected, "{routes}");
+        if let Some((version, _)) = other {
+            assert!(version > last, "{version} after {last}");
+            last = version;
+        }
+    }
+    // A newcomer of that namespace is told the same, at once.
+    let late = of(3, "far");
+    publisher.subscribe(&late, &cart, &Labels::new()).unwrap();
+    assert_eq!(took(&late).map(|(_, weight)| weight), Some(Some(4)));
 }

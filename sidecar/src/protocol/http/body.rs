@@ -6,7 +6,7 @@ use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
@@ -56,6 +56,14 @@ pub struct Upstream {
     pub load: Option<Measured>,
     pub stream: Stream,
     pub busy: Option<Busy>,
+    /// When all of it has to be there, where a route says so.
+    pub until: Option<Box<Until>>,
+}
+
+/// The end of the time that an answer may take.
+pub struct Until {
+    sleep: Pin<Box<tokio::time::Sleep>>,
+    reason: Reason,
 }
 
 /// The endpoint's load guard, with what was measured when the head came.
@@ -77,6 +85,8 @@ pub enum BodyError {
     Idle,
     #[error("policy has turned against the request")]
     Refused,
+    #[error("the answer took longer than its route allows")]
+    Late,
 }
 
 impl BodyError {
@@ -84,7 +94,7 @@ impl BodyError {
     pub fn reset_code(&self) -> h2::Reason {
         match self {
             BodyError::Truncated(broke) => broke.reset_code(),
-            BodyError::Downstream(_) | BodyError::Idle => h2::Reason::INTERNAL_ERROR,
+            BodyError::Downstream(_) | BodyError::Idle | BodyError::Late => h2::Reason::INTERNAL_ERROR,
             BodyError::Refused => h2::Reason::CANCEL,
         }
     }
@@ -119,6 +129,14 @@ impl ResponseBody {
             upstream.end();
         }
         ResponseBody(Kind::Upstream(upstream))
+    }
+
+    /// All of an upstream's answer has to be there by then.
+    pub fn end_by(&mut self, at: Instant, reason: Reason) {
+        if let Kind::Upstream(upstream) = &mut self.0 {
+            let sleep = Box::pin(tokio::time::sleep_until(at.into()));
+            upstream.until = upstream.incoming.is_some().then(|| Box::new(Until { sleep, reason }));
+        }
     }
 
     /// `spelling` is the head's.
@@ -262,6 +280,13 @@ impl Upstream {
         if let Some(reason) = self.stream.refused() {
             self.record.failed(reason, String::new);
             return Poll::Ready(Some(self.break_off(reason, BodyError::Refused)));
+        }
+        if let Some(until) = &mut self.until
+            && until.sleep.as_mut().poll(cx).is_ready()
+        {
+            let reason = until.reason;
+            self.record.failed(reason, String::new);
+            return Poll::Ready(Some(self.break_off(reason, BodyError::Late)));
         }
         match incoming.poll_frame(cx) {
             Poll::Pending => match self.stream.poll_expired(cx) {

@@ -165,6 +165,14 @@ impl Exchange {
         response.map(|body| body.recorded(Ending { record: self.record, busy: Some(self.busy) }))
     }
 
+    /// Answers with the place where the client finds it.
+    pub fn redirect(self, status: u16, place: &str) -> Response<ResponseBody> {
+        let mut response = answer::redirect(status, place);
+        self.record.answered(response.status().as_u16());
+        self.close_when_draining(response.headers_mut());
+        response.map(|body| body.recorded(Ending { record: self.record, busy: Some(self.busy) }))
+    }
+
     /// The request as it goes to an upstream. To be called once; a second try uses what the lane gave back.
     pub fn request(&self, outgoing: Outgoing) -> Request<RequestBody> {
         let grpc = self.protocol == WireProtocol::Grpc;
@@ -199,6 +207,11 @@ impl Exchange {
     /// Who decides about the request, and is asked again when policy moves.
     pub fn judged_by(&self, judge: Rc<dyn Judge>) {
         self.stream.judged_by(judge);
+    }
+
+    /// When the request began.
+    pub fn begun(&self) -> Instant {
+        self.begun
     }
 
     /// Since the request began.
@@ -257,6 +270,7 @@ impl Exchange {
             load,
             stream: self.stream,
             busy: Some(self.busy),
+            until: None,
         }));
         Response::from_parts(parts, body)
     }
@@ -299,7 +313,7 @@ impl Exchange {
             by: error.by.as_deref().filter(|by| by.told),
             // What an endpoint or a name has to do with it is the own application's to know, and nobody else's.
             detail: (self.session.strip == Strip::HopByHop
-                && matches!(error.stage, Stage::Lookup | Stage::Balance | Stage::Connect))
+                && matches!(error.stage, Stage::Lookup | Stage::Route | Stage::Balance | Stage::Connect))
             .then_some(&*error.detail),
         };
         let mut response = answer::refuse(error.reason, grpc, &self.session.worker.own.instance, told);
