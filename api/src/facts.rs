@@ -1,12 +1,15 @@
 //! What a decision looks at: one connection and, on HTTP, one request of it. Borrowed views, so that they can be made of
 //! a request on the wire, of a command line, or of a line of the access log, and so that making them costs nothing.
 
+mod claims;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use crate::identity::SpiffeId;
 use crate::name::ServiceName;
 use crate::path::NormalPath;
+pub use claims::Claims;
 
 /// One connection, seen by the side that it comes in at.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +25,17 @@ pub struct Connection<'a> {
     /// Labels of the workload that is called.
     pub labels: &'a BTreeMap<String, String>,
     pub now: Moment,
+}
+
+impl Connection<'_> {
+    /// Whether it is to one of the Services, each `name.namespace`. No list means all of the workload's ports.
+    pub fn is_of(&self, services: &[String]) -> bool {
+        let is_called = |service: &String| {
+            let (Some(called), Some((name, namespace))) = (self.service, service.split_once('.')) else { return false };
+            *called.name == *name && *called.namespace == *namespace
+        };
+        services.is_empty() || services.iter().any(is_called)
+    }
 }
 
 /// A time in UTC, as far as rules look at it.
@@ -51,6 +65,8 @@ pub struct Request<'a> {
     /// Host or `:authority` as it came.
     pub host: &'a str,
     pub headers: &'a dyn Headers,
+    /// What its token says, once that is verified; None without one.
+    pub claims: Option<&'a Claims>,
 }
 
 /// The fields of a head.

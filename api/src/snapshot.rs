@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::identity::SpiffeId;
 use crate::name::{Protocol, ServiceName};
 use crate::policy::authorization::Authorization;
+use crate::policy::jwt::Authentication;
 pub use crate::policy::mtls::MtlsMode;
 use crate::route::Routes;
 
@@ -28,6 +29,8 @@ pub struct Workload {
     pub labels: BTreeMap<String, String>,
     /// Who may call. It stands here and has no key of its own, so that a port and what decides about it arrive together.
     pub authorization: Arc<Authorization>,
+    /// Which tokens count.
+    pub authentication: Arc<Authentication>,
 }
 
 impl Workload {

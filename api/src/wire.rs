@@ -9,6 +9,7 @@ use crate::identity::SpiffeId;
 use crate::name;
 use crate::peer_text::cut;
 use crate::policy::authorization::Authorization;
+use crate::policy::jwt::Authentication;
 use crate::route::Routes;
 use crate::snapshot;
 
@@ -22,6 +23,8 @@ pub use generated::*;
 const AUTHORIZATION: &str = "authorization";
 /// What a [`Destination`] needs of its reader when routes are in it.
 const ROUTES: &str = "routes";
+/// The same of RequestAuthentications.
+const AUTHENTICATION: &str = "authentication";
 
 /// The ALPN id of the control plane's port.
 pub const CONTROL_PLANE_ALPN: &[u8] = b"h2";
@@ -153,6 +156,10 @@ fn mtls_mode_from_wire(value: i32) -> Result<snapshot::MtlsMode, WireError> {
 impl Workload {
     /// The message for a workload; the trust bundle travels with it.
     pub fn encode(workload: &snapshot::Workload, trust_bundle: TrustBundle) -> Workload {
+        let needs = [
+            (AUTHORIZATION, !workload.authorization.is_empty()),
+            (AUTHENTICATION, !workload.authentication.is_empty()),
+        ];
         Workload {
             name: workload.name.clone(),
             namespace: workload.namespace.clone(),
@@ -171,24 +178,32 @@ impl Workload {
             mesh: Some((&workload.mesh).into()),
             trust_bundle: Some(trust_bundle),
             registered: workload.registered,
-            needs: if workload.authorization.is_empty() { Vec::new() } else { vec![AUTHORIZATION.to_owned()] },
+            needs: needs.into_iter().filter(|(_, there)| *there).map(|(need, _)| need.to_owned()).collect(),
             labels: workload.labels.clone().into_iter().collect(),
             // Plain values with text as keys: there is nothing that JSON could refuse.
             authorization: match workload.authorization.is_empty() {
                 true => Vec::new(),
                 false => serde_json::to_vec(&*workload.authorization).unwrap_or_else(|_| b"!".to_vec()),
             },
+            authentication: match workload.authentication.is_empty() {
+                true => Vec::new(),
+                false => serde_json::to_vec(&*workload.authentication).unwrap_or_else(|_| b"!".to_vec()),
+            },
         }
     }
 
     /// The workload without its trust bundle, which `identity` checks and keeps by itself.
     pub fn decode(&self) -> Result<snapshot::Workload, WireError> {
-        if let Some(need) = self.needs.iter().find(|need| *need != AUTHORIZATION) {
+        if let Some(need) = self.needs.iter().find(|need| ![AUTHORIZATION, AUTHENTICATION].contains(&need.as_str())) {
             return Err(WireError::Needs(need.chars().take(60).collect()));
         }
         let authorization = match self.authorization.as_slice() {
             [] => Authorization::default(),
             json => serde_json::from_slice(json).map_err(|error| invalid("authorization", error))?,
+        };
+        let authentication = match self.authentication.as_slice() {
+            [] => Authentication::default(),
+            json => serde_json::from_slice(json).map_err(|error| invalid("authentication", error))?,
         };
         let mesh = self.mesh.as_ref().ok_or(WireError::Missing { field: "mesh" })?;
         let mut ports = std::collections::BTreeMap::new();
@@ -216,6 +231,7 @@ impl Workload {
             registered: self.registered,
             labels: self.labels.clone().into_iter().collect(),
             authorization: Arc::new(authorization),
+            authentication: Arc::new(authentication),
         })
     }
 }

@@ -97,7 +97,16 @@ fn question(case: &Case, trust_domain: &TrustDomain, at: u64) -> Result<Question
     };
     let request = case.request.clone();
     let request = request.map(|CaseRequest { method, target, headers }| Asked { method, target, headers });
-    Ok(Question { from, from_ip: case.from_ip, to: case.to.clone(), port: case.port, request, at })
+    Ok(Question {
+        from,
+        from_ip: case.from_ip,
+        to: case.to.clone(),
+        port: case.port,
+        request,
+        claims: case.claims.clone(),
+        token: case.token.clone(),
+        at: case.at.unwrap_or(at),
+    })
 }
 
 fn judge(metadata: &Metadata, case: &Case, answer: &Explanation) -> Ran {
@@ -158,7 +167,12 @@ fn rules(resources: &Resources) -> Vec<String> {
         (0..policy.spec.rules.len()).map(move |rule| format!("AuthorizationPolicy/{namespace}/{name} rule {rule}"))
     });
     let routes = resources.routes().flat_map(|route| route.spec.rules.iter().map(ToString::to_string));
-    rules.chain(routes).collect()
+    let tokens = resources.request_authentications.values();
+    let tokens = tokens.flat_map(|policy| {
+        let (namespace, name) = (&policy.metadata.namespace, &policy.metadata.name);
+        (0..policy.spec.rules.len()).map(move |rule| format!("RequestAuthentication/{namespace}/{name} rule {rule}"))
+    });
+    rules.chain(tokens).chain(routes).collect()
 }
 
 fn text(report: &Report) -> String {

@@ -9,6 +9,7 @@ pub mod connection;
 pub mod discovery;
 pub mod identity;
 pub mod inbound;
+pub mod key_sets;
 pub mod net;
 pub mod outbound;
 pub mod outcome;

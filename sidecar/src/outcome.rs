@@ -17,6 +17,9 @@ pub enum Reason {
     MtlsRequired,
     PolicyDenied,
     PathAmbiguous,
+    JwtMissing,
+    JwtInvalid,
+    JwksUnavailable,
     PeerCertificate,
     TlsHandshake,
     ProtocolMismatch,
@@ -71,7 +74,7 @@ const fn row(word: &'static str, status: u16, grpc: u8, proxy_status: &'static s
 }
 
 impl Reason {
-    pub const ALL: [Reason; 37] = [
+    pub const ALL: [Reason; 40] = [
         Reason::BadRequest,
         Reason::RequestHeadTimeout,
         Reason::RequestHeadTooLarge,
@@ -80,6 +83,9 @@ impl Reason {
         Reason::MtlsRequired,
         Reason::PolicyDenied,
         Reason::PathAmbiguous,
+        Reason::JwtMissing,
+        Reason::JwtInvalid,
+        Reason::JwksUnavailable,
         Reason::PeerCertificate,
         Reason::TlsHandshake,
         Reason::ProtocolMismatch,
@@ -111,7 +117,7 @@ impl Reason {
         Reason::Internal,
     ];
 
-    /// The table. gRPC: 4 DEADLINE_EXCEEDED, 7 PERMISSION_DENIED, 8 RESOURCE_EXHAUSTED, 13 INTERNAL, 14 UNAVAILABLE.
+    /// The table. gRPC: 4 DEADLINE_EXCEEDED, 7 PERMISSION_DENIED, 8 RESOURCE_EXHAUSTED, 13 INTERNAL, 14 UNAVAILABLE, 16 UNAUTHENTICATED.
     pub const fn row(self) -> Row {
         match self {
             Reason::BadRequest => {
@@ -149,6 +155,19 @@ impl Reason {
                 3,
                 "http_request_error",
                 "A policy looks at paths, and this path can be read in two ways.",
+            ),
+            Reason::JwtMissing => {
+                row("jwt_missing", 401, 16, "http_request_denied", "A token is required and the request has none.")
+            }
+            Reason::JwtInvalid => {
+                row("jwt_invalid", 401, 16, "http_request_denied", "The request's token is not valid here.")
+            }
+            Reason::JwksUnavailable => row(
+                "jwks_unavailable",
+                503,
+                14,
+                "proxy_internal_response",
+                "The keys that would verify the request's token are not known.",
             ),
             Reason::PeerCertificate => row(
                 "peer_certificate",

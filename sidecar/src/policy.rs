@@ -2,6 +2,8 @@
 //! endpoint on a path that forgot to ask. The decisions themselves are pure functions of `outrigger_api::policy`, which
 //! `explain` and offline tests call too; here they get the facts of what is on the wire.
 
+mod token;
+
 use std::net::{IpAddr, SocketAddr};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -16,6 +18,7 @@ use outrigger_api::snapshot::{MtlsMode, Workload};
 
 use crate::connection::Arrival;
 use crate::outcome::{Error, Reason, Refuser, Side, Stage};
+pub use token::{Memory, Rejected, authenticate, claims, remove_told, tell};
 
 /// The proof that policy was asked and agreed. Only this module makes one.
 #[derive(Clone, Copy, Debug)]
@@ -59,7 +62,7 @@ pub struct Noted {
     pub rule: Option<usize>,
 }
 
-/// May this request come in? `parts`: the head as it goes on, cleaned. Costs one look where no policy is in force.
+/// May this request come in? `parts`: the head as it goes on, cleaned, with what its token says. Costs one look where no policy is in force.
 pub fn judge_request(own: &Workload, call: &Call<'_>, parts: &Parts) -> Judgement {
     if own.authorization.is_empty() {
         return Judgement::default();
@@ -73,25 +76,47 @@ pub fn judge_request(own: &Workload, call: &Call<'_>, parts: &Parts) -> Judgemen
         path: &path,
         host: parts.uri.authority().map(http::uri::Authority::as_str).or(host).unwrap_or_default(),
         headers: &fields,
+        claims: token::claims(parts),
     };
     judge(own, call, Some(&request))
 }
 
+/// May this request, which runs, stay?
+pub fn judge_running(own: &Workload, call: &Call<'_>, parts: &Parts) -> Judgement {
+    if !own.authentication.is_empty()
+        && let Some(error) = token::judge_running(own, call, parts)
+    {
+        return Judgement { refused: Some(error), ..Judgement::default() };
+    }
+    judge_request(own, call, parts)
+}
+
 /// May this connection of opaque bytes come in?
 pub fn judge_opaque(own: &Workload, call: &Call<'_>) -> Judgement {
-    if own.authorization.is_empty() {
+    if own.authorization.is_empty() && own.authentication.is_empty() {
         return Judgement::default();
+    }
+    if let Err(refused) = own.authentication.judge_opaque(&connection(own, call), &mut ()) {
+        let refused = Some(token::refusal(&refused, call.identity.is_some()));
+        return Judgement { refused, ..Judgement::default() };
     }
     judge(own, call, None)
 }
 
 fn judge(own: &Workload, call: &Call<'_>, request: Option<&Request<'_>>) -> Judgement {
-    let authorization = &own.authorization;
-    let now = match authorization.looks_at_time() {
+    let connection = connection(own, call);
+    let verdict = own.authorization.decide(&connection, request, &mut ());
+    let noted = |by: &[By<'_>]| by.iter().map(|by| Noted { object: by.to_string(), rule: by.rule() }).collect();
+    let (shadow, audit) = (noted(&verdict.shadow), noted(&verdict.audit));
+    Judgement { refused: refusal(&verdict, call.identity.is_some()), shadow, audit }
+}
+
+fn connection<'c>(own: &'c Workload, call: &Call<'c>) -> Connection<'c> {
+    let now = match own.authorization.looks_at_time() {
         true => Moment::of_unix_time(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()),
         false => Moment::default(),
     };
-    let connection = Connection {
+    Connection {
         identity: call.identity,
         source_ip: Some(call.client),
         destination_ip: Some(call.application.ip()),
@@ -99,11 +124,7 @@ fn judge(own: &Workload, call: &Call<'_>, request: Option<&Request<'_>>) -> Judg
         service: own.ports.get(&call.application.port()).and_then(|port| port.service.as_ref()),
         labels: &own.labels,
         now,
-    };
-    let verdict = authorization.decide(&connection, request, &mut ());
-    let noted = |by: &[By<'_>]| by.iter().map(|by| Noted { object: by.to_string(), rule: by.rule() }).collect();
-    let (shadow, audit) = (noted(&verdict.shadow), noted(&verdict.audit));
-    Judgement { refused: refusal(&verdict, call.identity.is_some()), shadow, audit }
+    }
 }
 
 fn refusal(verdict: &Verdict<'_>, told: bool) -> Option<Error> {

@@ -44,7 +44,7 @@ const ROWS: [Rows; 3] = [
             &["tls"],
             &["telemetry", "policy", "route", "balance", "redirect"],
             &["identity"],
-            &["discovery"],
+            &["discovery", "key_sets"],
             &["connect"],
             &["protocol"],
             &["inbound", "outbound", "resolver"],

@@ -9,6 +9,7 @@ pub mod collector;
 pub mod dns;
 pub mod eventually;
 pub mod grpc;
+pub mod issuer;
 pub mod mesh;
 pub mod metrics;
 pub mod namespace;

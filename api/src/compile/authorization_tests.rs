@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 use super::authorization;
 use crate::compile::load;
-use crate::facts::{Connection, Moment, Request};
+use crate::facts::{Claims, Connection, Moment, Request};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::name::ServiceName;
 use crate::path::NormalPath;
 use crate::policy::authorization::{Authorization, By, Denial};
 use crate::resource::SourceFile;
 
-/// `METHOD TARGET; name: value; ...`, or empty for opaque bytes.
+/// `METHOD TARGET; name: value; ...`, or empty for opaque bytes. A field `@claims` is what a verified token says.
 struct Asked {
     method: String,
     target: String,
@@ -69,11 +69,14 @@ fn verdict(specs: &[&str], from: &str, request: &str) -> String {
     };
     let asked = asked(request);
     let path = asked.as_ref().map(|asked| NormalPath::of(&asked.target));
+    let claims = asked.as_ref().and_then(|asked| asked.fields.iter().find(|(name, _)| name == "@claims"));
+    let claims = claims.map(|(_, json)| Claims::new(serde_json::from_str(json).unwrap()));
     let request = asked.as_ref().zip(path.as_ref()).map(|(asked, path)| Request {
         method: &asked.method,
         path,
         host: asked.fields.iter().find(|(name, _)| name == "host").map_or("payments", |(_, value)| value),
         headers: &asked.fields,
+        claims: claims.as_ref(),
     });
     let mut steps = Vec::new();
     let verdict = compiled.decide(&connection, request.as_ref(), &mut steps);
@@ -247,6 +250,54 @@ fn operations_and_conditions() {
         ("{targetRefs: [{kind: Service, group: '', name: other}]}".into(), GET, true),
         ("{selector: {matchLabels: {app: pay}}}".into(), GET, false),
         ("{selector: {matchLabels: {app: other}}}".into(), GET, true),
+    ];
+    for (spec, request, expected) in cases {
+        let got = verdict(&[spec], "shop/checkout", request);
+        assert_eq!(got == "allowed", *expected, "{spec} {request}: {got}");
+    }
+}
+
+#[test]
+fn what_a_token_says() {
+    let allow = |source: &str| format!("{{rules: [{{from: [{{source: {source}}}]}}]}}");
+    let when = |condition: &str| format!("{{rules: [{{when: [{condition}]}}]}}");
+    let deny = |condition: &str| format!("{{action: DENY, rules: [{{when: [{condition}]}}]}}");
+    let alice = r#"GET /; @claims: {"iss":"https://a","sub":"alice","aud":["x","pay"],"azp":"web","scope":"read write","groups":["dev","ops"],"level":5,"realm":{"roles":["r"]}}"#;
+    let nobody = r#"GET /; @claims: {"iss":"https://a"}"#;
+    let cases: &[(String, &str, bool)] = &[
+        (allow("{requestPrincipals: ['https://a/alice']}"), alice, true),
+        (allow("{requestPrincipals: ['https://a/*']}"), alice, true),
+        (allow("{requestPrincipals: ['*/alice']}"), alice, true),
+        (allow("{requestPrincipals: ['*']}"), alice, true),
+        (allow("{requestPrincipals: ['*']}"), GET, false),
+        (allow("{requestPrincipals: ['*']}"), nobody, false),
+        (allow("{requestPrincipals: ['https://a/ali']}"), alice, false),
+        (allow("{notRequestPrincipals: ['https://a/bob']}"), alice, true),
+        (allow("{notRequestPrincipals: ['https://a/alice']}"), alice, false),
+        (allow("{notRequestPrincipals: ['*']}"), GET, true),
+        (allow("{principals: ['*'], requestPrincipals: ['https://b/*']}"), alice, false),
+        (deny("{key: request.auth.principal, notValues: ['*']}"), GET, false),
+        (deny("{key: request.auth.principal, notValues: ['*']}"), alice, true),
+        (when("{key: request.auth.principal, values: ['https://a/alice']}"), alice, true),
+        (when("{key: request.auth.audiences, values: [pay]}"), alice, true),
+        (when("{key: request.auth.audiences, notValues: [pay]}"), alice, false),
+        (when("{key: request.auth.presenter, values: [web]}"), alice, true),
+        (when("{key: 'request.auth.claims[scope]', values: [read]}"), alice, true),
+        (when("{key: 'request.auth.claims[scope]', values: [admin]}"), alice, false),
+        (when("{key: 'request.auth.claims[groups]', values: [ops]}"), alice, true),
+        (when("{key: 'request.auth.claims[groups]', values: [dev], notValues: [ops]}"), alice, false),
+        (when("{key: 'request.auth.claims[level]', values: [\"5\"]}"), alice, true),
+        (when("{key: 'request.auth.claims[realm][roles]', values: [r]}"), alice, true),
+        (when("{key: 'request.auth.claims[realm]', values: ['*']}"), alice, false),
+        (when("{key: 'request.auth.claims[x]', values: ['*']}"), alice, false),
+        (when("{key: 'request.auth.claims[x]', notValues: [y]}"), alice, true),
+        (when("{key: 'request.auth.claims[x]', notValues: [y]}"), GET, true),
+        // Opaque bytes have no token.
+        (when("{key: 'request.auth.claims[x]', notValues: [y]}"), "", false),
+        (deny("{key: 'request.auth.claims[x]', values: [y]}"), "", false),
+        (allow("{notRequestPrincipals: ['*']}"), "", false),
+        ("{action: DENY, rules: [{from: [{source: {requestPrincipals: ['https://a/*']}}]}]}".into(), "", false),
+        ("{action: DENY, rules: [{from: [{source: {requestPrincipals: ['*'], namespaces: [x]}}]}]}".into(), "", true),
     ];
     for (spec, request, expected) in cases {
         let got = verdict(&[spec], "shop/checkout", request);

@@ -1,12 +1,14 @@
 //! From the objects that a user wrote to what is in force for one workload: selectors, precedence, contradictions. The
 //! control plane calls it for what it tells a sidecar, `explain` and `test` for what they decide with. Pure.
 
+mod authentication;
 mod authorization;
 mod check;
 mod mtls;
 mod protocol;
 mod routes;
 
+pub use authentication::authentication;
 pub use authorization::{authorization, selects};
 pub use check::load;
 pub use mtls::{ModeSet, mtls_modes};

@@ -160,9 +160,14 @@ impl Explanation {
                 self.hint = why;
             }
             Some((reason, hint)) => {
-                let (status, grpc_status) = if reason == "path_ambiguous" { (400, 3) } else { (403, 7) };
+                let (outcome, status, grpc_status) = match reason {
+                    "path_ambiguous" => (Outcome::Refused, 400, 3),
+                    "jwt_missing" | "jwt_invalid" => (Outcome::Refused, 401, 16),
+                    "jwks_unavailable" => (Outcome::Failed, 503, 14),
+                    _ => (Outcome::Refused, 403, 7),
+                };
                 self.hint = hint;
-                self.fail(question, Outcome::Refused, reason, status, grpc_status);
+                self.fail(question, outcome, reason, status, grpc_status);
             }
             None => {
                 let grpc = question.request.as_ref().is_some_and(Asked::is_grpc);
@@ -176,7 +181,7 @@ impl Explanation {
 fn decider(configuration: Option<(&Parsed, &[SourceFile])>, object: String, rule: Option<usize>) -> Decider {
     let mut parts = object.splitn(3, '/').map(str::to_owned);
     let [kind, namespace, name] = std::array::from_fn(|_| parts.next().unwrap_or_default());
-    let known = ["AuthorizationPolicy", "MeshConfig", "PeerAuthentication"];
+    let known = ["AuthorizationPolicy", "MeshConfig", "PeerAuthentication", "RequestAuthentication"];
     let kind_name = known.into_iter().find(|known| *known == kind);
     let place = kind_name.zip(configuration).and_then(|(kind, (parsed, files))| {
         parsed.place(files, &ObjectName { kind, namespace: namespace.clone(), name: name.clone() })

@@ -1,12 +1,14 @@
-//! What one workload's inbound side decides: mode, identity, policies, with a step for everything that was looked at.
+//! What one workload's inbound side decides: mode, identity, token, policies, with a step for everything that was looked at.
 
 use std::net::IpAddr;
 
 use super::question::{Asked, Question};
+use super::token;
 use crate::facts::{Connection, Moment, Request};
 use crate::name::{Protocol, ServiceName};
 use crate::path::NormalPath;
 use crate::policy::authorization::{Authorization, By, DefaultAction, Denial};
+use crate::policy::jwt::{Authentication, RemoteKeys};
 use crate::policy::mtls::{self, Arrival};
 use crate::policy::trace::Step;
 use crate::resource::Labels;
@@ -19,12 +21,20 @@ pub(super) struct Judged {
     pub(super) by: Option<(String, Option<usize>)>,
 }
 
+impl Judged {
+    fn refused(self, (reason, hint, by): token::Denied) -> Judged {
+        Judged { denied: Some((reason, hint)), by, ..self }
+    }
+}
+
 /// What decides about one port of one workload.
 pub(super) struct Gate<'g> {
     /// What a step calls the workload.
     pub(super) whom: String,
     pub(super) mode: MtlsMode,
     pub(super) authorization: &'g Authorization,
+    pub(super) authentication: &'g Authentication,
+    pub(super) keys: &'g dyn RemoteKeys,
     pub(super) labels: &'g Labels,
     pub(super) ip: Option<IpAddr>,
     /// The application's port.
@@ -62,13 +72,6 @@ impl Gate<'_> {
             let mut hosts = asked.headers.iter().filter(|(name, _)| name.eq_ignore_ascii_case("host"));
             hosts.next().map_or_else(|| question.to.to_string(), |(_, value)| value.clone())
         };
-        let host = asked.map(host).unwrap_or_default();
-        let request = asked.zip(path.as_ref()).map(|(asked, path)| Request {
-            method: &asked.method,
-            path,
-            host: &host,
-            headers: &asked.headers,
-        });
         let connection = Connection {
             identity,
             source_ip: question.from_ip,
@@ -78,6 +81,26 @@ impl Gate<'_> {
             labels: self.labels,
             now: Moment::of_unix_time(question.at),
         };
+        let authenticated = match asked {
+            Some(asked) => match token::authenticate(self, question, &connection, asked, &mut judged.steps) {
+                Ok(authenticated) => Some(authenticated),
+                Err(denied) => return judged.refused(denied),
+            },
+            None => {
+                if let Err(refused) = self.authentication.judge_opaque(&connection, &mut judged.steps) {
+                    return judged.refused(token::denied(refused));
+                }
+                None
+            }
+        };
+        let host = asked.map(host).unwrap_or_default();
+        let request = asked.zip(path.as_ref()).zip(authenticated.as_ref()).map(|((asked, path), seen)| Request {
+            method: &asked.method,
+            path,
+            host: &host,
+            headers: &seen.headers,
+            claims: seen.claims.as_ref(),
+        });
         let verdict = self.authorization.decide(&connection, request.as_ref(), &mut judged.steps);
         if self.authorization.policies.is_empty() {
             let (result, why) = match self.authorization.default_action {

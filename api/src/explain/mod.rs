@@ -7,6 +7,7 @@ mod inbound;
 mod lookup;
 mod question;
 mod route;
+mod token;
 
 pub use answer::{BackendShare, Decider, Explanation, Outcome};
 pub use question::{Asked, Question, WrittenQuestion};
@@ -14,9 +15,10 @@ pub use route::{RetryShown, RouteTaken};
 
 use std::net::IpAddr;
 
-use crate::compile::{RouteTable, authorization, mtls_modes, protocol};
+use crate::compile::{RouteTable, authentication, authorization, mtls_modes, protocol};
 use crate::identity::TrustDomain;
 use crate::name::ServicePort;
+use crate::policy::jwt::RemoteKeys;
 use crate::policy::trace::{Step, Trace};
 use crate::resource::{Parsed, Resource, Resources, Service, ServicePort as ServicePortSpec, SourceFile};
 use crate::snapshot;
@@ -142,6 +144,8 @@ fn judge(
         whom,
         mode: modes.ports.get(&application).copied().unwrap_or(modes.default),
         authorization: &authorization(resources, trust_domain, namespace, candidate.labels),
+        authentication: &authentication(resources, namespace, candidate.labels),
+        keys: &(),
         labels: candidate.labels,
         ip: candidate.ip,
         port: application,
@@ -152,19 +156,27 @@ fn judge(
 }
 
 /// The same of a sidecar, about its own workload: what it knows now decides. None when no port of the workload belongs to
-/// the Service that is asked about.
-pub fn explain_own(own: &snapshot::Workload, question: &Question) -> Option<Explanation> {
+/// the Service that is asked about. `keys`: the key sets that it has fetched.
+pub fn explain_own(own: &snapshot::Workload, keys: &dyn RemoteKeys, question: &Question) -> Option<Explanation> {
     let mut ports = own.ports.iter().filter(|(_, port)| port.service.as_ref() == Some(&question.to));
     let (port, _) = ports.next()?;
-    Some(explain_port(own, *port, None, question))
+    Some(explain_port(own, keys, *port, None, question))
 }
 
 /// The same about one of its ports, at one of its addresses.
-pub fn explain_port(own: &snapshot::Workload, port: u16, ip: Option<IpAddr>, question: &Question) -> Explanation {
+pub fn explain_port(
+    own: &snapshot::Workload,
+    keys: &dyn RemoteKeys,
+    port: u16,
+    ip: Option<IpAddr>,
+    question: &Question,
+) -> Explanation {
     let gate = Gate {
         whom: format!("{}.{}", own.name, own.namespace),
         mode: own.mtls_mode(port),
         authorization: &own.authorization,
+        authentication: &own.authentication,
+        keys,
         labels: &own.labels,
         ip,
         port,

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::facts::Claims;
 use crate::identity::SpiffeId;
 use crate::name::ServiceName;
 
@@ -18,7 +19,11 @@ pub struct Question {
     pub port: Option<u16>,
     /// None: a connection whose bytes nobody parses.
     pub request: Option<Asked>,
-    /// Seconds since the Unix epoch, for rules about the time.
+    /// Those of a token, taken for verified.
+    pub claims: Option<Claims>,
+    /// A token beside the request's head, to be verified.
+    pub token: Option<String>,
+    /// Seconds since the Unix epoch, for rules about the time and for tokens.
     pub at: u64,
 }
 
@@ -61,6 +66,10 @@ pub struct WrittenQuestion {
     pub to: String,
     pub port: Option<u16>,
     pub request: Option<Asked>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub claims: Option<serde_json::Map<String, serde_json::Value>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
     /// Seconds since the Unix epoch.
     pub at: u64,
 }
@@ -73,6 +82,8 @@ impl From<&Question> for WrittenQuestion {
             to: question.to.to_string(),
             port: question.port,
             request: question.request.clone(),
+            claims: question.claims.as_ref().map(|claims| claims.values().clone()),
+            token: question.token.clone(),
             at: question.at,
         }
     }
@@ -84,7 +95,8 @@ impl TryFrom<WrittenQuestion> for Question {
     fn try_from(written: WrittenQuestion) -> Result<Question, String> {
         let from = written.from.map(|text| SpiffeId::parse(&text).map_err(|error| error.to_string())).transpose()?;
         let to = ServiceName::parse(&written.to, "default").map_err(|error| error.to_string())?;
-        let WrittenQuestion { from_ip, port, request, at, .. } = written;
-        Ok(Question { from, from_ip, to, port, request, at })
+        let WrittenQuestion { from_ip, port, request, token, at, .. } = written;
+        let claims = written.claims.map(Claims::new);
+        Ok(Question { from, from_ip, to, port, request, claims, token, at })
     }
 }

@@ -76,7 +76,7 @@ fn decide<'r>(routes: &'r Routes, question: &Question, answer: &mut Explanation)
     let target = asked.path_and_query();
     let path = NormalPath::of(target);
     let host = asked.host(question);
-    let request = Request { method: &asked.method, path: &path, host: &host, headers: &asked.headers };
+    let request = Request { method: &asked.method, path: &path, host: &host, headers: &asked.headers, claims: None };
     let query = target.split_once('?').map(|(_, query)| query);
     routes.decide(&route::Asked { request: &request, query, grpc: asked.is_grpc() }, &mut answer.steps)
 }

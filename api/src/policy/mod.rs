@@ -3,6 +3,7 @@
 //! here knows a clock, a socket or a lock, or how the objects looked that the user wrote (`resource`).
 
 pub mod authorization;
+pub mod jwt;
 pub mod mtls;
 pub mod pattern;
 pub mod trace;

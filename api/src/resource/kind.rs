@@ -15,6 +15,7 @@ pub(super) enum Kind {
     Workload,
     PeerAuthentication,
     AuthorizationPolicy,
+    RequestAuthentication,
     PolicyTest,
     HttpRoute,
     GrpcRoute,
@@ -73,6 +74,7 @@ impl Kind {
         Kind::Workload,
         Kind::PeerAuthentication,
         Kind::AuthorizationPolicy,
+        Kind::RequestAuthentication,
         Kind::PolicyTest,
         Kind::HttpRoute,
         Kind::GrpcRoute,
@@ -89,6 +91,7 @@ impl Kind {
             Kind::Workload => Facts { name: "Workload", label: true, ..OWN },
             Kind::PeerAuthentication => Facts { name: "PeerAuthentication", api_versions: ISTIO, ..OWN },
             Kind::AuthorizationPolicy => Facts { name: "AuthorizationPolicy", api_versions: ISTIO, ..OWN },
+            Kind::RequestAuthentication => Facts { name: "RequestAuthentication", api_versions: ISTIO, ..OWN },
             Kind::PolicyTest => Facts { name: "PolicyTest", ..OWN },
             Kind::HttpRoute => Facts {
                 name: "HTTPRoute",
@@ -130,15 +133,8 @@ impl Kind {
 }
 
 /// Kinds of our group that have a meaning, but not yet. What a user wrote for safety must not be passed over.
-const LATER: &[&str] = &[
-    "ServiceEntry",
-    "RequestAuthentication",
-    "BackendTrafficPolicy",
-    "RateLimitPolicy",
-    "FaultInjection",
-    "EgressPolicy",
-    "TelemetryPolicy",
-];
+const LATER: &[&str] =
+    &["ServiceEntry", "BackendTrafficPolicy", "RateLimitPolicy", "FaultInjection", "EgressPolicy", "TelemetryPolicy"];
 const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
 
 /// What to do with a document. `Refuse` and `Ignore` carry the message; `about_version` says that it is about the
@@ -270,10 +266,12 @@ mod tests {
                     .to_owned(),
             ),
             (OWN_API, "AuthorizationPolicy", read(Kind::AuthorizationPolicy)),
+            (OWN_API, "RequestAuthentication", read(Kind::RequestAuthentication)),
+            ("security.istio.io/v1", "RequestAuthentication", read(Kind::RequestAuthentication)),
             (
                 OWN_API,
-                "RequestAuthentication",
-                "refuse kind RequestAuthentication is not enforced by this version: remove the document".to_owned(),
+                "EgressPolicy",
+                "refuse kind EgressPolicy is not enforced by this version: remove the document".to_owned(),
             ),
             ("gateway.networking.k8s.io/v1", "HTTPRoute", read(Kind::HttpRoute)),
             ("gateway.networking.k8s.io/v1alpha2", "TCPRoute", read(Kind::TcpRoute)),

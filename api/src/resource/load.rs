@@ -17,6 +17,7 @@ use super::peer_authentication::RawPeerAuthentication;
 use super::policy_test::RawPolicyTest;
 use super::position::{At, locate};
 use super::report::{Found, Place, located, position_of, without_position};
+use super::request_authentication::RawRequestAuthentication;
 use super::route::{RawGrpcRoute, RawHttpRoute, RawReferenceGrant, RawStreamRoute};
 use super::service::{self, RawService};
 use super::tree::{Budget, Node, TreeSeed, safe_prefix};
@@ -334,6 +335,10 @@ impl<'o> Sections<'o, '_> {
             Kind::ReferenceGrant => {
                 let raw: RawReferenceGrant = self.read("spec", findings)?;
                 among(|all| &mut all.reference_grants, raw.check(&path, findings))
+            }
+            Kind::RequestAuthentication => {
+                let raw: RawRequestAuthentication = self.read("spec", findings)?;
+                among(|all| &mut all.request_authentications, raw.check(metadata, &path, findings))
             }
             Kind::Service => {
                 service::check_annotations(metadata, &metadata_path, findings);

@@ -20,11 +20,13 @@ mod policy_test;
 mod position;
 mod problem;
 mod report;
+mod request_authentication;
 mod route;
 mod service;
 mod service_account;
 mod strictest;
 mod syntax;
+pub mod time;
 mod tree;
 mod workload;
 
@@ -38,6 +40,7 @@ pub use nearest::nearest_word;
 pub use peer_authentication::{PeerAuthentication, Selector};
 pub use policy_test::{Case, CaseRequest, Expect, From as CaseFrom, PolicyTest};
 pub use problem::{ObjectName, Parsed, Problem, Remark, SourceFile};
+pub use request_authentication::RequestAuthentication;
 pub use route::{GrantFrom, GrantTo, Parent, ReferenceGrant, Route};
 pub use service::{LOAD_BALANCER, SERVICE_ACCOUNTS, Service, ServicePort, TargetPort};
 pub use service_account::ServiceAccount;
@@ -78,6 +81,7 @@ pub struct Resources {
     pub workloads: BTreeMap<(String, String), Resource<Workload>>,
     pub peer_authentications: BTreeMap<(String, String), Resource<PeerAuthentication>>,
     pub policy_tests: BTreeMap<(String, String), Resource<PolicyTest>>,
+    pub request_authentications: BTreeMap<(String, String), Resource<RequestAuthentication>>,
     pub authorization_policies: BTreeMap<(String, String), Resource<AuthorizationPolicy>>,
     pub http_routes: BTreeMap<(String, String), Resource<Route>>,
     pub grpc_routes: BTreeMap<(String, String), Resource<Route>>,

@@ -5,12 +5,13 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
 use super::Metadata;
 use super::duration::WrittenDuration;
 use super::findings::Findings;
 use super::path::{Path, Shortened};
+use super::time::unix_time;
+use crate::facts::Claims;
 use crate::identity::{SpiffeId, is_account};
 use crate::name::{ServiceName, is_label};
 
@@ -24,6 +25,12 @@ pub struct Case {
     pub name: String,
     pub from: From,
     pub from_ip: Option<IpAddr>,
+    /// Those of a token, taken for verified.
+    pub claims: Option<Claims>,
+    /// A token, to be verified.
+    pub token: Option<String>,
+    /// When, in seconds since the Unix epoch; None: now.
+    pub at: Option<u64>,
     pub to: ServiceName,
     pub port: Option<u16>,
     /// None: a connection.
@@ -86,9 +93,9 @@ struct RawFrom {
     principal: Option<String>,
     plaintext: Option<bool>,
     ip: Option<String>,
-    claims: Option<IgnoredAny>,
-    token: Option<IgnoredAny>,
-    at: Option<IgnoredAny>,
+    claims: Option<serde_json::Map<String, serde_json::Value>>,
+    token: Option<String>,
+    at: Option<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -168,6 +175,13 @@ impl RawCase {
             let message = format!("{:?} is not an IP address", Shortened(text));
             ip.map_err(|_| findings.error(&path.key("from").key("ip"), message)).ok()
         });
+        let at = self.from.at.as_deref().and_then(|text| {
+            let message = format!("{} is not a time: 2026-11-28T14:30:00Z", Shortened(text));
+            unix_time(text).or_else(|| {
+                findings.error(&path.key("from").key("at"), message);
+                None
+            })
+        });
         let request = self.request.map(|request| {
             let target = request.path.unwrap_or_else(|| "/".to_owned());
             if !(target.starts_with('/') || target.starts_with("http") || target == "*") {
@@ -186,6 +200,9 @@ impl RawCase {
             name: self.name.unwrap_or_else(|| format!("case {index}")),
             from: from?,
             from_ip,
+            claims: self.from.claims.map(Claims::new),
+            token: self.from.token,
+            at,
             to,
             port: self.to.port.map(|port| port.0),
             request,
@@ -196,13 +213,8 @@ impl RawCase {
 
 impl RawFrom {
     fn check(&self, metadata: &Metadata, path: &Path, findings: &mut Findings) -> Option<From> {
-        for (field, there) in
-            [("claims", self.claims.is_some()), ("token", self.token.is_some()), ("at", self.at.is_some())]
-        {
-            if there {
-                let message = "needs RequestAuthentication, which this version does not have".to_owned();
-                findings.error_at_key(&path.key(field), message);
-            }
+        if self.claims.is_some() && self.token.is_some() {
+            findings.error_at_key(&path.key("token"), "stands beside `claims`: write one of the two".to_owned());
         }
         match (&self.service_account, &self.principal, self.plaintext) {
             (None, None, Some(true)) => Some(From::Plaintext),

@@ -1,6 +1,5 @@
 //! What a file protects although it cannot be used. A PeerAuthentication with a typo is no reason to take plaintext, and an
-//! AuthorizationPolicy with one no reason to let everybody in: where no
-//! good version of the file is known, each document of a security kind in it counts as the strictest that it could mean.
+//! AuthorizationPolicy or RequestAuthentication with one no reason to let everybody in: where no good version of the file is known, each document of a security kind in it counts as the strictest that it could mean.
 //! Pure; called by the control plane for files that are not in force, and by `outrigger validate` to say so beforehand.
 
 use serde::de::DeserializeSeed;
@@ -8,7 +7,10 @@ use serde::de::DeserializeSeed;
 use super::load::parse;
 use super::nearest::nearest;
 use super::tree::{Budget, Node, TreeSeed, safe_prefix};
-use super::{AuthorizationPolicy, Labels, Metadata, PeerAuthentication, Problem, Resource, Selector, SourceFile};
+use super::{
+    AuthorizationPolicy, Labels, Metadata, PeerAuthentication, Problem, RequestAuthentication, Resource, Selector,
+    SourceFile,
+};
 use crate::identity::ROOT_NAMESPACE;
 use crate::name::is_label;
 use crate::policy::authorization::{Action, Rule};
@@ -22,6 +24,9 @@ pub struct Strictest {
     pub policies: Vec<Resource<PeerAuthentication>>,
     /// The same of AuthorizationPolicies: those that are right, and a DENY of everything for the scope of those that are not.
     pub authorization: Vec<Resource<AuthorizationPolicy>>,
+    /// The same of RequestAuthentications: those that are right, and for the scope of those that are not one that requires a
+    /// token and takes none.
+    pub authentication: Vec<Resource<RequestAuthentication>>,
     /// A MeshConfig that may have said `defaultAction: Deny`.
     pub deny_by_default: bool,
     /// A MeshConfig that may have said `outbound.mode: RegistryOnly`.
@@ -122,7 +127,12 @@ impl Reader<'_> {
     fn read(&self, document: &str, tree: &Node<'_>, found: &mut Strictest) {
         let alone = SourceFile { name: self.file.name.clone(), text: document.to_owned() };
         let good = parse(&[alone]).resources;
-        let (good, good_authorization) = (good.peer_authentications, good.authorization_policies);
+        let (good, good_authorization, good_authentication) =
+            (good.peer_authentications, good.authorization_policies, good.request_authentications);
+        let is_among = |keys: &dyn Fn(&(String, String)) -> bool, object: &Node<'_>| {
+            let name = object.field("metadata").and_then(|metadata| text(metadata, "name"));
+            namespace(object).zip(name).is_some_and(|(namespace, name)| keys(&(namespace, name.to_owned())))
+        };
         let objects = match tree {
             Node::List(items) => items.iter().collect(),
             object => match object.field("items") {
@@ -136,11 +146,14 @@ impl Reader<'_> {
                 self.outbound(object, found);
                 self.default_action(object, found);
             }
-            if is_authorization(object) {
-                let name = object.field("metadata").and_then(|metadata| text(metadata, "name"));
-                let good = namespace(object)
-                    .zip(name)
-                    .is_some_and(|(namespace, name)| good_authorization.contains_key(&(namespace, name.to_owned())));
+            if is_of_kind(object, "RequestAuthentication") {
+                if !is_among(&|key| good_authentication.contains_key(key), object) {
+                    self.take_no_token(scope(object), "this RequestAuthentication", found);
+                }
+                continue;
+            }
+            if is_of_kind(object, "AuthorizationPolicy") {
+                let good = is_among(&|key| good_authorization.contains_key(key), object);
                 if !good && !is_surely_no_refusal(object) {
                     self.deny(scope(object), "this AuthorizationPolicy", found);
                 }
@@ -162,6 +175,7 @@ impl Reader<'_> {
             found.policies.extend(good.into_values());
         }
         found.authorization.extend(good_authorization.into_values());
+        found.authentication.extend(good_authentication.into_values());
     }
 
     /// The text of a document that is no YAML.
@@ -171,11 +185,14 @@ impl Reader<'_> {
         let kinds = lower.lines().filter_map(|line| line.trim_start_matches(['-', ' ', '{']).split_once(':'));
         let kinds = kinds.filter(|(key, _)| is_like(key.trim().trim_matches('"'), "kind"));
         let mut kinds = kinds.map(|(_, value)| value.trim().trim_matches(['"', '\'', ',']));
-        if mentions(&["peerauth", "mtls", "strict"]) || kinds.any(|kind| is_like(kind, "PeerAuthentication")) {
+        if mentions(&["peerauth", "mtls", "strict"]) || kinds.any(|kind| names(kind, "PeerAuthentication")) {
             self.strict(Scope::mesh(), "this document", found);
         }
         if mentions(&["authorizationpolic"]) {
             self.deny(Scope::mesh(), "this document", found);
+        }
+        if mentions(&["requestauth", "jwtrules"]) {
+            self.take_no_token(Scope::mesh(), "this document", found);
         }
         if mentions(&["meshconfig"]) && mentions(&["defaultaction"]) && mentions(&["deny"]) {
             self.deny_by_default(found);
@@ -209,6 +226,20 @@ impl Reader<'_> {
             rules: vec![Rule::default()],
         };
         found.authorization.push(Resource { metadata, spec });
+    }
+
+    fn take_no_token(&self, scope: Scope, what: &str, found: &mut Strictest) {
+        let message = format!(
+            "until {what} is mended, every request to {scope} is refused as one without a valid token, because it may have \
+             said so"
+        );
+        self.note(message, found);
+        // No object can have such a name.
+        let name = format!("~{}:{}#{}", self.file.name, self.line, found.authentication.len());
+        let metadata = Metadata { name, namespace: scope.namespace, ..Metadata::default() };
+        let selector = scope.selector.map(|match_labels| Selector { match_labels });
+        let spec = RequestAuthentication { selector, services: Vec::new(), required: true, rules: Vec::new() };
+        found.authentication.push(Resource { metadata, spec });
     }
 
     fn default_action(&self, object: &Node<'_>, found: &mut Strictest) {
@@ -291,9 +322,7 @@ fn text<'n>(node: &'n Node<'_>, key: &str) -> Option<&'n str> {
 
 fn is_peer_authentication(object: &Node<'_>) -> bool {
     let Node::Map(entries) = object else { return false };
-    // Under whatever key: that may be what is wrong.
-    let says = |value: &Node<'_>| matches!(value, Node::Text(text) if is_like(text, "PeerAuthentication"));
-    if entries.iter().any(|(_, value)| says(value)) {
+    if is_of_kind(object, "PeerAuthentication") {
         return true;
     }
     let names_a_kind = entries.iter().any(|(key, value)| key == "kind" && matches!(value, Node::Text(_)));
@@ -303,9 +332,16 @@ fn is_peer_authentication(object: &Node<'_>) -> bool {
         })
 }
 
-fn is_authorization(object: &Node<'_>) -> bool {
+/// Whether an object says its kind, or nearly, under whatever key: that may be what is wrong.
+fn is_of_kind(object: &Node<'_>, kind: &str) -> bool {
     let Node::Map(entries) = object else { return false };
-    entries.iter().any(|(_, value)| matches!(value, Node::Text(text) if is_like(text, "AuthorizationPolicy")))
+    entries.iter().any(|(_, value)| matches!(value, Node::Text(text) if names(text, kind)))
+}
+
+/// Whether a word is a security kind's name, or nearer to it than to another one's.
+fn names(word: &str, kind: &str) -> bool {
+    const KINDS: [&str; 3] = ["PeerAuthentication", "AuthorizationPolicy", "RequestAuthentication"];
+    nearest(word, &KINDS) == Some((kind, true))
 }
 
 /// Whether the document says that it refuses nothing, whatever is wrong with the rest of it.
@@ -466,6 +502,39 @@ mod tests {
                 false => "kept".to_owned(),
             };
             assert_eq!(found.authorization.iter().map(scope).collect::<Vec<_>>(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_broken_request_authentication_takes_no_token_in_its_scope() {
+        let good = "apiVersion: outrigger.dev/v1alpha1\nkind: RequestAuthentication\nmetadata: {name: a, namespace: shop}\n\
+                    spec: {selector: {matchLabels: {app: pay}}, jwtRules: [{issuer: a, jwksUri: 'https://a.test'}]}\n";
+        let other = good.replace("name: a", "name: b");
+        for (text, expected) in [
+            (good.replace("issuer", "isuer"), &["workloads with app=pay in namespace shop"][..]),
+            (good.replace("selector", "selectr"), &["namespace shop"]),
+            (good.replace("https", "http"), &["workloads with app=pay in namespace shop"]),
+            (
+                good.replace("RequestAuthentication", "RequestAuthentcation"),
+                &["workloads with app=pay in namespace shop"],
+            ),
+            (good.replace("}]}", "}}"), &["the whole mesh"]),
+            (
+                format!("{}---\n{other}", good.replace("issuer", "i")),
+                &["workloads with app=pay in namespace shop", "kept"],
+            ),
+        ] {
+            let found = strictest(&SourceFile { name: "a.yaml".into(), text: text.clone() });
+            let scope = |policy: &Resource<RequestAuthentication>| match policy.metadata.name.starts_with('~') {
+                true => {
+                    assert!(policy.spec.required && policy.spec.rules.is_empty());
+                    let selector = policy.spec.selector.as_ref().map(|selector| selector.match_labels.clone());
+                    Scope { namespace: policy.metadata.namespace.clone(), selector }.to_string()
+                }
+                false => "kept".to_owned(),
+            };
+            assert_eq!(found.authentication.iter().map(scope).collect::<Vec<_>>(), expected, "{text}");
+            assert!(found.policies.is_empty() && found.authorization.is_empty(), "{text}");
         }
     }
 

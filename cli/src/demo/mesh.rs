@@ -227,6 +227,7 @@ impl Launch<'_> {
             http_proxy_allow: Vec::new(),
             dns_listen: None,
             dns_upstream: Vec::new(),
+            jwks_roots: None,
             transparent: false,
             keep_source_address: false,
             mark: None,

@@ -261,7 +261,7 @@ fn last_good(state: &State) -> Option<LastGood> {
 
 /// Adds to what is in force; says what people should know of it.
 fn put_into_force(strict: Strictest, resources: &mut Resources) -> Vec<Problem> {
-    let Strictest { policies, authorization, deny_by_default, registry_only, notes } = strict;
+    let Strictest { policies, authorization, authentication, deny_by_default, registry_only, notes } = strict;
     for policy in authorization {
         let mut key = (policy.metadata.namespace.clone(), policy.metadata.name.clone());
         if resources.authorization_policies.get(&key).is_some_and(|other| other.spec != policy.spec) {
@@ -269,6 +269,14 @@ fn put_into_force(strict: Strictest, resources: &mut Resources) -> Vec<Problem> 
             key.1.push('~');
         }
         resources.authorization_policies.insert(key, policy);
+    }
+    for policy in authentication {
+        let mut key = (policy.metadata.namespace.clone(), policy.metadata.name.clone());
+        if resources.request_authentications.get(&key).is_some_and(|other| other.spec != policy.spec) {
+            // Two of one name: both count, and what either asks for is asked for.
+            key.1.push('~');
+        }
+        resources.request_authentications.insert(key, policy);
     }
     resources.mesh.deny_by_default |= deny_by_default;
     for policy in policies {

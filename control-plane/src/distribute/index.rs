@@ -121,6 +121,7 @@ impl Catalog {
             mesh: mesh_settings(&self.resources),
             registered: instance.is_some(),
             labels: labels.clone(),
+            authentication: Arc::new(compile::authentication(&self.resources, &id.namespace, labels)),
             authorization: Arc::new(compile::authorization(&self.resources, &self.trust_domain, &id.namespace, labels)),
         }
     }

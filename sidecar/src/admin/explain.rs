@@ -21,7 +21,7 @@ pub(super) async fn explain(
     let Some(own) = own else {
         return Err((StatusCode::NOT_FOUND, "the control plane has told this sidecar nothing yet".to_owned()));
     };
-    if let Some(explanation) = explain_own(&own, &question) {
+    if let Some(explanation) = explain_own(&own, &admin.key_sets, &question) {
         return Ok(Json(explanation));
     }
     let mut known = admin.directory.known().into_iter().filter_map(|(key, known)| match (key, known) {

@@ -36,11 +36,14 @@ fn told(found: &Found, now: Option<&Workload>) -> Value {
     let ended = &*found.ended;
     let inbound = ended.inbound.as_ref();
     let decided = |own: Option<&Workload>| own.zip(inbound).and_then(|(own, inbound)| decided(ended, inbound, own));
-    let was = decided(found.own.as_deref());
+    // A token is not kept, so that a refusal about it cannot be decided once more: its detail says why.
+    let by_token = matches!(ended.reason, "jwt_missing" | "jwt_invalid" | "jwks_unavailable");
+    let was = if by_token { None } else { decided(found.own.as_deref()) };
     let mut answer =
         was.as_ref().and_then(|was| serde_json::to_value(was).ok()).unwrap_or_else(|| json!({"steps": []}));
-    let by_policy = ended.by.is_some() || matches!(ended.reason, "policy_denied" | "path_ambiguous");
-    if !by_policy {
+    let by_policy = ended.by.is_some() && ended.reason != "jwks_unavailable"
+        || matches!(ended.reason, "policy_denied" | "path_ambiguous" | "jwt_missing" | "jwt_invalid");
+    if !by_policy || by_token {
         let step = json!({"stage": ended.stage, "object": "", "result": "failed", "why": ended.detail});
         if let Some(steps) = answer["steps"].as_array_mut() {
             steps.push(step);
@@ -59,7 +62,7 @@ fn told(found: &Found, now: Option<&Workload>) -> Value {
         json!({"kind": part(), "namespace": part(), "name": part(), "rule": rule, "file": null, "line": null})
     });
     answer["request"] = request(ended, found.others);
-    answer["now"] = decided(now).filter(|_| by_policy).map_or(Value::Null, |now| {
+    answer["now"] = decided(now).filter(|_| by_policy && !by_token).map_or(Value::Null, |now| {
         let by = now.by.as_ref().map(|by| (by.to_string(), by.rule));
         let otherwise = now.reason != Some(ended.reason) || by != ended.by;
         json!({"verdict": now.verdict, "reason": now.reason, "by": now.by, "hint": now.hint, "otherwise": otherwise})
@@ -82,9 +85,12 @@ fn decided(ended: &Ended, inbound: &Inbound, own: &Workload) -> Option<Explanati
             target: ended.target.clone(),
             headers: ended.headers.clone(),
         }),
+        claims: ended.claims.clone(),
+        token: None,
         at: ended.at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
     };
-    Some(explain_port(own, port, Some(inbound.application.ip()), &question))
+    // Its token was not kept: what was verified of it stands in the question.
+    Some(explain_port(own, &(), port, Some(inbound.application.ip()), &question))
 }
 
 fn request(ended: &Ended, others: usize) -> Value {

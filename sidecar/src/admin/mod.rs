@@ -30,6 +30,7 @@ use tokio::sync::Notify;
 use crate::config::Config;
 use crate::connection::Table;
 use crate::discovery::{Directory, Known};
+use crate::key_sets::KeySets;
 use crate::telemetry::{self, Telemetry};
 use crate::tls::Tls;
 
@@ -38,6 +39,7 @@ use crate::tls::Tls;
 pub struct Admin {
     pub tls: Tls,
     pub directory: Directory,
+    pub key_sets: KeySets,
     pub telemetry: Arc<Telemetry>,
     pub readiness: Readiness,
     pub tables: Arc<[Arc<Table>]>,

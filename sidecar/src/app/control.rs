@@ -16,6 +16,7 @@ use crate::config::{Config, Limits};
 use crate::connection::{Places, Table};
 use crate::discovery::{self, Directory, DiscoverySettings, Lease};
 use crate::identity::{self, IdentitySettings, IdentityStatus};
+use crate::key_sets::{self, KeySets};
 use crate::telemetry::Telemetry;
 use crate::tls::Tls;
 
@@ -24,6 +25,7 @@ pub(super) struct Control {
     pub(super) config: Config,
     pub(super) tls: Tls,
     pub(super) directory: Directory,
+    pub(super) key_sets: KeySets,
     pub(super) telemetry: Arc<Telemetry>,
     pub(super) identity_status: watch::Sender<IdentityStatus>,
     pub(super) renew: Arc<Notify>,
@@ -48,6 +50,7 @@ impl Control {
             config,
             tls,
             directory,
+            key_sets,
             telemetry,
             identity_status,
             renew,
@@ -87,6 +90,13 @@ impl Control {
         if config.state.is_none() {
             tracing::info!("without --state nothing survives a restart: a new join token will be needed then");
         }
+        let fetching = key_sets::Settings {
+            state: config.state.clone(),
+            mark: config.mark,
+            roots: config.jwks_roots.clone(),
+            limits: limits.clone(),
+        };
+        tokio::spawn(key_sets::run(key_sets, directory.own(), fetching));
         tokio::spawn(identity::run(identity, tls.clone(), renew.clone(), identity_status));
         tokio::spawn(follow_algorithm(directory.own(), algorithm, renew));
         let reports = Reports { telemetry: telemetry.clone(), tables };

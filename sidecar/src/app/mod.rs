@@ -36,6 +36,7 @@ use crate::connect::worker::{Own, Shared};
 use crate::connection::{Places, Table};
 use crate::discovery::{Directory, Lease};
 use crate::identity::IdentityStatus;
+use crate::key_sets::KeySets;
 use crate::net::SocketOptions;
 use crate::resolver;
 use crate::telemetry::{self, Telemetry};
@@ -82,6 +83,7 @@ impl Sidecar {
         let clock = Clock::system();
         let tls = Tls::new(clock.clone());
         let directory = Directory::new(clock);
+        let key_sets = KeySets::new(&limits);
         let places = Places::new(limits.connections);
         let buffers = memory::budget(&limits);
         let tables: Arc<[Arc<Table>]> = (0..config.workers).map(|_| Table::new(places.clone())).collect();
@@ -109,6 +111,7 @@ impl Sidecar {
             }),
             telemetry: telemetry.clone(),
             directory: directory.clone(),
+            key_sets: key_sets.clone(),
             tls: tls.clone(),
             own_dials: if config.transparent { OwnDials::remembered() } else { OwnDials::default() },
             way_back,
@@ -126,6 +129,7 @@ impl Sidecar {
         let admin = Admin {
             tls: tls.clone(),
             directory: directory.clone(),
+            key_sets: key_sets.clone(),
             telemetry: telemetry.clone(),
             readiness: readiness.clone(),
             tables: tables.clone(),
@@ -152,6 +156,7 @@ impl Sidecar {
             config,
             tls,
             directory,
+            key_sets,
             telemetry: telemetry.clone(),
             identity_status,
             renew,

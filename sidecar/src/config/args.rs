@@ -88,6 +88,10 @@ pub struct Args {
     /// Forward other names to this server [default: those of /etc/resolv.conf]; may be repeated
     #[arg(long, value_name = "ADDR[:PORT]", value_parser = value::name_server)]
     pub dns_upstream: Vec<SocketAddr>,
+    /// PEM file with the roots by which servers of key sets (`jwksUri` of a RequestAuthentication) are known [default: the
+    /// system's]
+    #[arg(long, value_name = "FILE")]
+    pub jwks_roots: Option<PathBuf>,
     /// Directory in which the certificate and the last good snapshot survive a restart
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,

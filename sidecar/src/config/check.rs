@@ -78,6 +78,7 @@ pub(super) fn check(args: Args, processors: usize, mistakes: &mut Mistakes) -> O
         health_listen,
         dns_listen: args.dns_listen,
         dns_upstream: args.dns_upstream,
+        jwks_roots: args.jwks_roots,
         state: args.state,
         drain_delay: args.drain_delay,
         log: args.log,

@@ -166,6 +166,18 @@ pub struct Limits {
     /// How long the control plane is waited for when a name is asked for the first time.
     pub dns_first_answer: Duration,
 
+    // --- Key sets ---------------------------------------------------------------------------------------------
+    /// The largest answer of a key set's server.
+    pub key_set_bytes: usize,
+    /// The longest that one fetch may take; a policy may ask for less.
+    pub key_set_fetch: Duration,
+    /// Between a fetch and the next.
+    pub key_set_refresh: Duration,
+    /// After a failed fetch, and at least between two that tokens ask for.
+    pub key_set_again: Duration,
+    /// How long the last good key set counts.
+    pub key_set_lifetime: Duration,
+
     // --- Process ----------------------------------------------------------------------------------------------
     /// Share of the memory limit (percent) at which new connections are refused ...
     pub memory_refuse_percent: u32,
@@ -267,6 +279,12 @@ impl Default for Limits {
             dns_server_timeout: Duration::from_secs(2),
             dns_budget: Duration::from_secs(5),
             dns_first_answer: Duration::from_millis(500),
+
+            key_set_bytes: outrigger_api::policy::jwt::MOST_KEY_SET_BYTES,
+            key_set_fetch: Duration::from_secs(5),
+            key_set_refresh: Duration::from_secs(300),
+            key_set_again: Duration::from_secs(10),
+            key_set_lifetime: Duration::from_secs(24 * 60 * 60),
 
             memory_refuse_percent: 90,
             memory_accept_percent: 80,

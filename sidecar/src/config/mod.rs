@@ -67,6 +67,8 @@ pub struct Config {
     pub dns_listen: Option<SocketAddr>,
     /// Whom other names are forwarded to; none: whom /etc/resolv.conf names.
     pub dns_upstream: Vec<SocketAddr>,
+    /// Roots of the servers of key sets; None: the system's.
+    pub jwks_roots: Option<PathBuf>,
     /// Directory for the last good snapshot and certificate; without it nothing survives a restart.
     pub state: Option<PathBuf>,
     /// How long connections are still accepted after SIGTERM; at most [`Limits::drain_total`].

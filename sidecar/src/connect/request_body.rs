@@ -3,11 +3,13 @@
 use std::cell::Cell;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
+use outrigger_api::policy::jwt::Authentication;
 
 use super::bound::Bound;
 use super::http1::{self, Fault, Spelling};
@@ -15,6 +17,7 @@ use super::http2::{self, Meter};
 use super::interim::Interim;
 use super::lane::Lane;
 use super::streams::Progress;
+use crate::policy;
 use crate::telemetry::{GrpcFrames, HttpRecord};
 
 /// Removes what a trailer section must not carry on this hop.
@@ -65,6 +68,8 @@ struct Streaming {
     record: Rc<HttpRecord>,
     grpc: Option<GrpcFrames>,
     trailers: TrailerFilter,
+    /// No trailer may be one that tells of a token.
+    told: Option<Arc<Authentication>>,
     progress: Progress,
 }
 
@@ -78,6 +83,8 @@ pub struct Client {
     /// The client has ended its direction behind this request.
     pub ended: Rc<Cell<bool>>,
     pub progress: Progress,
+    /// The rules of tokens in force, where there are any.
+    pub told: Option<Arc<Authentication>>,
 }
 
 /// Why a request's body ended early; the request's own fault.
@@ -132,16 +139,16 @@ impl RequestBody {
         trailers: TrailerFilter,
         of: Client,
     ) -> RequestBody {
+        let Client { interim, bound, binds, ended, progress, told } = of;
         let spelling = match &received {
             Received::Http1(incoming) => Some(incoming.spelling.clone()),
             Received::Http2(_) => None,
         };
         let streaming = (!received.is_end_stream()).then(|| {
             let grpc = grpc.then(GrpcFrames::default);
-            let progress = of.progress.clone();
-            Box::new(Streaming { received, replay: None, record: record.clone(), grpc, trailers, progress })
+            let progress = progress.clone();
+            Box::new(Streaming { received, replay: None, record: record.clone(), grpc, trailers, told, progress })
         });
-        let Client { interim, bound, binds, ended, progress } = of;
         RequestBody { streaming, spelling, interim, bound, binds, ended, progress }
     }
 
@@ -312,6 +319,9 @@ impl Body for RequestBody {
             }
         } else if let Some(trailers) = frame.trailers_mut() {
             (body.trailers)(trailers);
+            if let Some(told) = &body.told {
+                policy::remove_told(told, trailers);
+            }
         }
         Poll::Ready(Some(Ok(frame)))
     }

@@ -21,6 +21,7 @@ use crate::balance::{Loads, Nanos};
 use crate::config::limits::Limits;
 use crate::connection::{IdleLimits, Table};
 use crate::discovery::Directory;
+use crate::key_sets::KeySets;
 use crate::net;
 use crate::outcome::Reason;
 use crate::policy::{self, Call, Judgement};
@@ -56,6 +57,7 @@ pub struct Shared {
     pub own: Arc<Own>,
     pub telemetry: Arc<Telemetry>,
     pub directory: Directory,
+    pub key_sets: KeySets,
     pub tls: Tls,
     pub own_dials: OwnDials,
     pub way_back: WayBack,
@@ -72,6 +74,9 @@ pub struct Worker {
     pub table: Arc<Table>,
     pub telemetry: Arc<Telemetry>,
     pub directory: Directory,
+    pub key_sets: KeySets,
+    /// Tokens that were verified on this thread.
+    pub tokens: RefCell<policy::Memory>,
     pub tls: Tls,
     pub dialer: Rc<Dialer>,
     pub loads: Loads,
@@ -127,6 +132,8 @@ impl Worker {
             table,
             telemetry: shared.telemetry.clone(),
             directory: shared.directory.clone(),
+            key_sets: shared.key_sets.clone(),
+            tokens: RefCell::default(),
             tls: shared.tls.clone(),
             loads: shared.loads.clone(),
             rng: RefCell::new(fastrand::Rng::new()),

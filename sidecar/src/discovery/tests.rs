@@ -145,6 +145,7 @@ fn own(mode: MtlsMode) -> Workload {
         mesh: MeshSettings::default(),
         registered: true,
         labels: Default::default(),
+        authentication: Default::default(),
         authorization: Default::default(),
     }
 }

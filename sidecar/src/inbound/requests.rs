@@ -15,7 +15,7 @@ use crate::connect::streams::Judge;
 use crate::connection::Entry;
 use crate::net::Stream;
 use crate::outcome::{Error, Reason};
-use crate::policy::{self, Call, Permit};
+use crate::policy::{self, Call, Permit, Rejected};
 use crate::protocol::http::body::ResponseBody;
 use crate::protocol::http::exchange::{Exchange, Session};
 use crate::protocol::http::headers::Strip;
@@ -88,13 +88,41 @@ impl Service {
         self.edges[index].clone()
     }
 
-    /// Asks policy about one request; what speaks without deciding is noted.
-    fn judge(&self, session: &Session, head: &Parts) -> Result<(), Error> {
+    fn caller(&self, entry: &Entry) -> Call<'_> {
+        Call { identity: self.identity.as_ref(), client: entry.client.ip(), application: self.application }
+    }
+
+    /// Asks whether the request's token counts, and puts the head into the form that goes on, with what was verified beside
+    /// it. Waits only where a key set is to be fetched for it.
+    async fn authenticate(&self, session: &Session, own: &Workload, head: &mut Parts) -> Result<(), Error> {
         let worker = &session.worker;
-        let Some(own) = worker.own_workload() else { return Ok(()) };
-        let call =
-            Call { identity: self.identity.as_ref(), client: session.entry.client.ip(), application: self.application };
-        let judgement = policy::judge_request(&own, &call, head);
+        let ask = |head: &Parts| {
+            let mut memory = worker.tokens.borrow_mut();
+            let version = worker.key_sets.version();
+            policy::authenticate(own, &self.caller(&session.entry), head, &mut memory, &worker.key_sets, version)
+        };
+        let verified = match ask(head) {
+            Ok(verified) => verified,
+            Err(rejected) => {
+                let Rejected { error, lacking } = *rejected;
+                let Some(url) = lacking else { return Err(error) };
+                let patience = 2 * worker.limits.key_set_fetch;
+                let fetched = Box::pin(tokio::time::timeout(patience, worker.key_sets.refreshed(&url))).await;
+                if fetched != Ok(true) {
+                    return Err(error);
+                }
+                ask(head).map_err(|rejected| rejected.error)?
+            }
+        };
+        policy::tell(&own.authentication, verified, head);
+        Ok(())
+    }
+
+    /// Asks policy about one request; what speaks without deciding is noted.
+    fn judge(&self, session: &Session, own: &Workload, head: &Parts) -> Result<(), Error> {
+        let worker = &session.worker;
+        let call = self.caller(&session.entry);
+        let judgement = policy::judge_request(own, &call, head);
         caller::note_policies(&worker.telemetry, &judgement, call.identity, || {
             telemetry::shape(head.method.as_str(), head.uri.path())
         });
@@ -104,9 +132,9 @@ impl Service {
 
 impl Judge for Service {
     fn refuses(&self, own: &Workload, entry: &Entry, head: Option<&Parts>) -> Option<Reason> {
-        let call = Call { identity: self.identity.as_ref(), client: entry.client.ip(), application: self.application };
+        let call = self.caller(entry);
         let judgement = match head {
-            Some(head) => policy::judge_request(own, &call, head),
+            Some(head) => policy::judge_running(own, &call, head),
             None => policy::judge_opaque(own, &call),
         };
         judgement.refused.map(|error| error.reason)
@@ -124,8 +152,17 @@ async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<Re
     if let Err(error) = exchange.clean(&mut outgoing, || service.application.to_string()) {
         return exchange.refuse_head(outgoing, &error);
     }
-    if let Err(error) = service.judge(&session, &outgoing.parts) {
-        return exchange.refuse_head(outgoing, &error);
+    if let Some(own) = session.worker.own_workload() {
+        if !own.authentication.is_empty() {
+            exchange.told = Some(own.authentication.clone());
+            let authenticated = Box::pin(service.authenticate(&session, &own, &mut outgoing.parts)).await;
+            if let Err(error) = authenticated {
+                return exchange.refuse_head(outgoing, &error);
+            }
+        }
+        if let Err(error) = service.judge(&session, &own, &outgoing.parts) {
+            return exchange.refuse_head(outgoing, &error);
+        }
     }
     if exchange.is_last_hop() {
         return exchange.answer_last_hop(outgoing);

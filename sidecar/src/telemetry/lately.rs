@@ -9,7 +9,9 @@ use std::time::SystemTime;
 
 use http::header::{AUTHORIZATION, CONTENT_TYPE, COOKIE, HOST, HeaderMap, HeaderName, PROXY_AUTHORIZATION};
 use http::request::Parts;
+use outrigger_api::facts::Claims;
 use outrigger_api::identity::SpiffeId;
+use outrigger_api::policy::jwt::Verified;
 use outrigger_api::snapshot::Workload;
 
 use super::context::Incoming;
@@ -26,6 +28,9 @@ const MAX_VALUE: usize = 256;
 const MAX_DETAIL: usize = 400;
 const MAX_VALUES: usize = 32;
 
+/// Bytes of the claims of a token, as it came.
+const MAX_CLAIMS: usize = 2 * 1024;
+
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// One request that ended without an answer of an application.
@@ -40,6 +45,8 @@ pub struct Ended {
     pub target: String,
     /// Host, and what rules look at.
     pub headers: Vec<(String, String)>,
+    /// What its verified token said, where rules look at requests.
+    pub claims: Option<Claims>,
     pub client: SocketAddr,
     pub status: u16,
     pub grpc_status: Option<u8>,
@@ -124,6 +131,7 @@ impl Lately {
             method: cut(head.method.as_str(), 32),
             target: cut(head.uri.path(), MAX_TARGET),
             headers,
+            claims: claims(head),
             client,
             status: answered.status,
             grpc_status: answered.grpc_status,
@@ -197,6 +205,12 @@ fn cut(text: &str, longest: usize) -> String {
     text[..text.floor_char_boundary(longest)].to_owned()
 }
 
+/// What was verified of its token, unless that is too long to be kept.
+fn claims(head: &Parts) -> Option<Claims> {
+    let verified = head.extensions.get::<Arc<Verified>>()?;
+    (verified.payload.len() <= MAX_CLAIMS).then(|| verified.claims.clone())
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -220,6 +234,7 @@ mod tests {
             mesh: MeshSettings::default(),
             registered: true,
             labels: Default::default(),
+            authentication: Arc::default(),
             authorization: Arc::new(authorization),
         })
     }

@@ -101,6 +101,9 @@ pub struct Source {
     pub namespaces: Lists<Pattern>,
     #[serde(skip_serializing_if = "Lists::is_empty")]
     pub service_accounts: Lists<Account>,
+    /// Patterns of `ISSUER/SUBJECT` of a verified token.
+    #[serde(skip_serializing_if = "Lists::is_empty")]
+    pub request_principals: Lists<Pattern>,
     #[serde(skip_serializing_if = "Lists::is_empty")]
     pub ip_blocks: Lists<IpNet>,
 }
@@ -160,6 +163,11 @@ pub enum Attribute {
     Host,
     GrpcService,
     GrpcMethod,
+    /// A claim of a verified token, one name per level.
+    Claim(Vec<String>),
+    RequestPrincipal,
+    Audiences,
+    Presenter,
     Hour,
     Weekday,
 }
@@ -173,7 +181,11 @@ impl Attribute {
             | Attribute::Path
             | Attribute::Host
             | Attribute::GrpcService
-            | Attribute::GrpcMethod => true,
+            | Attribute::GrpcMethod
+            | Attribute::Claim(_)
+            | Attribute::RequestPrincipal
+            | Attribute::Audiences
+            | Attribute::Presenter => true,
             Attribute::SourceIp
             | Attribute::SourceNamespace
             | Attribute::SourcePrincipal
@@ -203,6 +215,13 @@ impl fmt::Display for Attribute {
             Attribute::Host => f.write_str("request.host"),
             Attribute::GrpcService => f.write_str("grpc.service"),
             Attribute::GrpcMethod => f.write_str("grpc.method"),
+            Attribute::Claim(path) => {
+                f.write_str("request.auth.claims")?;
+                path.iter().try_for_each(|name| write!(f, "[{name}]"))
+            }
+            Attribute::RequestPrincipal => f.write_str("request.auth.principal"),
+            Attribute::Audiences => f.write_str("request.auth.audiences"),
+            Attribute::Presenter => f.write_str("request.auth.presenter"),
             Attribute::Hour => f.write_str("time.hour"),
             Attribute::Weekday => f.write_str("time.weekday"),
         }
@@ -219,6 +238,7 @@ impl Authorization {
     pub fn looks_at_requests(&self) -> bool {
         self.rules().any(|rule| {
             rule.to.iter().any(|to| !(to.hosts.is_empty() && to.methods.is_empty() && to.paths.is_empty()))
+                || rule.from.iter().any(|from| !from.request_principals.is_empty())
                 || rule.when.iter().any(|condition| condition.key.is_http())
         })
     }

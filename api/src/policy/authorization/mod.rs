@@ -1,5 +1,5 @@
 //! Who may: AuthorizationPolicies as they are in force for one workload (`form`), and the decision (`decide`, of one rule
-//! `rule`, for people `words`). The control plane makes the form (`compile`), sends it, and the sidecar decides with it;
+//! `rule`, of what a token says `token`, for people `words`). The control plane makes the form (`compile`), sends it, and the sidecar decides with it;
 //! `explain` and `test` do both.
 //!
 //! Semantics are Istio's. A value that is absent matches no positive list and every negative one. Opaque bytes have no
@@ -8,6 +8,7 @@
 mod decide;
 mod form;
 mod rule;
+mod token;
 mod words;
 
 pub use decide::{By, Denial, Verdict};

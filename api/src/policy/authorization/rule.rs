@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::form::{Account, Attribute, Condition, Lists, Operation, Rule, Source, Values};
+use super::token;
 use crate::facts::{Connection, Moment, Request, normal_host};
 use crate::path::NormalPath;
 use crate::policy::pattern::Pattern;
@@ -30,6 +31,7 @@ pub(super) enum SourceField {
     Namespaces,
     ServiceAccounts,
     IpBlocks,
+    RequestPrincipals,
 }
 
 #[derive(Clone, Copy)]
@@ -94,6 +96,14 @@ impl Look<'_, '_> {
         }
         if !source.principals.is_empty() && !self.principal_holds(&source.principals) {
             return Some(SourceField::Principals);
+        }
+        if !source.request_principals.is_empty() {
+            let holds = match self.request {
+                Some(request) => token::principal_holds(&source.request_principals, request.claims),
+                // Opaque bytes: no token can be looked at.
+                None => self.reading == Reading::Deny,
+            };
+            return (!holds).then_some(SourceField::RequestPrincipals);
         }
         None
     }
@@ -179,6 +189,9 @@ impl Look<'_, '_> {
             Attribute::Method => lists.hold(self.request.map(|request| request.method), Pattern::matches),
             Attribute::GrpcService => lists.hold(self.grpc().map(|(service, _)| service), Pattern::matches),
             Attribute::GrpcMethod => lists.hold(self.grpc().map(|(_, method)| method), Pattern::matches),
+            Attribute::Claim(_) | Attribute::RequestPrincipal | Attribute::Audiences | Attribute::Presenter => {
+                token::holds(lists, key, self.request.and_then(|request| request.claims))
+            }
             Attribute::Hour => {
                 let hour = connection.now.hour;
                 let tens = [b'0' + hour / 10, b'0' + hour % 10];

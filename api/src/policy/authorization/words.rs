@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use super::form::{Attribute, Lists, Rule, Values};
 use super::rule::{Look, Mismatch, OperationField, SourceField};
+use super::token;
 use crate::facts::{Moment, normal_host};
 
 impl Look<'_, '_> {
@@ -21,6 +22,13 @@ impl Look<'_, '_> {
                     SourceField::Principals => ("principals", identity(), wanted(&source.principals)),
                     SourceField::Namespaces => ("namespaces", identity(), wanted(&source.namespaces)),
                     SourceField::ServiceAccounts => ("serviceAccounts", identity(), wanted(&source.service_accounts)),
+                    SourceField::RequestPrincipals => {
+                        let claims = self.request.and_then(|request| request.claims);
+                        let seen = token::seen(&Attribute::RequestPrincipal, claims);
+                        let seen =
+                            seen.map_or_else(|| "without a token".to_owned(), |seen| format!("{seen} by its token"));
+                        ("requestPrincipals", seen, wanted(&source.request_principals))
+                    }
                     SourceField::IpBlocks => ("ipBlocks", shown(connection.source_ip), wanted(&source.ip_blocks)),
                 };
                 format!("from[{index}].source.{name}: the caller is {seen}, {wanted}")
@@ -88,6 +96,11 @@ impl Look<'_, '_> {
             Attribute::Host => quoted(self.request.map(|request| request.host)),
             Attribute::GrpcService => quoted(self.grpc().map(|(service, _)| service)),
             Attribute::GrpcMethod => quoted(self.grpc().map(|(_, method)| method)),
+            Attribute::Claim(_) | Attribute::RequestPrincipal | Attribute::Audiences | Attribute::Presenter => {
+                let claims = self.request.and_then(|request| request.claims);
+                let nothing = || if claims.is_some() { NOTHING } else { "absent, there is no token" }.to_owned();
+                token::seen(key, claims).unwrap_or_else(nothing)
+            }
             Attribute::Hour => connection.now.hour.to_string(),
             Attribute::Weekday => quoted(Moment::WEEKDAYS.get(usize::from(connection.now.weekday)).copied()),
         }

@@ -32,6 +32,10 @@ const KEYS: &[&str] = &[
     "destination.ip",
     "destination.port",
     "destination.labels[NAME]",
+    "request.auth.principal",
+    "request.auth.audiences",
+    "request.auth.presenter",
+    "request.auth.claims[NAME]",
     "grpc.service",
     "grpc.method",
     "time.hour",
@@ -92,8 +96,12 @@ fn attribute(text: &str) -> Result<Attribute, String> {
     if let Some(name) = named("destination.labels[") {
         return Ok(Attribute::DestinationLabel(name.to_owned()));
     }
-    if text.starts_with("request.auth.") {
-        return Err("needs RequestAuthentication, which this version does not have".to_owned());
+    if let Some(path) = text.strip_prefix("request.auth.claims[") {
+        let names: Option<Vec<&str>> = path.strip_suffix(']').map(|path| path.split("][").collect());
+        let names = names.filter(|names| names.iter().all(|name| !name.is_empty() && !name.contains(['[', ']'])));
+        let wrong =
+            || format!("{} is no claim: request.auth.claims[NAME], or [NAME][NAME] for one inside", Shortened(text));
+        return Ok(Attribute::Claim(names.ok_or_else(wrong)?.into_iter().map(str::to_owned).collect()));
     }
     if text.starts_with("source.labels[") {
         return Err("not in this version: use source.serviceAccount".to_owned());
@@ -114,6 +122,9 @@ fn attribute(text: &str) -> Result<Attribute, String> {
         "request.method" => Attribute::Method,
         "request.path" => Attribute::Path,
         "request.host" => Attribute::Host,
+        "request.auth.principal" => Attribute::RequestPrincipal,
+        "request.auth.audiences" => Attribute::Audiences,
+        "request.auth.presenter" => Attribute::Presenter,
         "grpc.service" => Attribute::GrpcService,
         "grpc.method" => Attribute::GrpcMethod,
         "time.hour" => Attribute::Hour,

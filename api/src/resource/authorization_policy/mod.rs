@@ -44,7 +44,7 @@ pub(in crate::resource) struct RawAuthorizationPolicy {
 
 #[derive(Deserialize, Default)]
 #[serde(default, rename_all = "camelCase")]
-struct RawTargetRef {
+pub(in crate::resource) struct RawTargetRef {
     group: String,
     kind: String,
     name: String,
@@ -117,9 +117,17 @@ impl RawAuthorizationPolicy {
 }
 
 impl RawTargetRef {
-    fn check(self, metadata: &Metadata, path: &Path, findings: &mut Findings) -> Option<String> {
+    pub(in crate::resource) fn check(
+        self,
+        metadata: &Metadata,
+        path: &Path,
+        findings: &mut Findings,
+    ) -> Option<String> {
         if self.section_name.is_some() {
-            findings.error_at_key(&path.key("sectionName"), "not supported here: use `to.operation.ports`".to_owned());
+            findings.error_at_key(
+                &path.key("sectionName"),
+                "not supported here: a policy is for all ports of a Service".to_owned(),
+            );
         }
         if let Some(namespace) = self.namespace.filter(|namespace| *namespace != metadata.namespace) {
             let message = format!("{} is another namespace than the policy's", Shortened(&namespace));

@@ -120,14 +120,6 @@ fn not_empty<T>(list: Option<&Vec<T>>, path: &Path, meaning: &str, findings: &mu
 impl RawSource {
     fn check(self, metadata: &Metadata, action: Action, path: &Path, findings: &mut Findings) -> Source {
         let empty = self == RawSource::default();
-        let unsupported = [
-            ("requestPrincipals", self.request_principals.is_some()),
-            ("notRequestPrincipals", self.not_request_principals.is_some()),
-        ];
-        for (field, _) in unsupported.into_iter().filter(|(_, there)| *there) {
-            let message = "needs RequestAuthentication, which this version does not have: use `principals`".to_owned();
-            findings.error_at_key(&path.key(field), message);
-        }
         let remote = [
             ("remoteIpBlocks", self.remote_ip_blocks.is_some()),
             ("notRemoteIpBlocks", self.not_remote_ip_blocks.is_some()),
@@ -158,6 +150,13 @@ impl RawSource {
                 findings,
                 |text| account(&text, metadata),
             ),
+            request_principals: lists(
+                (self.request_principals, self.not_request_principals),
+                path,
+                ["requestPrincipals", "notRequestPrincipals"],
+                findings,
+                |text| Ok(Pattern::new(&text)),
+            ),
             ip_blocks: lists(
                 (self.ip_blocks, self.not_ip_blocks),
                 path,
@@ -169,6 +168,7 @@ impl RawSource {
         let positive = !(source.principals.any_of.is_empty()
             && source.namespaces.any_of.is_empty()
             && source.service_accounts.any_of.is_empty()
+            && source.request_principals.any_of.is_empty()
             && source.ip_blocks.any_of.is_empty());
         if empty {
             findings.error(path, "is empty: leave `from` out to match every caller".to_owned());

@@ -40,11 +40,23 @@ pub fn refuse(reason: Reason, grpc: bool, proxy: &str, told: Told<'_>) -> Respon
         *response.status_mut() = StatusCode::from_u16(row.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
     }
+    if let Some(challenge) = challenge(reason).filter(|_| !grpc) {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+    }
     if let Ok(status) = HeaderValue::from_str(&proxy_status(reason, proxy, told.by)) {
         response.headers_mut().insert(PROXY_STATUS, status);
     }
     response.headers_mut().insert(header::DATE, date::now());
     response
+}
+
+/// Which credentials a 401 asks for (RFC 6750 section 3).
+fn challenge(reason: Reason) -> Option<HeaderValue> {
+    match reason {
+        Reason::JwtMissing => Some(HeaderValue::from_static("Bearer")),
+        Reason::JwtInvalid => Some(HeaderValue::from_static("Bearer error=\"invalid_token\"")),
+        _ => None,
+    }
 }
 
 /// The answer to an OPTIONS or TRACE whose Max-Forwards ends here (RFC 9110 section 7.6.2). A TRACE gets back what came,

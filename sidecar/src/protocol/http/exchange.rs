@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Version, header};
+use outrigger_api::policy::jwt::Authentication;
 
 use super::answer::Told;
 use super::body::{Ending, Measured, ResponseBody, Switched, Upstream, note_grpc_status};
@@ -84,6 +85,8 @@ pub struct Exchange {
     upgrade: bool,
     /// Its Max-Forwards leaves no hop beyond this one.
     last_hop: bool,
+    /// The rules of tokens by which its head was put right, where there are any.
+    pub told: Option<Arc<Authentication>>,
 }
 
 /// The head on its way, and the body that follows it.
@@ -118,6 +121,7 @@ impl Exchange {
             busy,
             upgrade: false,
             last_hop: false,
+            told: None,
         };
         (exchange, Outgoing { parts, body })
     }
@@ -184,7 +188,8 @@ impl Exchange {
             Received::Http2(_) => binds(&outgoing.parts.headers),
         };
         let Session { bound, ended, .. } = &*self.session;
-        let client = Client { interim, bound: bound.clone(), binds, ended: ended.clone(), progress };
+        let told = self.told.clone();
+        let client = Client { interim, bound: bound.clone(), binds, ended: ended.clone(), progress, told };
         let body = RequestBody::new(outgoing.body, &self.record, grpc, headers::clean_trailers, client);
         Request::from_parts(outgoing.parts, body)
     }
