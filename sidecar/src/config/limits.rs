@@ -29,6 +29,12 @@ pub struct Limits {
     /// How long bytes of a stream may wait for a reader that takes none, when that is shorter.
     pub stream_stalled: Duration,
 
+    /// What of a request's body is kept until its answer begins, so that a request that nobody has processed, because the
+    /// upstream refuses its stream or a sidecar cannot reach its application, is sent again.
+    pub replay: usize,
+    /// What all requests that came over HTTP/1 may keep together, per worker. Of those over HTTP/2 it is the budget of memory.
+    pub replays_http1: usize,
+
     // --- HTTP/2 -----------------------------------------------------------------------------------------------
     /// Decoded header list, advertised as SETTINGS_MAX_HEADER_LIST_SIZE; h2 alone would take 16 MiB.
     pub h2_header_list: u32,
@@ -70,9 +76,6 @@ pub struct Limits {
     pub h2_early_resets: u32,
     /// How long other requests wait for a new upstream connection's SETTINGS before another one is opened.
     pub h2_settings_wait: Duration,
-    /// What of a request's body is kept until its answer begins, so that a request whose stream the upstream refuses is
-    /// sent again.
-    pub h2_replay: usize,
     /// Control frames (PING, SETTINGS, window updates ...) that a connection may send at once beyond what its requests
     /// and bytes account for, and again each second; beyond is GOAWAY. One answer at most waits to be written: h2 reads
     /// no further before it is.
@@ -218,6 +221,8 @@ impl Default for Limits {
             first_byte_timeout: Duration::from_secs(60),
             stream_idle: Duration::from_secs(60 * 60),
             stream_stalled: Duration::from_secs(5 * 60),
+            replay: 64 * KIB,
+            replays_http1: 4 * MIB,
 
             h2_header_list: 64 * KIB as u32,
             h2_header_list_taken: 256 * KIB as u32,
@@ -236,7 +241,6 @@ impl Default for Limits {
             h2_reset_memory: Duration::from_secs(10),
             h2_early_resets: 500,
             h2_settings_wait: Duration::from_secs(1),
-            h2_replay: 64 * KIB,
             h2_control_frames: 1_000,
 
             handshake_timeout: Duration::from_secs(10),
@@ -346,6 +350,7 @@ mod tests {
         assert!(limits.target_bytes < limits.head_bytes);
         assert!(limits.first_byte_timeout < limits.client_idle);
         assert!(limits.stream_stalled < limits.stream_idle);
+        assert!(limits.replay < limits.replays_http1);
         assert!(limits.connect_beside * limits.connect_tries <= limits.connect_budget);
         assert!(limits.connect_budget < limits.application_connect);
         assert!(limits.h2_stream_window <= limits.h2_connection_window);

@@ -41,6 +41,11 @@ impl Target {
         Target { address, tls: None, own: None, application: true, source }
     }
 
+    /// Whether a sidecar is at the other end, this one itself perhaps, and nobody else can be.
+    pub fn is_mesh(&self) -> bool {
+        self.tls.is_some() || self.own.is_some()
+    }
+
     /// Whether a connection to either leads to the same application, by the same proof.
     pub fn is_same(&self, other: &Target) -> bool {
         let (one, two) = (self.tls.as_ref().map(|tls| &tls.expected), other.tls.as_ref().map(|tls| &tls.expected));

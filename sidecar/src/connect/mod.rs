@@ -11,4 +11,5 @@ pub mod own_dials;
 pub mod request_body;
 pub mod speculation;
 pub mod streams;
+pub mod unprocessed;
 pub mod worker;

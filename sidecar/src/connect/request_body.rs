@@ -17,6 +17,7 @@ use super::http2::{self, Meter};
 use super::interim::Interim;
 use super::lane::Lane;
 use super::streams::Progress;
+use crate::config::limits::Limits;
 use crate::policy;
 use crate::telemetry::{GrpcFrames, HttpRecord};
 
@@ -47,10 +48,10 @@ pub struct RequestBody {
     progress: Progress,
 }
 
-/// The beginning of a body, for a peer that refuses its stream. The first frame is apart because most requests have one.
+/// The beginning of a body, for a peer that refuses its stream or cannot reach its application. The first frame is apart
+/// because most requests have one.
 struct Replay {
-    /// Of the connection that it came on, which holds it.
-    meter: Rc<Meter>,
+    account: Account,
     first: Option<Bytes>,
     more: Vec<Bytes>,
     bytes: usize,
@@ -60,6 +61,21 @@ struct Replay {
     /// Frames that are to be given again.
     again: usize,
 }
+
+/// On what the bytes that are kept are counted.
+enum Account {
+    /// The connection that they came on, which holds them.
+    Http2(Rc<Meter>),
+    /// All that came over HTTP/1 on this thread, with the most that these may keep.
+    Http1(usize),
+}
+
+thread_local! {
+    static KEPT_OF_HTTP1: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Frames that are kept of one body: each costs memory of its own, however small it is.
+const MOST_FRAMES: usize = 1_024;
 
 struct Streaming {
     received: Received,
@@ -170,15 +186,19 @@ impl RequestBody {
         &self.progress
     }
 
-    /// From now on what is taken is kept, up to so many bytes, so that [`RequestBody::rewind`] can give it again.
-    pub fn keep(&mut self, most: usize) {
+    /// From now on what is taken is kept, up to a bound, so that [`RequestBody::rewind`] can give it again. To be called
+    /// before anything is taken.
+    pub fn keep(&mut self, limits: &Limits) {
         let Some(body) = &mut self.streaming else { return };
-        if let Received::Http2(incoming) = &body.received
-            && body.replay.is_none()
-        {
-            let meter = incoming.meter().clone();
-            body.replay = Some(Replay { meter, first: None, more: Vec::new(), bytes: 0, most, given: 0, again: 0 });
+        if body.replay.is_some() {
+            return;
         }
+        let account = match &body.received {
+            Received::Http1(_) => Account::Http1(limits.replays_http1),
+            Received::Http2(incoming) => Account::Http2(incoming.meter().clone()),
+        };
+        let most = limits.replay;
+        body.replay = Some(Replay { account, first: None, more: Vec::new(), bytes: 0, most, given: 0, again: 0 });
     }
 
     /// It is not going to begin anew.
@@ -262,11 +282,11 @@ impl Replay {
 
     /// False when there is no room for it.
     fn keep(&mut self, data: &Bytes) -> bool {
-        if self.bytes + data.len() > self.most || self.meter.is_tight() {
+        let room = self.bytes + data.len() <= self.most && self.more.len() < MOST_FRAMES;
+        if !room || !self.account.take(data.len()) {
             return false;
         }
         self.bytes += data.len();
-        self.meter.hold(data.len());
         match &self.first {
             None => self.first = Some(data.clone()),
             Some(_) => self.more.push(data.clone()),
@@ -279,7 +299,28 @@ impl Replay {
 
 impl Drop for Replay {
     fn drop(&mut self) {
-        self.meter.release(self.bytes);
+        match &self.account {
+            Account::Http2(meter) => meter.release(self.bytes),
+            Account::Http1(_) => KEPT_OF_HTTP1.set(KEPT_OF_HTTP1.get().saturating_sub(self.bytes)),
+        }
+    }
+}
+
+impl Account {
+    /// False when there is no room for so many bytes more.
+    fn take(&self, bytes: usize) -> bool {
+        match self {
+            Account::Http2(meter) if meter.is_tight() => return false,
+            Account::Http2(meter) => meter.hold(bytes),
+            Account::Http1(most) => {
+                let kept = KEPT_OF_HTTP1.get() + bytes;
+                if kept > *most {
+                    return false;
+                }
+                KEPT_OF_HTTP1.set(kept);
+            }
+        }
+        true
     }
 }
 

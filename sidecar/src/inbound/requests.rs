@@ -12,9 +12,10 @@ use outrigger_api::snapshot::Workload;
 use crate::connect::lane::{Framing, Lane, Unsent};
 use crate::connect::request_body::Received;
 use crate::connect::streams::Judge;
+use crate::connect::unprocessed;
 use crate::connection::Entry;
 use crate::net::Stream;
-use crate::outcome::{Error, Reason};
+use crate::outcome::{Error, Reason, Retry};
 use crate::policy::{self, Call, Permit, Rejected};
 use crate::protocol::http::body::ResponseBody;
 use crate::protocol::http::exchange::{Exchange, Session};
@@ -181,7 +182,11 @@ async fn respond(session: Rc<Session>, service: Rc<Service>, request: Request<Re
                 body.progress().leave_head(head);
             }
             let error = exchange.fault(error);
-            exchange.refuse(&error)
+            let mut answer = exchange.refuse(&error);
+            if service.identity.is_some() && error.retry == Retry::Safe {
+                unprocessed::mark(answer.headers_mut(), error.reason);
+            }
+            answer
         }
         Err(error) => exchange.refuse(&error),
     }

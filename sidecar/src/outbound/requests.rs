@@ -10,12 +10,12 @@ use http::{Request, Response};
 
 use crate::balance::{InFlight, Kind, Outcome};
 use crate::connect::backend::{Backend, Slot, View, lost_edge};
-use crate::connect::lane::{Answered, Framing, Unsent};
+use crate::connect::lane::{Answered, Framing, Unprocessed, Unsent};
 use crate::connect::request_body::{Received, RequestBody};
 use crate::connect::worker::Worker;
 use crate::connection::Registered;
 use crate::net::Stream;
-use crate::outcome::Error;
+use crate::outcome::{Error, Retry, Stage};
 use crate::policy::Permit;
 use crate::protocol::http::body::{Measured, ResponseBody};
 use crate::protocol::http::exchange::{Exchange, Outgoing, Session};
@@ -131,26 +131,29 @@ pub(super) async fn forward(
         exchange.set_edge(&edge);
         exchange.record.set_in_process(slot.target.own.is_some());
         exchange.record.attempt(request.headers_mut(), slot.target.address, began);
-        match exchange.patiently(slot.lane(framing).send(request)).await? {
-            Ok(answered) => {
-                let failed = answered.response.status().is_server_error();
-                let outcome = if failed { Outcome::Failure5xx } else { Outcome::Success };
-                let at = worker.nanos(answered.at);
-                let measured = Measured { guard: load, at, latency: answered.latency, outcome };
-                return Ok((answered, measured));
-            }
-            Err(Unsent { error, request: unsent }) => {
-                let error = exchange.fault(error);
-                began = Instant::now();
-                load.finish(worker.nanos(began), exchange.elapsed(), blame(&error));
-                exchange.record.attempt_failed(error.reason, began);
-                if !tried.may_go_on(&error) {
-                    unsent.into_iter().for_each(leave_head);
-                    return Err(error);
-                }
-                request = tried.again(error, unsent)?;
-            }
+        if slot.target.is_mesh() && tried.leaves_some(view) {
+            request.body_mut().keep(&worker.limits);
         }
+        let sent = exchange.patiently(slot.lane(framing).send(request)).await?;
+        let (error, unsent) = match sent {
+            Err(Unsent { error, request }) => (exchange.fault(error), request),
+            Ok(mut answered) => {
+                let Some((error, request)) = elsewhere(&mut answered, &slot, view, &tried) else {
+                    let measured = measured(worker, &answered, load);
+                    return Ok((answered, measured));
+                };
+                answered.response.into_body().let_go();
+                (error, Some(request))
+            }
+        };
+        began = Instant::now();
+        load.finish(worker.nanos(began), exchange.elapsed(), blame(&error));
+        exchange.record.attempt_failed(error.reason, began);
+        if !tried.may_go_on(&error) {
+            unsent.into_iter().for_each(leave_head);
+            return Err(error);
+        }
+        request = tried.again(error, unsent)?;
     }
 }
 
@@ -158,6 +161,32 @@ pub(super) async fn forward(
 fn leave_head(request: Request<RequestBody>) {
     let (head, body) = request.into_parts();
     body.progress().leave_head(head);
+}
+
+/// The request, when its answer is that of a sidecar whose application has not seen it and another endpoint may serve it.
+fn elsewhere(
+    answered: &mut Answered,
+    slot: &Slot,
+    view: &View,
+    tried: &Tried,
+) -> Option<(Error, Request<RequestBody>)> {
+    let Unprocessed { reason, request } = answered.unprocessed.as_deref_mut()?;
+    if !tried.leaves_some(view) || !tried.may_begin() {
+        return None;
+    }
+    let request = request.take()?;
+    let detail = format!("{}: its sidecar could not reach the application", slot.target.address);
+    Some((Error::upstream(Stage::Connect, *reason, Retry::Safe, detail), request))
+}
+
+/// How an answer that is passed on counts for its endpoint.
+fn measured(worker: &Worker, answered: &Answered, guard: InFlight) -> Measured {
+    let outcome = match answered {
+        Answered { unprocessed: Some(_), .. } => Outcome::ConnectError,
+        Answered { response, .. } if response.status().is_server_error() => Outcome::Failure5xx,
+        Answered { .. } => Outcome::Success,
+    };
+    Measured { guard, at: worker.nanos(answered.at), latency: answered.latency, outcome }
 }
 
 /// An endpoint with a connection for the next request.

@@ -38,6 +38,11 @@ impl Tried {
         self.count < self.tries && (self.count == 0 || Instant::now() < self.until)
     }
 
+    /// Whether there is an endpoint that was not tried, and may be.
+    pub(super) fn leaves_some(&self, view: &View) -> bool {
+        self.count < self.tries && self.count < view.endpoints.len()
+    }
+
     /// Notes that an endpoint is being tried.
     pub(super) fn begin(&mut self, index: usize) {
         if let Some(place) = self.indices.get_mut(self.count) {

@@ -10,10 +10,10 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode};
+use http::{Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 
-use super::{Answered, Lane, Unsent, UpstreamBody, fault, is_replayable};
+use super::{Answered, Lane, Unprocessed, Unsent, UpstreamBody, fault, is_replayable};
 use crate::connect::http1::body::Decoded;
 use crate::connect::http1::head::{self, ResponseHead};
 use crate::connect::http1::{Conn, Decoder, Fault, Spelling, turn};
@@ -124,9 +124,18 @@ impl Lane {
         self.heed_keep_alive(&response);
         let lane = if binds { request.body().bound().bind(self) } else { self.clone() };
         let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-        let (head, body) = request.into_parts();
-        body.progress().take_head(head);
-        let request = (!sending.done).then_some(body);
+        let mut request = Some(request);
+        let unprocessed = self.unprocessed(&response, false).map(|reason| {
+            let request = request.take_if(|request| request.body_mut().rewind());
+            Box::new(Unprocessed { reason, request })
+        });
+        let request = request.map(|request| {
+            let (head, mut body) = request.into_parts();
+            body.progress().take_head(head);
+            body.forget();
+            body
+        });
+        let request = request.filter(|_| !sending.done);
         let answer = Box::new(Answer {
             connection,
             lane,
@@ -139,7 +148,8 @@ impl Lane {
             heard: Some(at),
             hurry: HURRY,
         });
-        Answered { response: response.map(|()| UpstreamBody::Http1(answer)), at, latency: at - began }
+        let response = response.map(|()| UpstreamBody::Http1(answer));
+        Answered { response, at, latency: at - began, unprocessed }
     }
 
     /// What ended by the wall clock the watchdog takes out.
@@ -251,7 +261,9 @@ struct Attempt<'a> {
 
 impl<'a> Attempt<'a> {
     fn new(conn: &'a mut Conn, request: &'a mut Request<RequestBody>, lane: &'a Lane, silent: bool) -> Attempt<'a> {
-        let chunked = !request.body().is_empty() && request.body().size_hint().exact().is_none();
+        // By the head and not by the body: one that is given again may be known to its end by now.
+        let sized = || request.headers().keys().any(|name| *name == header::CONTENT_LENGTH);
+        let chunked = !request.body().is_empty() && !sized();
         let out = conn.queue();
         head::write_request(out, request, request.body().spelling());
         if chunked {

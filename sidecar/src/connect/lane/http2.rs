@@ -16,7 +16,8 @@ use http::{Method, Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use tokio::sync::Notify;
 
-use super::{Answered, Lane, Unsent, UpstreamBody, fault, usable};
+use super::{Answered, Lane, Unprocessed, Unsent, UpstreamBody, fault, usable};
+use crate::config::limits::Limits;
 use crate::connect::http2::heads::{Heads, Marks, PSEUDO_IN_TRAILERS, Sender};
 use crate::connect::http2::{
     Allowance, Batched, Broke, Change, Incoming, KeepAlive, Meter, Sending, Stop, UpstreamIo, check_fields, leaving,
@@ -116,7 +117,7 @@ impl Lane {
     pub(super) async fn send_http2(self: &Rc<Lane>, mut request: Request<RequestBody>) -> Result<Answered, Unsent> {
         let mut refusals = 0;
         loop {
-            let (head, empty) = copy(&mut request, self.limits.h2_replay);
+            let (head, empty) = copy(&mut request, &self.limits);
             let progress = request.body().progress().clone();
             let begun = loop {
                 if let Some(mut shared) = self.find_shared() {
@@ -143,15 +144,27 @@ impl Lane {
             let failure = match answering.await {
                 Ok(response) => {
                     let at = Instant::now();
-                    progress.take_head(head);
-                    return Ok(Answered { response: attempt.answered(response, self), at, latency: at - sent });
+                    let mut head = Some(head);
+                    let reason = self.unprocessed(&response, response.body().is_end_stream());
+                    let unprocessed = reason.map(|reason| {
+                        let request = attempt.request.take_body(empty).zip(head.take());
+                        let request = request.map(|(body, head)| Request::from_parts(head, body));
+                        Box::new(Unprocessed { reason, request })
+                    });
+                    if let Some(head) = head {
+                        progress.take_head(head);
+                    }
+                    let response = attempt.answered(response, self);
+                    return Ok(Answered { response, at, latency: at - sent, unprocessed });
                 }
                 Err(failure) => failure,
             };
             let refused = matches!(&failure, Failure::Upstream(error) if fault::is_refused_stream(error));
             let streams = attempt.place.streams.clone();
             attempt.place.ended = matches!(failure, Failure::Upstream(_));
-            let body = if refused { attempt.into_body(empty) } else { None };
+            let body = if refused { attempt.request.take_body(empty) } else { None };
+            // Its place is free again.
+            drop(attempt);
             let unsent = match body {
                 Some(body) => Some(Request::from_parts(head, body)),
                 None => {
@@ -234,11 +247,6 @@ impl Lane {
         if self.is_mesh() { self.limits.h2_streams_mesh as usize } else { 1 }
     }
 
-    /// Whether a sidecar is at the other end.
-    fn is_mesh(&self) -> bool {
-        self.target.tls.is_some() || self.target.own.is_some()
-    }
-
     async fn open_http2(&self) -> Result<Shared, Error> {
         let dialled = self.dialer.dial(&self.target, MeshAlpn::H2).await?;
         let retire_at = dialled.retire_at();
@@ -312,10 +320,10 @@ impl Lane {
 
 /// A copy of a request's head, for a peer that refuses the stream: the library takes the head away. What is taken of the
 /// body is kept, as far as it can be; of an empty one there is a copy.
-fn copy(request: &mut Request<RequestBody>, replay: usize) -> (Parts, Option<RequestBody>) {
+fn copy(request: &mut Request<RequestBody>, limits: &Limits) -> (Parts, Option<RequestBody>) {
     let head = super::copy_head(request);
     let empty = request.body().is_empty().then(|| request.body().clone_empty());
-    request.body_mut().keep(replay);
+    request.body_mut().keep(limits);
     (head, empty)
 }
 
@@ -429,13 +437,6 @@ impl Attempt {
         check_fields(response.headers(), marks.header_list())
     }
 
-    /// The request's body from its beginning, if that can still be had; `empty` is that of a request without one.
-    fn into_body(self, empty: Option<RequestBody>) -> Option<RequestBody> {
-        let mut rest = self.request;
-        let Some(mut body) = rest.body.take() else { return empty };
-        body.rewind().then_some(*body)
-    }
-
     fn answered(self, response: Response<RecvStream>, lane: &Lane) -> Response<UpstreamBody> {
         let (parts, stream) = response.into_parts();
         let incoming = Incoming::new(stream, &parts.headers, self.place.marks.clone(), &self.meter);
@@ -451,6 +452,14 @@ impl Attempt {
 }
 
 impl Rest {
+    /// The request's body from its beginning, if that can still be had; `empty` is that of a request without one.
+    fn take_body(&mut self, empty: Option<RequestBody>) -> Option<RequestBody> {
+        if self.body.is_none() {
+            return empty;
+        }
+        self.body.take_if(|body| body.rewind()).map(|body| *body)
+    }
+
     /// Sends as much as the upstream takes and the client has brought. Ready when there is no more to be done; it is an
     /// error only when the client broke off, because the upstream may have answered without wanting the rest.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RequestBroke>> {
@@ -504,7 +513,7 @@ impl Answer {
     pub fn release(self) {
         let Answer { request: mut rest, mut place, patience, .. } = self;
         if let Poll::Ready(sent) = rest.poll(&mut Context::from_waker(Waker::noop())) {
-            place.ended = sent.is_ok();
+            place.ended = sent.is_ok() && rest.sent;
             return;
         }
         tokio::task::spawn_local(async move {

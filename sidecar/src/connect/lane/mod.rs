@@ -26,6 +26,7 @@ use super::http1::{Fault, Spelling};
 use super::http2::Broke;
 use super::request_body::RequestBody;
 use super::streams::Progress;
+use super::unprocessed;
 use crate::config::limits::Limits;
 use crate::net::Stream;
 use crate::outcome::{Error, Reason};
@@ -58,6 +59,14 @@ pub struct Answered {
     pub response: Response<UpstreamBody>,
     pub at: Instant,
     pub latency: Duration,
+    pub unprocessed: Option<Box<Unprocessed>>,
+}
+
+/// The answer is a sidecar's own, and no application has seen the request.
+pub struct Unprocessed {
+    pub reason: Reason,
+    /// The request, when all of it can be sent elsewhere: the answer then comes without the rest of it.
+    pub request: Option<Request<RequestBody>>,
 }
 
 /// Why a request was not answered; the request itself when it may be sent elsewhere.
@@ -169,6 +178,18 @@ impl UpstreamBody {
         }
     }
 
+    /// Another answer is to be had: reads what has come of this one, so that its connection may carry the next request.
+    pub fn let_go(mut self) {
+        let cx = &mut Context::from_waker(Waker::noop());
+        loop {
+            match self.poll_frame(cx) {
+                Poll::Ready(Some(Ok(_))) => {}
+                Poll::Ready(None) => return self.release(),
+                Poll::Ready(Some(Err(_))) | Poll::Pending => return,
+            }
+        }
+    }
+
     /// How the head of an HTTP/1 answer was spelled.
     pub fn spelling(&self) -> Option<&Spelling> {
         match self {
@@ -271,6 +292,18 @@ impl Lane {
             Framing::Http1 => lane.warm_http1().await,
             Framing::Http2 => lane.warm_http2().await,
         }
+    }
+
+    /// Whether a sidecar is at the other end.
+    fn is_mesh(&self) -> bool {
+        self.target.is_mesh()
+    }
+
+    /// Whether this head is that of a sidecar whose application has not seen the request, and why. Only a head that tells of
+    /// a failure is looked at.
+    fn unprocessed<T>(&self, head: &Response<T>, trailers_only: bool) -> Option<Reason> {
+        let failed = head.status().is_server_error() || trailers_only;
+        if failed && self.is_mesh() { unprocessed::read(head.headers()) } else { None }
     }
 
     /// True when nothing is pooled and nothing is being opened.

@@ -3,6 +3,8 @@
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
+use crate::connect::unprocessed::UNPROCESSED;
+
 /// What is taken out besides the hop-by-hop fields.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Strip {
@@ -139,7 +141,7 @@ fn claims_identity(name: &str) -> bool {
 fn is_hop_by_hop(name: &HeaderName) -> bool {
     match *name {
         header::CONNECTION | header::TE | header::TRANSFER_ENCODING | header::UPGRADE => true,
-        _ => matches!(name.as_str(), KEEP_ALIVE | PROXY_CONNECTION | HTTP2_SETTINGS),
+        _ => matches!(name.as_str(), KEEP_ALIVE | PROXY_CONNECTION | HTTP2_SETTINGS) || *name == UNPROCESSED,
     }
 }
 
@@ -317,6 +319,9 @@ mod tests {
             (REQUEST, &[("connection", "upgrade"), ("upgrade", "websocket")], &[]),
             (HTTP2, &[("te", "trailers"), ("a", "b")], &[("te", "trailers"), ("a", "b")]),
             (ANSWER, &[("connection", "Upgrade"), ("upgrade", "h2,h2c"), ("te", "trailers")], &[]),
+            (ANSWER, &[("x-outrigger-unprocessed", "connection_refused"), ("a", "b")], &[("a", "b")]),
+            (AGREED, &[("a", "b"), ("x-outrigger-unprocessed", "")], &[("a", "b")]),
+            (REQUEST, &[("x-outrigger-unprocessed", "connection_refused")], &[]),
             (
                 AGREED,
                 &[("upgrade", "TLS/1.0, HTTP/1.1")],
