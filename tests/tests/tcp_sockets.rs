@@ -161,9 +161,50 @@ async fn urgent_data_stalls_nothing() {
 }
 
 async fn urgent(side: &mut Connection) {
-    side.send("ab").await;
-    assert_eq!(SockRef::from(side.tcp()).send_out_of_band(b"!").unwrap(), 1);
-    side.send("cd\n").await;
+    urgent_at(side, "ab", "!", "cd\n").await;
+}
+
+async fn urgent_at(side: &mut Connection, before: &str, urgent: &str, behind: &str) {
+    side.send(before).await;
+    assert_eq!(SockRef::from(side.tcp()).send_out_of_band(urgent.as_bytes()).unwrap(), urgent.len());
+    side.send(behind).await;
+}
+
+/// The same where the bytes are HTTP: in a head, in a body, and where the next request begins.
+#[tokio::test]
+async fn urgent_data_stalls_no_http() {
+    const ROUNDS: usize = 20;
+    const LENGTH: &str = "Host: queue\r\nContent-Length: 6\r\n\r\n";
+    for protocol in [Some("http"), None] {
+        let mesh = Mesh::start(MeshOptions::default()).await;
+        let backend = Backend::start().await;
+        mesh.service("queue.shop", 5672, backend.port(), protocol);
+        let far = mesh.sidecar("queue-1").label("app", "queue").inbound(backend.address());
+        let mut far = far.spawn(under_test!()).await;
+        far.ready().await;
+        let mut near = mesh.sidecar("cart-1").outbound("queue:5672").spawn(under_test!()).await;
+        near.ready().await;
+        let door = near.address("outbound:queue.shop:5672").await;
+        let mut client = Connection::open(door).await;
+        urgent_at(&mut client, "POST /0 HT", "T", &format!("P/1.1\r\n{LENGTH}")).await;
+        let mut app = None;
+        for round in 0..ROUNDS {
+            urgent_at(&mut client, "ab", "!", "cd\n").await;
+            let app = match &mut app {
+                Some(app) => app,
+                app => app.insert(backend.accept().await),
+            };
+            let head = outrigger_tests::wire::text(&app.take_until(b"\r\n\r\n").await);
+            assert!(head.starts_with(&format!("POST /{round} HTTP/1.1\r\n")), "{protocol:?}: {head}");
+            assert_eq!(app.take(6).await, b"ab!cd\n", "{protocol:?}, {round}: to the server");
+            // The next request is on its way before the answer is.
+            urgent_at(&mut client, "", "P", &format!("OST /{} HTTP/1.1\r\n{LENGTH}", round + 1)).await;
+            urgent_at(app, "HTTP/1.1 200 OK\r\nContent-Len", "g", "th: 6\r\n\r\n").await;
+            urgent_at(app, "ab", "!", "cd\n").await;
+            let answer = client.response(false).await;
+            assert_eq!((answer.status, answer.text().as_str()), (200, "ab!cd\n"), "{protocol:?}, {round}: to the client");
+        }
+    }
 }
 
 fn check(what: &str, descriptor: RawFd) {

@@ -5,6 +5,7 @@ mod cut;
 mod kept_source;
 mod liveness;
 mod original_dst;
+mod receive;
 mod socket;
 mod stream;
 

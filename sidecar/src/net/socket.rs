@@ -8,6 +8,8 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
+use super::receive::say_what_is_left;
+
 /// When TCP asks an idle peer whether it is there: idle time, then interval and count of probes.
 #[derive(Clone, Copy, Debug)]
 pub struct SocketOptions {
@@ -35,6 +37,7 @@ impl SocketOptions {
         )?;
         // What a peer sends as urgent is a byte in its place, as it is for most servers that ever look at it.
         socket.set_out_of_band_inline(true)?;
+        say_what_is_left(socket);
         match self.user_timeout {
             Some(timeout) => socket.set_tcp_user_timeout(Some(timeout)),
             None => Ok(()),

@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 
 use super::cut::{Cut, Handle};
 use super::liveness::{Liveness, heard_ago, unacknowledged};
+use super::receive::receive;
 
 /// A byte stream of the walk.
 #[derive(Debug)]
@@ -61,20 +62,6 @@ struct Tcp {
     /// First, so that it goes before the socket is closed.
     liveness: Arc<Liveness>,
     socket: TcpStream,
-    /// Whether a read that took less than it could has taken all.
-    marks: Marks,
-}
-
-/// The kernel ends a read at the mark of urgent data, so that a short one does not mean that there is no more, and what is
-/// behind the mark is not announced again.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Marks {
-    /// None is expected: a short read took all there was, and the next one waits without asking the kernel.
-    No,
-    /// There may be some: only the kernel knows whether there is no more.
-    Maybe,
-    /// The same, and what was read before may have ended at one.
-    Unseen,
 }
 
 /// Bytes that one end of a pipe may be ahead of the other, in each direction.
@@ -89,7 +76,7 @@ struct Pipe {
 
 impl From<TcpStream> for Stream {
     fn from(tcp: TcpStream) -> Stream {
-        let io = Io::Tcp(Tcp { liveness: Liveness::of(&tcp), socket: tcp, marks: Marks::No });
+        let io = Io::Tcp(Tcp { liveness: Liveness::of(&tcp), socket: tcp });
         Stream { ahead: BytesMut::new(), io, below: Below::Nothing }
     }
 }
@@ -139,14 +126,6 @@ impl Stream {
         matches!(self.io, Io::Tcp(_))
     }
 
-    /// From now on urgent data in what is read, as some protocols that are not HTTP send it, holds up nothing. It costs a
-    /// system call whenever all was read.
-    pub fn pass_marks(&mut self) {
-        if let Io::Tcp(tcp) = &mut self.io {
-            tcp.marks = Marks::Unseen;
-        }
-    }
-
     /// Acknowledges at once what has come on plain TCP, and does not wait for an answer that could carry the ACK: the peer's
     /// kernel may hold back the next bytes until then (Nagle, RFC 896, against the delayed ACK of RFC 1122 4.2.3.2).
     pub fn acknowledge(&self) {
@@ -183,12 +162,7 @@ impl Stream {
     pub fn poll_read_ahead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let mut chunk = [0; 2048];
         let mut buffer = ReadBuf::new(&mut chunk);
-        match &mut self.io {
-            Io::Tcp(tcp) if self.below == Below::Nothing => {
-                std::task::ready!(tcp.poll_read_past_marks(cx, &mut buffer))?
-            }
-            io => std::task::ready!(io.poll_read(cx, &mut buffer))?,
-        }
+        std::task::ready!(self.io.poll_read(cx, &mut buffer))?;
         self.ahead.extend_from_slice(buffer.filled());
         Poll::Ready(Ok(buffer.filled().len()))
     }
@@ -283,32 +257,19 @@ impl Stream {
     }
 }
 
-impl Tcp {
-    fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.marks == Marks::No {
-            return Pin::new(&mut self.socket).poll_read(cx, buffer).map_err(|error| self.told(error));
-        }
-        if std::mem::replace(&mut self.marks, Marks::Maybe) == Marks::Unseen {
-            // Whether there is something is not known here, so the kernel is asked first.
-            match io::Read::read(&mut &*SockRef::from(&self.socket), buffer.initialize_unfilled()) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                read => return Poll::Ready(read.map(|count| buffer.advance(count)).map_err(|error| self.told(error))),
-            }
-        }
-        self.poll_read_past_marks(cx, buffer)
-    }
-
-    /// Unlike the runtime's own read this one believes that there is no more only when the kernel says so.
-    fn poll_read_past_marks(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+impl AsyncRead for Tcp {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             std::task::ready!(self.socket.poll_read_ready(cx))?;
-            match self.socket.try_read(buffer.initialize_unfilled()) {
+            match receive(&self.socket, buffer) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                read => return Poll::Ready(read.map(|count| buffer.advance(count)).map_err(|error| self.told(error))),
+                read => return Poll::Ready(read.map_err(|error| self.told(error))),
             }
         }
     }
+}
 
+impl Tcp {
     /// What an error means when it is ours.
     fn told(&self, error: io::Error) -> io::Error {
         if self.liveness.is_given_up() {
@@ -324,7 +285,7 @@ impl Tcp {
 impl Io {
     fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self {
-            Io::Tcp(tcp) => tcp.poll_read(cx, buffer),
+            Io::Tcp(tcp) => Pin::new(tcp).poll_read(cx, buffer),
             // HTTP looks for more several times per request; most times there is nothing, which the socket's readiness
             // tells for a fraction of what a round through TLS costs. What TLS holds already comes first.
             Io::Accepted(tls) => {
@@ -378,10 +339,10 @@ impl Stream {
                 self.ahead.clear();
                 self.ahead.reserve(BULK);
                 let count = {
-                    let reading = std::pin::pin!(tcp.socket.read_buf(&mut self.ahead));
+                    let reading = std::pin::pin!(tcp.read_buf(&mut self.ahead));
                     reading.poll(cx)
                 };
-                match count.map_err(|error| tcp.told(error)) {
+                match count {
                     Poll::Ready(Ok(count)) if count > 0 => {
                         if count <= buffer.remaining() {
                             self.below = Below::Tls;

@@ -132,9 +132,6 @@ pub async fn copy(
 ) -> Result<(), CopyError> {
     let mut both = Both { downstream, upstream, whole: false };
     let Both { downstream, upstream, whole } = &mut both;
-    // Telnet, FTP and Oracle's clients send urgent data.
-    downstream.pass_marks();
-    upstream.pass_marks();
     let mut forth = Half::default();
     let mut back = Half::default();
     let screen = RefCell::new(screen);
