@@ -64,6 +64,16 @@ impl Balancer {
         self.ask(&candidates, kind, rng)
     }
 
+    /// The first, in the order of `set`, of those that may be picked: for the addresses of one host.
+    pub fn first(&mut self, set: &Endpoints, now: Nanos, exclude: &[usize]) -> Option<usize> {
+        let avoid_ejected = self.threshold.permits(set, now);
+        let first = |avoid_ejected| {
+            let candidates = Candidates { set, now, exclude, avoid_ejected };
+            (0..set.len()).find(|index| candidates.allow(*index))
+        };
+        first(avoid_ejected).or_else(|| first(false))
+    }
+
     fn ask(&mut self, candidates: &Candidates<'_>, kind: Kind, rng: &mut fastrand::Rng) -> Option<usize> {
         match candidates.set.load_balancer() {
             LoadBalancer::LeastRequest => least_loaded::pick(candidates, kind, rng),

@@ -120,6 +120,10 @@ pub struct Limits {
     pub connect_beside: Duration,
     /// Endpoints that one request or connection dials.
     pub connect_tries: u32,
+    /// How long an address of a name of the outside is dialled alone (RFC 8305 section 5) ...
+    pub name_beside: Duration,
+    /// ... and how many of its addresses are dialled at most.
+    pub name_addresses: usize,
     /// All tries together, and one alone when there is no other.
     pub connect_budget: Duration,
     /// Connecting to the own application, whose listen queue may be full.
@@ -260,6 +264,8 @@ impl Default for Limits {
 
             connect_beside: Duration::from_secs(1),
             connect_tries: 3,
+            name_beside: Duration::from_millis(250),
+            name_addresses: 8,
             connect_budget: Duration::from_secs(5),
             application_connect: Duration::from_secs(10),
             first_answer: Duration::from_secs(3),
@@ -352,6 +358,7 @@ mod tests {
         assert!(limits.stream_stalled < limits.stream_idle);
         assert!(limits.replay < limits.replays_http1);
         assert!(limits.connect_beside * limits.connect_tries <= limits.connect_budget);
+        assert!(limits.name_beside * limits.name_addresses as u32 <= limits.connect_budget);
         assert!(limits.connect_budget < limits.application_connect);
         assert!(limits.h2_stream_window <= limits.h2_connection_window);
         assert!(limits.h2_stream_window_most <= limits.h2_connection_window_most);

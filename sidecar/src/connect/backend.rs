@@ -5,6 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Context;
 use std::time::{Duration, Instant};
 
 use outrigger_api::name::{Protocol, ServiceName, ServicePort};
@@ -17,6 +18,7 @@ use tokio::sync::watch;
 use super::bound::Bound;
 use super::dial::{MutualTls, Target};
 use super::lane::{Framing, Lane};
+use super::request_body::RequestBody;
 use super::worker::Worker;
 use crate::balance::{Balancer, Endpoints, Kind, Nanos};
 use crate::discovery::Known;
@@ -26,6 +28,8 @@ use crate::telemetry::{Direction, Edge, EdgeLabels, UNKNOWN, WireProtocol};
 /// A destination that the application uses. Lives as long as the worker remembers it.
 pub struct Backend {
     key: Key,
+    /// Of a name of the outside: its addresses, in the order in which they are tried. Its key is that of the first.
+    addresses: Vec<Rc<Backend>>,
     known: RefCell<watch::Receiver<Known>>,
     view: RefCell<Option<Rc<View>>>,
     /// When the watchdog saw last that it is used.
@@ -46,6 +50,8 @@ pub struct View {
     pub routes: Option<Arc<Routes>>,
     slots: Vec<Rc<Slot>>,
     balancer: RefCell<Balancer>,
+    /// The endpoints are the addresses of one host, to be tried in their order.
+    one_host: bool,
     /// For what ends before an endpoint is picked.
     unpicked: Edges,
 }
@@ -72,7 +78,16 @@ impl Backend {
 
     pub fn new(worker: &Worker, key: Key) -> Backend {
         let known = RefCell::new(worker.directory.destination(&key));
-        Backend { key, known, view: RefCell::default(), used: Cell::new(Instant::now()), touched: Cell::new(true) }
+        let addresses = Vec::new();
+        let (used, touched) = (Cell::new(Instant::now()), Cell::new(true));
+        Backend { key, addresses, known, view: RefCell::default(), used, touched }
+    }
+
+    /// A name of the outside with several addresses, for as long as one request or connection needs it: what is pooled
+    /// belongs to the addresses.
+    pub fn of_name(worker: &Worker, addresses: Vec<Rc<Backend>>) -> Backend {
+        let key = addresses.first().map_or(Key::Own, |first| first.key.clone());
+        Backend { addresses, ..Backend::new(worker, key) }
     }
 
     pub fn key(&self) -> &Key {
@@ -81,6 +96,9 @@ impl Backend {
 
     /// What is known now. Waits, bounded, for the control plane's first answer.
     pub async fn view(&self, worker: &Worker) -> Result<Rc<View>, Error> {
+        if !self.addresses.is_empty() {
+            return Box::pin(self.view_of_name(worker)).await;
+        }
         self.touched.set(true);
         let current = self.view.borrow().clone();
         let changed = self.known.borrow().has_changed().unwrap_or(false);
@@ -117,6 +135,26 @@ impl Backend {
         // A destination that is gone takes its endpoints with it.
         let view = view.inspect_err(|_| *self.view.borrow_mut() = None)?;
         let view = Rc::new(view);
+        *self.view.borrow_mut() = Some(view.clone());
+        Ok(view)
+    }
+
+    /// The addresses that nobody registered, as one. One that somebody did register says who is meant: it is never dialled
+    /// in plaintext, and so neither are the others in its place.
+    async fn view_of_name(&self, worker: &Worker) -> Result<Rc<View>, Error> {
+        let asked = futures_util::future::join_all(self.addresses.iter().map(|address| address.view(worker))).await;
+        let (mut views, mut refused) = (Vec::new(), None);
+        for view in asked {
+            match view {
+                Ok(view) if view.service.is_some() => return Ok(view),
+                Ok(view) => views.push(view),
+                Err(error) => refused = refused.or(Some(error)),
+            }
+        }
+        if let (true, Some(error)) = (views.is_empty(), refused) {
+            return Err(error);
+        }
+        let view = Rc::new(View::one_host(worker, &views));
         *self.view.borrow_mut() = Some(view.clone());
         Ok(view)
     }
@@ -192,18 +230,15 @@ impl View {
                 return Err(Error::own(Stage::Lookup, Reason::NotRegistered, detail));
             }
         };
-        let destination = Destination {
-            service: ServiceName { name: "".into(), namespace: "".into() },
-            port: address.port(),
-            protocol: None,
-            load_balancer: LoadBalancer::LeastRequest,
-            endpoints: vec![unregistered_endpoint(address)],
-            stale: false,
-            why_empty: String::new(),
-            no_such_port: false,
-            routes: None,
-        };
-        Ok(View::new(worker, None, &destination, previous))
+        Ok(View::new(worker, None, &unregistered(vec![unregistered_endpoint(address)]), previous))
+    }
+
+    /// The addresses of one name, each a view of its own.
+    fn one_host(worker: &Worker, addresses: &[Rc<View>]) -> View {
+        let slots: Vec<Rc<Slot>> = addresses.iter().flat_map(|view| view.slots.iter().cloned()).collect();
+        let destination = unregistered(slots.iter().map(|slot| slot.endpoint.clone()).collect());
+        let endpoints = Arc::new(Endpoints::new(&destination, None, &worker.loads));
+        View { slots, endpoints, one_host: true, ..View::new(worker, None, &unregistered(Vec::new()), None) }
     }
 
     fn new(worker: &Worker, service: Option<ServicePort>, destination: &Destination, previous: Option<&View>) -> View {
@@ -224,6 +259,7 @@ impl View {
             routes: destination.routes.clone(),
             slots,
             balancer: RefCell::default(),
+            one_host: false,
             unpicked: Edges::default(),
         }
     }
@@ -242,7 +278,12 @@ impl View {
 
     /// The endpoint to use, none of those in `tried`.
     pub fn pick(&self, worker: &Worker, kind: Kind, now: Nanos, tried: &[usize]) -> Option<(usize, Rc<Slot>)> {
-        let index = self.balancer.borrow_mut().pick(&self.endpoints, kind, now, &mut worker.rng.borrow_mut(), tried)?;
+        let mut balancer = self.balancer.borrow_mut();
+        let index = if self.one_host {
+            balancer.first(&self.endpoints, now, tried)
+        } else {
+            balancer.pick(&self.endpoints, kind, now, &mut worker.rng.borrow_mut(), tried)
+        }?;
         Some((index, self.slots.get(index)?.clone()))
     }
 
@@ -255,9 +296,30 @@ impl View {
         self.slots.iter().enumerate().find(begun).map(|(index, slot)| (index, slot.clone()))
     }
 
+    /// Of the addresses of one host the first with a connection on which a request need not wait.
+    pub fn waiting(
+        &self,
+        framing: Framing,
+        body: &RequestBody,
+        tried: &[usize],
+        cx: &mut Context<'_>,
+    ) -> Option<(usize, Rc<Slot>)> {
+        if !self.one_host {
+            return None;
+        }
+        let mut slots = self.slots.iter().enumerate();
+        let waiting = slots.find(|(index, slot)| !tried.contains(index) && slot.lane(framing).is_warm(body, cx));
+        waiting.map(|(index, slot)| (index, slot.clone()))
+    }
+
     /// How long one of its endpoints is dialled alone.
     pub fn dialled_beside(&self, worker: &Worker) -> Duration {
-        worker.limits.connect_beside
+        if self.one_host { worker.limits.name_beside } else { worker.limits.connect_beside }
+    }
+
+    /// How many of its endpoints one request or connection may try.
+    pub fn tries(&self, worker: &Worker) -> usize {
+        if self.one_host { worker.limits.name_addresses } else { worker.limits.connect_tries as usize }
     }
 
     /// The edge of what ends before an endpoint is picked.
@@ -329,6 +391,20 @@ pub fn lost_edge(worker: &Worker, protocol: WireProtocol) -> Arc<Edge> {
     let mut labels = outbound_labels(worker, None, None, protocol);
     labels.destination_workload = UNKNOWN.to_owned();
     worker.telemetry.edge(&labels)
+}
+
+fn unregistered(endpoints: Vec<Endpoint>) -> Destination {
+    Destination {
+        service: ServiceName { name: "".into(), namespace: "".into() },
+        port: endpoints.first().map_or(0, |endpoint| endpoint.address.port()),
+        protocol: None,
+        load_balancer: LoadBalancer::LeastRequest,
+        endpoints,
+        stale: false,
+        why_empty: String::new(),
+        no_such_port: false,
+        routes: None,
+    }
 }
 
 fn unregistered_endpoint(address: SocketAddr) -> Endpoint {

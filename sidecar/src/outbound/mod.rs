@@ -17,6 +17,7 @@ use crate::protocol::opaque::Declared;
 use crate::protocol::peek::{self, Peeked};
 use crate::telemetry::WireProtocol;
 
+mod addresses;
 mod edits;
 mod opaque;
 mod proxy;

@@ -110,7 +110,7 @@ pub(super) async fn dial(worker: &Rc<Worker>, view: &Rc<View>, permit: Permit) -
 }
 
 async fn dial_backend(worker: &Rc<Worker>, view: &Rc<View>, _permit: Permit) -> Result<Opened, Error> {
-    let mut tried = Tried::new(worker, Instant::now());
+    let mut tried = Tried::new(worker, view, Instant::now());
     let open = async |slot: Rc<Slot>| worker.dialer.dial(&slot.target, MeshAlpn::Tcp).await;
     let mut lost = Vec::new();
     let connecting = race::connect::<Open, Dialled>(worker, view, Kind::Tcp, None, &mut tried, &mut lost, open);

@@ -21,6 +21,7 @@ use crate::protocol::http::headers::Strip;
 use crate::protocol::http::serve;
 use crate::protocol::peek;
 
+use super::addresses;
 use super::refusal::head_refusals;
 use super::requests::respond_to;
 use super::walk;
@@ -93,11 +94,5 @@ async fn destination(worker: &Worker, parts: &http::request::Parts) -> Result<Rc
         let detail = format!("{host} is not registered and outbound.mode is RegistryOnly");
         return Err(Error::own(Stage::Lookup, Reason::NotRegistered, detail));
     }
-    let unknown = |detail: String| Error::own(Stage::Lookup, Reason::UnknownDestination, detail);
-    let budget = worker.limits.connect_budget;
-    let resolving = tokio::time::timeout(budget, tokio::net::lookup_host((host, port)));
-    let resolved = resolving.await.map_err(|_| unknown(format!("{host}: no answer within {budget:?}")))?;
-    let mut addresses = resolved.map_err(|error| unknown(format!("{host}: {error}")))?;
-    let address = addresses.next().ok_or_else(|| unknown(format!("{host} has no address")))?;
-    Ok(worker.backend(&Key::Address(address)))
+    addresses::resolve(worker, host, port).await
 }

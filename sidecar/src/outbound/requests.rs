@@ -117,7 +117,7 @@ pub(super) async fn forward(
     let worker = &exchange.session.worker;
     let framing = if exchange.session.http2 { Framing::Http2 } else { Framing::Http1 };
     let mut request = exchange.request(outgoing);
-    let mut tried = Tried::new(worker, Instant::now());
+    let mut tried = Tried::new(worker, view, Instant::now());
     loop {
         let chosen = choose(exchange, view, framing, &mut request, &mut tried).await;
         let Chosen { slot, load, mut began } = match chosen {
@@ -220,7 +220,9 @@ async fn choose(
     let bound = if tried.may_begin() { view.bound(&exchange.session.bound, tried.indices()) } else { None };
     let pinned = bound.is_some();
     let pick = || view.pick(worker, Kind::Http, worker.nanos(began), tried.indices());
-    let picked = if tried.may_begin() { bound.or_else(pick) } else { None };
+    // Of a name's addresses one with a connection is as good as the first.
+    let waiting = poll_fn(|cx| Poll::Ready(view.waiting(framing, request.body(), tried.indices(), cx))).await;
+    let picked = if tried.may_begin() { bound.or(waiting).or_else(pick) } else { None };
     let Some((index, slot)) = picked else {
         if tried.indices().is_empty() {
             exchange.set_edge(&view.unpicked_edge(worker, exchange.protocol));

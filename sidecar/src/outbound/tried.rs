@@ -19,8 +19,8 @@ pub(super) struct Tried {
 impl Tried {
     const MOST: usize = 8;
 
-    pub(super) fn new(worker: &Worker, began: Instant) -> Tried {
-        let tries = (worker.limits.connect_tries as usize).clamp(1, Tried::MOST);
+    pub(super) fn new(worker: &Worker, view: &View, began: Instant) -> Tried {
+        let tries = view.tries(worker).clamp(1, Tried::MOST);
         let until = began + worker.limits.connect_budget;
         Tried { indices: [0; Tried::MOST], count: 0, tries, until, last: None }
     }
