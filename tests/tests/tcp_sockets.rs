@@ -202,7 +202,11 @@ async fn urgent_data_stalls_no_http() {
             urgent_at(app, "HTTP/1.1 200 OK\r\nContent-Len", "g", "th: 6\r\n\r\n").await;
             urgent_at(app, "ab", "!", "cd\n").await;
             let answer = client.response(false).await;
-            assert_eq!((answer.status, answer.text().as_str()), (200, "ab!cd\n"), "{protocol:?}, {round}: to the client");
+            assert_eq!(
+                (answer.status, answer.text().as_str()),
+                (200, "ab!cd\n"),
+                "{protocol:?}, {round}: to the client"
+            );
         }
     }
 }

@@ -57,7 +57,10 @@ mod kernel {
     }
 
     /// Bytes that are left behind those that were read, or an end of the stream as one; `None` when the kernel does not say.
-    #[expect(unsafe_code, reason = "recvmsg(2) has no safe form that tells of TCP_INQ and reads into what is not initialised")]
+    #[expect(
+        unsafe_code,
+        reason = "recvmsg(2) has no safe form that tells of TCP_INQ and reads into what is not initialised"
+    )]
     pub(super) fn receive(socket: &TcpStream, buffer: &mut ReadBuf<'_>) -> io::Result<Option<libc::c_int>> {
         // SAFETY: every bit pattern of both structures, zeros among them, is valid.
         let (mut control, mut message) = unsafe { (zeroed::<Control>(), zeroed::<libc::msghdr>()) };

@@ -38,7 +38,8 @@ fn in_turn(resolved: impl Iterator<Item = SocketAddr>, most: usize) -> Vec<Socke
         }
     }
     let first = all.first().is_some_and(SocketAddr::is_ipv6);
-    let (one, other): (Vec<SocketAddr>, Vec<SocketAddr>) = all.into_iter().partition(|address| address.is_ipv6() == first);
+    let (one, other): (Vec<SocketAddr>, Vec<SocketAddr>) =
+        all.into_iter().partition(|address| address.is_ipv6() == first);
     let longest = one.len().max(other.len());
     let pairs = (0..longest).flat_map(|place| [one.get(place), other.get(place)]);
     pairs.flatten().take(most).copied().collect()
