@@ -139,6 +139,25 @@ async fn what_nobody_has_seen_another_instance_serves() {
     }
 }
 
+/// A workload that calls its own service asks its own application first as often as any other, without a socket between.
+#[tokio::test]
+async fn its_own_dead_application_is_passed_over_as_well() {
+    let [alive, dead] = Backend::replicas::<2>().await;
+    let (alive, dead) = (alive.stop(), dead.stop());
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    mesh.service_with("catalog.shop", 80, alive.port(), None, IN_TURN);
+    let alive = Application::start_at("alive", alive).await;
+    let _other = mesh.sidecar("catalog-1").label("app", "catalog").inbound(alive.address()).start().await;
+    let near = mesh.sidecar("catalog-2").label("app", "catalog").inbound(dead).outbound("catalog:80").start().await;
+    for spoken in [Spoken::Chunked, Spoken::Http2, Spoken::Grpc] {
+        let statuses = spoken.ask(&near, "POST", 60_000).await;
+        let good = if matches!(spoken, Spoken::Grpc) { 0 } else { 200 };
+        assert_eq!(statuses, [good; EACH], "{spoken:?}");
+        assert_eq!(alive.count(), EACH, "{spoken:?}: each once");
+        alive.forget();
+    }
+}
+
 /// More than is kept of a body cannot be sent again: the caller is told, as it is where nobody else is there.
 #[tokio::test]
 async fn a_body_that_cannot_be_given_again_is_told_and_its_endpoint_left_alone() {
