@@ -12,17 +12,23 @@ use super::heads::Heads;
 use super::meter::Meter;
 use crate::net::Stream;
 
+/// What the library is given before the streams' tasks run. It unpacks each head at once, and a few bytes may stand for a large
+/// interim answer: only a stream's task can say that it has had too many.
+const AT_ONCE: usize = 64 * 1024;
+
 pub struct UpstreamIo {
     stream: Stream,
     meter: Rc<Meter>,
     heads: Heads,
     /// A head could not be followed: the library has to end the connection at it, and reads nothing behind it.
     lost: bool,
+    /// Bytes given since the others have run.
+    given: usize,
 }
 
 impl UpstreamIo {
     pub fn new(stream: Stream, meter: Rc<Meter>, heads: Heads) -> UpstreamIo {
-        UpstreamIo { stream, meter, heads, lost: false }
+        UpstreamIo { stream, meter, heads, lost: false, given: 0 }
     }
 
     fn wrote(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
@@ -49,8 +55,14 @@ impl AsyncRead for UpstreamIo {
         if self.meter.must_rest(cx) {
             return Poll::Pending;
         }
+        let given = std::mem::take(&mut self.given);
+        if given >= AT_ONCE {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
+        self.given = given + buffer.filled().len() - before;
         self.meter.read(&buffer.filled()[before..]);
         self.lost = !self.heads.heard(&buffer.filled()[before..]);
         Poll::Ready(Ok(()))
