@@ -134,15 +134,42 @@ impl TransparentMesh {
     /// The same as another user, with no privilege and no mark.
     pub fn start_sidecar_as<'m>(&'m self, uid: u32, machine: &'m Namespace, app: &str) -> TransparentSidecar<'m> {
         let run = self.sidecar_command(machine, app);
-        // What it reads and writes is in a directory of its own.
+        self.give_home(uid, machine);
+        let process = Process::spawn(machine.inside_as(Some(uid), &run));
+        TransparentSidecar { machine, process, under_test: self.under_test.clone(), family: self.families }
+    }
+
+    /// As another user that has one privilege, CAP_NET_ADMIN.
+    pub fn start_sidecar_with_net_admin<'m>(
+        &'m self,
+        uid: u32,
+        machine: &'m Namespace,
+        app: &str,
+        more: &[&str],
+    ) -> TransparentSidecar<'m> {
+        let run = self.sidecar_command(machine, app);
+        self.give_home(uid, machine);
+        let mut as_user = Command::new("setpriv");
+        as_user.args([format!("--reuid={uid}"), format!("--regid={uid}"), "--clear-groups".to_owned()]);
+        as_user.args([
+            "--bounding-set=-all,+net_admin",
+            "--inh-caps=-all,+net_admin",
+            "--ambient-caps=-all,+net_admin",
+            "--",
+        ]);
+        as_user.arg(run.get_program()).args(run.get_args()).args(more);
+        let process = Process::spawn(machine.inside(&as_user));
+        TransparentSidecar { machine, process, under_test: self.under_test.clone(), family: self.families }
+    }
+
+    /// What a sidecar on that machine reads and writes is in a directory of its own: makes it that user's.
+    fn give_home(&self, uid: u32, machine: &Namespace) {
         let home = self.path(&format!("home-{}", machine.name()));
         std::os::unix::fs::chown(self.directory.path(), Some(uid), None).unwrap();
         std::os::unix::fs::chown(&home, Some(uid), None).unwrap();
         for file in std::fs::read_dir(&home).unwrap() {
             std::os::unix::fs::chown(file.unwrap().path(), Some(uid), None).unwrap();
         }
-        let process = Process::spawn(machine.inside_as(Some(uid), &run));
-        TransparentSidecar { machine, process, under_test: self.under_test.clone(), family: self.families }
     }
 
     /// What starts a sidecar, without what exempts it from the rules. All that it reads and writes is in `home-MACHINE`.

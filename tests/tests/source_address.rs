@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use outrigger_tests::application::{Application, Backend};
 use outrigger_tests::grpc::Http2;
 use outrigger_tests::mesh::{PERMISSIVE, STRICT};
-use outrigger_tests::namespace::{Families, installed};
+use outrigger_tests::namespace::{Families, installed, only_root};
 use outrigger_tests::process::{Program, command};
 use outrigger_tests::raw_tcp::{ACK, PSH, RST, RawTcp, Segment};
 use outrigger_tests::transparent::{MARK, TransparentMesh, TransparentSidecar, get};
@@ -93,7 +93,8 @@ async fn a_connection_in_one_clients_name_carries_no_others_request() {
     let names = ["one", "two", "catalog"];
     let Some(mesh) = TransparentMesh::start(under_test!(), Families::V4, &names, PERMISSIVE).await else { return };
     mesh.service("catalog", None, 8080, 8080, ", appProtocol: http").await;
-    let catalog = mesh.sidecar_that_keeps_source("catalog", "catalog", &[]).await;
+    // All connections of one worker, whose pools are its own.
+    let catalog = mesh.sidecar_that_keeps_source("catalog", "catalog", &["--workers", "1"]).await;
     // Two addresses and one identity.
     let _clients = (mesh.sidecar("one", "web", &[]).await, mesh.sidecar("two", "web", &[]).await);
     let application = catalog.application("catalog", 8080);
@@ -250,6 +251,30 @@ async fn without_the_right_it_ends_at_once_and_says_what_to_do() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("--keep-source-address") && said.contains("CAP_NET_ADMIN"), "{said}");
+}
+
+#[tokio::test]
+async fn another_user_than_root_needs_that_one_right_alone() {
+    if only_root() {
+        return eprintln!("another_user_than_root DID NOT RUN: there is no other user than root here");
+    }
+    if !installed(&["setpriv"]) {
+        return;
+    }
+    let names = ["other", "catalog"];
+    let Some(mesh) = TransparentMesh::start(under_test!(), Families::V4, &names, PERMISSIVE).await else { return };
+    let flags = ["--keep-source-address"];
+    let mut catalog = mesh.start_sidecar_with_net_admin(1337, mesh.at("catalog"), "catalog", &flags);
+    let (code, said) = catalog.redirect_command(&["apply", "--keep-source-address"]);
+    assert_eq!(code, 0, "{said}");
+    catalog.process.ready().await;
+    catalog.is_ready().await;
+    let application = catalog.application("catalog", 8080);
+    let address = SocketAddr::new(mesh.address("catalog"), 8080).to_string();
+    assert_eq!(get(mesh.at("other"), &address, "/hello").await.status, 200);
+    assert_eq!(seen(&application), mesh.address("other"));
+    let (code, said) = catalog.redirect_command(&["check"]);
+    assert_eq!(code, 0, "{said}");
 }
 
 /// The rules by iptables, of the kind of this machine; the path of the script.
