@@ -123,6 +123,11 @@ impl Application {
         self.shared.record.lock().unwrap().requests.len()
     }
 
+    /// How many of the requests so far are such. Asked often while many come, when a copy of all would cost more than they do.
+    pub fn count_of(&self, which: impl Fn(&Seen) -> bool) -> usize {
+        self.shared.record.lock().unwrap().requests.iter().filter(|seen| which(seen)).count()
+    }
+
     /// The last request. Panics when none came.
     pub fn last(&self) -> Seen {
         self.shared.record.lock().unwrap().requests.last().expect("no request reached the application").clone()

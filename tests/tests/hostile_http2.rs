@@ -35,8 +35,7 @@ async fn flood(field: &Field, client: &mut Client, time: Duration, mut next: imp
     let begun = Instant::now();
     let mut most = 0;
     while begun.elapsed() < time {
-        let heard = client.heard();
-        if heard.ended || heard.goaway.is_some() || !client.try_send(next()).await {
+        if client.has(|heard| heard.ended || heard.goaway.is_some()) || !client.try_send(next()).await {
             return true;
         }
         most = most.max(field.in_flight());
@@ -69,7 +68,7 @@ async fn rapid_reset_is_told_to_calm_down() {
             let mut pace = tokio::time::interval(Duration::from_millis(5));
             let begun = Instant::now();
             let mut most = 0;
-            while begun.elapsed() < Duration::from_secs(8) && client.heard().goaway.is_none() {
+            while begun.elapsed() < FLOOD && client.has(|heard| heard.goaway.is_none()) {
                 if at_once == 5 {
                     pace.tick().await;
                 }

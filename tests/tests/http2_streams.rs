@@ -101,6 +101,35 @@ async fn a_request_may_go_on_behind_its_answer() {
     assert!(request.body_mut().data().await.is_none(), "its end is an end");
 }
 
+/// What its windows allow a client to send, it may send in however small pieces: a gRPC message is a DATA frame.
+#[tokio::test]
+async fn small_messages_wait_for_an_application_that_pauses() {
+    const MESSAGE: &[u8] = b"\0\0\0\0\x03abc";
+    // A window at the far sidecar, and half of one at the near: windows are opened again by halves.
+    const COUNT: usize = 96 * 1024 / MESSAGE.len();
+    let pair = pair_with(|limits| limits.h2_stream_window_most = limits.h2_stream_window).await;
+    let client = Http2::open(pair.near.outbound()).await;
+    let mut stream = client.begin(post("/stream"), false).await.unwrap();
+    let small = |server: &mut h2::server::Builder| {
+        server.initial_window_size(1024).data_frame_budget(1 << 30);
+    };
+    let mut app = Http2Server::accept(&pair.app, small).await;
+    let (mut request, mut reply) = app.next().await;
+    for number in 0..COUNT {
+        let written = stream.write(Bytes::from_static(MESSAGE), number + 1 == COUNT).await;
+        written.unwrap_or_else(|error| panic!("message {number}: {error}"));
+    }
+    let mut came = 0;
+    while let Some(data) = soon("a message", request.body_mut().data()).await {
+        let data = data.unwrap();
+        came += data.len();
+        request.body_mut().flow_control().release_capacity(data.len()).unwrap();
+    }
+    assert_eq!(came, COUNT * MESSAGE.len());
+    say(&mut reply, "all");
+    assert_eq!(stream.answer().await.unwrap().whole().await.unwrap().body, b"all");
+}
+
 #[tokio::test]
 async fn who_wants_no_more_of_a_request_says_so() {
     let pair = pair().await;

@@ -137,6 +137,8 @@ enum Stall {
     Answers,
     /// Sends a body that the application does not read.
     Requests,
+    /// The same, a byte at a time.
+    Bytes,
 }
 
 const STREAMS: u32 = 1_000;
@@ -157,6 +159,10 @@ impl Stall {
                     let body = [0; 16_000];
                     let head = frame(HEADERS, END_HEADERS, stream, request("POST", "/unread"));
                     [head, frame(DATA, 0, stream, body).repeat(4)].concat()
+                }
+                Stall::Bytes => {
+                    let head = frame(HEADERS, END_HEADERS, stream, request("POST", "/unread"));
+                    [head, frame(DATA, 0, stream, [0]).repeat(80)].concat()
                 }
             };
             if !client.try_send(frames).await {
@@ -269,7 +275,7 @@ async fn many_uploads_at_once_fit_into_little_memory() {
 #[tokio::test]
 async fn a_budget_holds_without_a_control_group() {
     const BUDGET: u64 = 16 << 20;
-    for stall in [Stall::Answers, Stall::Requests] {
+    for stall in [Stall::Answers, Stall::Requests, Stall::Bytes] {
         let mesh = Mesh::start(MeshOptions::default()).await;
         let app = Application::start("catalog").await;
         mesh.service("catalog.shop", 80, app.port(), Some("http"));
@@ -292,7 +298,7 @@ async fn a_budget_holds_without_a_control_group() {
         let far = far.inbound(([127, 0, 0, 1], port).into()).limits(small).start().await;
         let door = match stall {
             Stall::Answers => far.inbound(),
-            Stall::Requests => far.address(&format!("inbound:{port}")),
+            Stall::Requests | Stall::Bytes => far.address(&format!("inbound:{port}")),
         };
         let near = mesh.sidecar("cart-1").outbound("catalog:80").start().await;
         let stop = Arc::<AtomicBool>::default();

@@ -57,9 +57,10 @@ pub struct Limits {
     /// Flow-control window of one connection of an application at first. See [`Limits::h2_shared_window`] for the others.
     pub h2_connection_window: u32,
     pub h2_connection_window_most: u32,
-    /// What small DATA frames may cost a connection between two sidecars before they have gone on, in bytes that each is
-    /// short of 256.
-    pub h2_data_frames_mesh: usize,
+    /// What small DATA frames may cost a connection before they have gone on, in bytes that each is short of 256: more than
+    /// a stream's first window of single bytes, since gRPC sends each message in a frame of its own, and an application
+    /// may pause. What they really cost is counted into the memory budget.
+    pub h2_data_frames: usize,
     /// What is buffered for sending on one stream: one window.
     pub h2_send_buffer: usize,
     /// Streams that the peer reset and that we have not yet forgotten; beyond is GOAWAY (rapid reset, CVE-2023-44487).
@@ -237,7 +238,7 @@ impl Default for Limits {
             h2_stream_window_most: 4 * MIB as u32,
             h2_connection_window: MIB as u32,
             h2_connection_window_most: 16 * MIB as u32,
-            h2_data_frames_mesh: 32 * MIB,
+            h2_data_frames: 32 * MIB,
             h2_send_buffer: 64 * KIB,
             h2_pending_resets: 20,
             h2_local_resets: 100,

@@ -253,7 +253,7 @@ impl Streams {
         let mut still: Vec<(&Rc<Activity>, usize, Duration)> = Vec::new();
         let mut connections: HashMap<u64, f64> = HashMap::new();
         for (activity, held) in live.iter().zip(&held) {
-            let bytes: usize = held.iter().flatten().map(|(_, bytes)| bytes).sum();
+            let bytes: usize = held.iter().flatten().map(|(meter, bytes)| meter.cost(*bytes)).sum();
             if activity.moved.take() {
                 activity.still_since.set(Some(now));
                 activity.expired.set(None);

@@ -68,7 +68,7 @@ impl Field {
 
     /// Requests that the application has and that nobody has given up.
     pub fn in_flight(&self) -> usize {
-        self.app.requests().iter().filter(|seen| seen.target.contains("/hold") && !seen.cancelled).count()
+        self.app.count_of(|seen| !seen.cancelled && seen.target.contains("/hold"))
     }
 
     /// A fresh connection at this place works.

@@ -190,6 +190,11 @@ impl Client {
         matches!(tokio::time::timeout(Duration::from_secs(1), sending).await, Ok(Ok(())))
     }
 
+    /// Looks at what came back so far, without a copy.
+    pub fn has(&self, look: impl FnOnce(&Heard) -> bool) -> bool {
+        look(&self.heard.lock().unwrap())
+    }
+
     pub fn heard(&self) -> Heard {
         self.heard.lock().unwrap().clone()
     }

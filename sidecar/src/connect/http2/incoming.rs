@@ -149,7 +149,7 @@ impl Drop for Incoming {
         self.release();
         self.marks.take(self.stream.stream_id().into());
         if self.meter.holds() {
-            self.meter.release(self.stream.flow_control().used_capacity());
+            self.meter.give_up(self.stream.flow_control().used_capacity());
         }
     }
 }

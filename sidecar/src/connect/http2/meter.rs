@@ -3,6 +3,7 @@
 //! `Ledger`, which tells the process's budget. When the budget is nearly used up, who holds much is not read from until
 //! `connect/streams.rs` has ended the streams that stand still.
 //!
+//! A DATA frame costs memory besides its bytes, which one with a single byte is nothing but: frames are counted, too.
 //! Counting follows the frames and may run ahead of the truth, since the library drops bytes of streams that are gone
 //! without a word. So before a stream is ended the library is asked what each really holds (`Ledger::recount`).
 
@@ -16,6 +17,10 @@ use outrigger_runtime::memory::Budget;
 const PREFACE: usize = 24;
 const HEAD: usize = 9;
 const DATA: u8 = 0;
+
+/// What the library needs for a DATA frame that nobody has taken yet, besides its bytes: a slot that is as large as a
+/// request's head.
+const FRAME: i64 = 256;
 
 /// The process hears of so many bytes at a time.
 const STEP: i64 = 16 * 1024;
@@ -70,7 +75,7 @@ impl Ledger {
             meter.counted.set(meter.counted.get() + i64::try_from(bytes).unwrap_or(i64::MAX));
         }
         for meter in self.meters.borrow().iter().filter_map(Weak::upgrade) {
-            self.add(meter.counted.get() - meter.held.replace(meter.counted.get()));
+            meter.settle();
         }
         self.budget.add(self.untold.take());
     }
@@ -97,9 +102,11 @@ pub struct Meter {
     received: Cell<u64>,
     /// DATA that has gone on since somebody asked.
     went: Cell<u64>,
-    /// DATA that came and has not gone on.
+    /// DATA that came and has not gone on, what its frames cost among it.
     held: Cell<i64>,
-    /// The same, as the library knows it: used by `recount` alone.
+    /// These frames.
+    waiting: Cell<i64>,
+    /// The bytes among it, as the library knows it: used by `recount` alone.
     counted: Cell<i64>,
     /// Given to the library to be written.
     queued: Cell<i64>,
@@ -120,6 +127,7 @@ impl Meter {
             received: Cell::new(0),
             went: Cell::new(0),
             held: Cell::new(0),
+            waiting: Cell::new(0),
             counted: Cell::new(0),
             queued: Cell::new(0),
             blocked: Cell::new(false),
@@ -163,6 +171,9 @@ impl Meter {
 
     pub fn end_body(&self) {
         self.bodies.set(self.bodies.get().saturating_sub(1));
+        if self.bodies.get() == 0 {
+            self.take_frames(self.waiting.get());
+        }
     }
 
     /// Whether something came since the last call.
@@ -183,10 +194,14 @@ impl Meter {
     /// These bytes came.
     pub fn read(&self, bytes: &[u8]) {
         self.heard.set(true);
-        let data = self.frames.borrow_mut().feed(bytes);
+        let (data, frames) = self.frames.borrow_mut().feed(bytes);
         if data > 0 {
             self.received.set(self.received.get() + data);
             self.hold(usize::try_from(data).unwrap_or(usize::MAX));
+        }
+        if frames > 0 {
+            self.waiting.set(self.waiting.get() + frames);
+            self.add(frames * FRAME);
         }
     }
 
@@ -201,15 +216,54 @@ impl Meter {
 
     /// So many bytes more are held.
     pub fn hold(&self, bytes: usize) {
-        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.add(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+
+    fn add(&self, bytes: i64) {
         self.held.set(self.held.get() + bytes);
         self.ledger.add(bytes);
     }
 
-    /// So much DATA has gone on.
+    /// A frame of DATA has gone on.
     pub fn went(&self, bytes: usize) {
         self.went.set(self.went.get() + bytes as u64);
+        self.take_frames(1);
         self.release(bytes);
+    }
+
+    /// Nobody will take the bytes of a stream that wait.
+    pub fn give_up(&self, bytes: usize) {
+        self.take_frames(self.frames_of(bytes));
+        self.release(bytes);
+    }
+
+    /// What it costs to hold so many bytes of a stream.
+    pub fn cost(&self, bytes: usize) -> usize {
+        bytes.saturating_add(usize::try_from(self.frames_of(bytes) * FRAME).unwrap_or(0))
+    }
+
+    /// About as many of the frames that wait as have these bytes.
+    fn frames_of(&self, bytes: usize) -> i64 {
+        let waiting = self.waiting.get();
+        let all = self.held.get() - waiting * FRAME;
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX).min(all);
+        if bytes <= 0 { 0 } else { waiting.saturating_mul(bytes) / all }
+    }
+
+    fn take_frames(&self, frames: i64) {
+        let frames = frames.min(self.waiting.get());
+        self.waiting.set(self.waiting.get() - frames);
+        self.add(-(frames * FRAME).min(self.held.get()));
+    }
+
+    /// The library has said what is held: what was counted beyond that it has dropped, and the frames with it.
+    fn settle(&self) {
+        let (counted, waiting) = (self.counted.get(), self.waiting.get());
+        let before = self.held.get() - waiting * FRAME;
+        if counted < before {
+            self.waiting.set(waiting.saturating_mul(counted) / before);
+        }
+        self.add(counted + self.waiting.get() * FRAME - self.held.get());
     }
 
     /// So many bytes have gone on, or were given up.
@@ -299,9 +353,9 @@ impl Frames {
         Frames { head: [0; HEAD], head_read: 0, left: if preface { PREFACE } else { 0 } }
     }
 
-    /// How many bytes of DATA begin here, by what the heads say.
-    fn feed(&mut self, mut bytes: &[u8]) -> u64 {
-        let mut data = 0;
+    /// How many bytes of DATA begin here, by what the heads say, and how many frames with any.
+    fn feed(&mut self, mut bytes: &[u8]) -> (u64, i64) {
+        let (mut data, mut frames) = (0, 0);
         while !bytes.is_empty() {
             if self.left > 0 {
                 let count = self.left.min(bytes.len());
@@ -317,12 +371,13 @@ impl Frames {
                 self.head_read = 0;
                 let [a, b, c, kind, ..] = self.head;
                 self.left = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
-                if kind == DATA {
+                if kind == DATA && self.left > 0 {
                     data += self.left as u64;
+                    frames += 1;
                 }
             }
         }
-        data
+        (data, frames)
     }
 }
 
@@ -361,7 +416,7 @@ mod tests {
             for bytes in frames.chunks(piece) {
                 meter.read(bytes);
             }
-            assert_eq!((meter.take_received(), ledger.held()), (1_017, 1_017), "{piece}");
+            assert_eq!((meter.take_received(), ledger.held()), (1_017, 1_017 + 2 * FRAME), "{piece}");
             assert!(meter.take_heard() && !meter.take_heard());
         }
     }
@@ -374,13 +429,40 @@ mod tests {
         other.hold(50_000);
         other.queue(30_000);
         other.wrote(10_000);
-        assert_eq!(ledger.held(), 170_000);
+        assert_eq!(ledger.held(), 170_000 + FRAME);
+        one.went(100_000);
+        assert_eq!(ledger.held(), 70_000);
         one.release(200_000);
         assert_eq!(ledger.held(), 70_000, "never more than it held");
         drop(other);
         assert_eq!(ledger.held(), 0);
         drop(one);
         assert!(ledger.budget().held().unsigned_abs() < STEP.unsigned_abs());
+    }
+
+    #[test]
+    fn small_frames_cost_more_than_their_bytes() {
+        let ledger = Ledger::new(Budget::new(10 * MIB as u64));
+        let meter = Meter::new(&ledger, false);
+        let read = |count: usize| meter.read(&data(1).repeat(count));
+        let all = |frames: i64| frames * (FRAME + 1);
+        meter.begin_body();
+        meter.begin_body();
+        read(1_000);
+        assert_eq!((ledger.held(), meter.cost(100)), (all(1_000), 100 * 257));
+        meter.went(1);
+        assert_eq!(ledger.held(), all(999));
+        // One of several streams is given up.
+        meter.give_up(99);
+        assert_eq!(ledger.held(), all(900));
+        // The library has dropped half of it.
+        ledger.recount([(&meter, 450)].into_iter());
+        assert_eq!(ledger.held(), all(450));
+        ledger.recount([(&meter, 450)].into_iter());
+        assert_eq!(ledger.held(), all(450));
+        meter.end_body();
+        meter.end_body();
+        assert_eq!(ledger.held(), 450, "without a body there is no frame");
     }
 
     #[test]

@@ -261,7 +261,7 @@ impl Lane {
             .enable_push(false)
             .initial_window_size(limits.h2_stream_window)
             .initial_connection_window_size(limits.h2_shared_window(most, 0))
-            .data_frame_budget(limits.h2_data_frames_mesh)
+            .data_frame_budget(limits.h2_data_frames)
             .max_header_list_size(limits.h2_header_list_taken)
             .max_send_buffer_size(limits.h2_send_buffer)
             .max_concurrent_streams(0)

@@ -74,11 +74,8 @@ where
     let flood = Flood::new(limits, streams, early_resets);
     let below = DownstreamIo::new(stream, session.entry.clone(), meter.clone(), flood, heads, marks.clone());
     let io = Batched::new(below, limits.h2_header_list);
-    let mut builder = Builder::new();
-    if client == Client::Sidecar {
-        builder.data_frame_budget(limits.h2_data_frames_mesh);
-    }
-    let handshake = builder
+    let handshake = Builder::new()
+        .data_frame_budget(limits.h2_data_frames)
         .max_concurrent_streams(streams)
         .initial_window_size(limits.h2_stream_window)
         .initial_connection_window_size(window)
