@@ -4,6 +4,8 @@
 //! as it comes, `/hold` waits for the test, `/unread` reads no body and never answers, `/discard` records none, `/bytes/N`, `/status/N`, `/trailers`, and everything else `METHOD TARGET
 //! LENGTH`.
 
+use std::sync::LazyLock;
+
 use bytes::{Bytes, BytesMut};
 use h2::server::SendResponse;
 use h2::{RecvStream, SendStream};
@@ -97,7 +99,7 @@ async fn answer(
         }
         "bytes" => {
             let mut send = respond.send_response(head().body(()).expect("a head"), false)?;
-            write(&mut send, Bytes::from(vec![b'x'; number]), true).await?;
+            write_many(&mut send, number).await?;
         }
         "trailers" => {
             let mut send = respond.send_response(head().body(()).expect("a head"), false)?;
@@ -141,6 +143,16 @@ async fn next(shared: &Shared, place: usize, body: &mut RecvStream) -> Result<Op
             Ok(None)
         }
     }
+}
+
+/// So many bytes to the end. All answers share what they are made of, so that those that wait hold nothing.
+async fn write_many(send: &mut SendStream<Bytes>, mut left: usize) -> Result<(), h2::Error> {
+    static BLOCK: LazyLock<Bytes> = LazyLock::new(|| vec![b'x'; 1 << 20].into());
+    while left > BLOCK.len() {
+        left -= BLOCK.len();
+        write(send, BLOCK.clone(), false).await?;
+    }
+    write(send, BLOCK.slice(..left), true).await
 }
 
 /// Sends as the peer's window allows.

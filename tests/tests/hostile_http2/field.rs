@@ -111,11 +111,6 @@ impl Bystander {
         Bystander { stop, task, memory: resident(), most }
     }
 
-    /// So much of the memory is somebody else's.
-    pub fn allow(&mut self, bytes: usize) {
-        self.memory += bytes;
-    }
-
     /// The attack is over. How long each answer took, in order.
     pub async fn stop(self) -> Vec<Duration> {
         self.stop.store(true, Ordering::Relaxed);
