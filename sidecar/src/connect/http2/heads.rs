@@ -43,6 +43,8 @@ pub struct Marks {
     begun: RefCell<VecDeque<u32>>,
     /// The library has everything that came.
     drained: Cell<bool>,
+    /// A block could not be followed: no stream is believed any more.
+    lost: Cell<bool>,
 }
 
 impl Marks {
@@ -53,6 +55,7 @@ impl Marks {
             malformed: RefCell::default(),
             begun: RefCell::default(),
             drained: Cell::default(),
+            lost: Cell::default(),
         })
     }
 
@@ -63,6 +66,9 @@ impl Marks {
     /// What is wrong with the stream's head or trailers. An answer whose head is all of it has a mark, too, which means
     /// nothing: a head that ends its stream and trailers look alike from here.
     pub fn take(&self, stream: u32) -> Option<&'static str> {
+        if self.lost.get() {
+            return Some("a head that cannot be followed came before");
+        }
         let mut malformed = self.malformed.borrow_mut();
         if malformed.is_empty() {
             return None;
@@ -139,8 +145,9 @@ impl Heads {
         }
     }
 
-    /// Reads on. False when a block could not be followed: the library has to end the connection because of it, and nothing
-    /// behind it may be believed.
+    /// Reads on. False when a block could not be followed: the connection has to end, and until then nothing behind it is
+    /// believed. The library mostly ends it by itself; not where the first part of a block is malformed, which it
+    /// resets at once, and then asks for no CONTINUATION.
     pub fn heard(&mut self, mut bytes: &[u8]) -> bool {
         while !bytes.is_empty() && !self.lost {
             if self.left > 0 {
@@ -177,6 +184,7 @@ impl Heads {
                 }
             }
         }
+        self.marks.lost.set(self.lost);
         !self.lost
     }
 
@@ -347,12 +355,18 @@ mod tests {
             frame(HEADERS, BOTH, 1, &[0x80]),
             frame(CONTINUATION, END_HEADERS, 1, REQUEST),
             [frame(HEADERS, END_STREAM, 1, REQUEST), frame(HEADERS, BOTH, 3, REQUEST)].concat(),
+            // The library resets stream 1 and takes the next.
+            [frame(HEADERS, END_STREAM, 1, &[0x82, 0x82]), frame(HEADERS, BOTH, 3, REQUEST)].concat(),
             frame(HEADERS, BOTH | PADDED, 1, &[9, 0x82]),
             frame(HEADERS, BOTH | PADDED, 1, &[]),
             frame(HEADERS, BOTH | PRIORITY, 1, &[0; 4]),
         ];
         for case in cases {
             assert_eq!(marked(Sender::Client, &case), None, "{case:x?}");
+            let marks = Marks::new(1 << 16);
+            let mut heads = Heads::new(Sender::Client, 1 << 16, marks.clone());
+            assert!(!heads.heard(&[&[b'P'; PREFACE][..], &case, &frame(HEADERS, BOTH, 5, REQUEST)].concat()));
+            assert!(marks.take(3).is_some() && marks.take(5).is_some(), "nothing behind it is believed: {case:x?}");
         }
     }
 
