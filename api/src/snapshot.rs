@@ -10,6 +10,7 @@ use crate::name::{Protocol, ServiceName};
 use crate::policy::authorization::Authorization;
 use crate::policy::jwt::Authentication;
 pub use crate::policy::mtls::MtlsMode;
+use crate::policy::rate_limit::RateLimits;
 use crate::route::Routes;
 
 /// The workload itself: what its inbound side needs.
@@ -31,6 +32,8 @@ pub struct Workload {
     pub authorization: Arc<Authorization>,
     /// Which tokens count.
     pub authentication: Arc<Authentication>,
+    /// How many requests it takes.
+    pub rate_limits: Arc<RateLimits>,
 }
 
 impl Workload {

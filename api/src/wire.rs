@@ -10,6 +10,7 @@ use crate::name;
 use crate::peer_text::cut;
 use crate::policy::authorization::Authorization;
 use crate::policy::jwt::Authentication;
+use crate::policy::rate_limit::RateLimits;
 use crate::route::Routes;
 use crate::snapshot;
 
@@ -25,6 +26,8 @@ const AUTHORIZATION: &str = "authorization";
 const ROUTES: &str = "routes";
 /// The same of RequestAuthentications.
 const AUTHENTICATION: &str = "authentication";
+/// The same of RateLimitPolicies.
+const RATE_LIMITS: &str = "rate-limits";
 
 /// The ALPN id of the control plane's port.
 pub const CONTROL_PLANE_ALPN: &[u8] = b"h2";
@@ -159,6 +162,7 @@ impl Workload {
         let needs = [
             (AUTHORIZATION, !workload.authorization.is_empty()),
             (AUTHENTICATION, !workload.authentication.is_empty()),
+            (RATE_LIMITS, !workload.rate_limits.is_empty()),
         ];
         Workload {
             name: workload.name.clone(),
@@ -185,6 +189,10 @@ impl Workload {
                 true => Vec::new(),
                 false => serde_json::to_vec(&*workload.authorization).unwrap_or_else(|_| b"!".to_vec()),
             },
+            rate_limits: match workload.rate_limits.is_empty() {
+                true => Vec::new(),
+                false => serde_json::to_vec(&*workload.rate_limits).unwrap_or_else(|_| b"!".to_vec()),
+            },
             authentication: match workload.authentication.is_empty() {
                 true => Vec::new(),
                 false => serde_json::to_vec(&*workload.authentication).unwrap_or_else(|_| b"!".to_vec()),
@@ -194,7 +202,9 @@ impl Workload {
 
     /// The workload without its trust bundle, which `identity` checks and keeps by itself.
     pub fn decode(&self) -> Result<snapshot::Workload, WireError> {
-        if let Some(need) = self.needs.iter().find(|need| ![AUTHORIZATION, AUTHENTICATION].contains(&need.as_str())) {
+        if let Some(need) =
+            self.needs.iter().find(|need| ![AUTHORIZATION, AUTHENTICATION, RATE_LIMITS].contains(&need.as_str()))
+        {
             return Err(WireError::Needs(need.chars().take(60).collect()));
         }
         let authorization = match self.authorization.as_slice() {
@@ -204,6 +214,10 @@ impl Workload {
         let authentication = match self.authentication.as_slice() {
             [] => Authentication::default(),
             json => serde_json::from_slice(json).map_err(|error| invalid("authentication", error))?,
+        };
+        let rate_limits = match self.rate_limits.as_slice() {
+            [] => RateLimits::default(),
+            json => serde_json::from_slice(json).map_err(|error| invalid("rate_limits", error))?,
         };
         let mesh = self.mesh.as_ref().ok_or(WireError::Missing { field: "mesh" })?;
         let mut ports = std::collections::BTreeMap::new();
@@ -232,6 +246,7 @@ impl Workload {
             labels: self.labels.clone().into_iter().collect(),
             authorization: Arc::new(authorization),
             authentication: Arc::new(authentication),
+            rate_limits: Arc::new(rate_limits),
         })
     }
 }

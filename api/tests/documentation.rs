@@ -71,6 +71,11 @@ fn tokens() {
 }
 
 #[test]
+fn limits() {
+    check("rate-limits.md", 2);
+}
+
+#[test]
 fn policies() {
     check("authorization.md", 0);
 }

@@ -172,7 +172,12 @@ fn rules(resources: &Resources) -> Vec<String> {
         let (namespace, name) = (&policy.metadata.namespace, &policy.metadata.name);
         (0..policy.spec.rules.len()).map(move |rule| format!("RequestAuthentication/{namespace}/{name} rule {rule}"))
     });
-    rules.chain(tokens).chain(routes).collect()
+    let limits = resources.rate_limit_policies.values();
+    let limits = limits.flat_map(|policy| {
+        let (namespace, name) = (&policy.metadata.namespace, &policy.metadata.name);
+        (0..policy.spec.limits.len()).map(move |rule| format!("RateLimitPolicy/{namespace}/{name} rule {rule}"))
+    });
+    rules.chain(tokens).chain(limits).chain(routes).collect()
 }
 
 fn text(report: &Report) -> String {

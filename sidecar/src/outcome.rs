@@ -20,6 +20,7 @@ pub enum Reason {
     JwtMissing,
     JwtInvalid,
     JwksUnavailable,
+    RateLimited,
     PeerCertificate,
     TlsHandshake,
     ProtocolMismatch,
@@ -74,7 +75,7 @@ const fn row(word: &'static str, status: u16, grpc: u8, proxy_status: &'static s
 }
 
 impl Reason {
-    pub const ALL: [Reason; 40] = [
+    pub const ALL: [Reason; 41] = [
         Reason::BadRequest,
         Reason::RequestHeadTimeout,
         Reason::RequestHeadTooLarge,
@@ -86,6 +87,7 @@ impl Reason {
         Reason::JwtMissing,
         Reason::JwtInvalid,
         Reason::JwksUnavailable,
+        Reason::RateLimited,
         Reason::PeerCertificate,
         Reason::TlsHandshake,
         Reason::ProtocolMismatch,
@@ -169,6 +171,9 @@ impl Reason {
                 "proxy_internal_response",
                 "The keys that would verify the request's token are not known.",
             ),
+            Reason::RateLimited => {
+                row("rate_limited", 429, 8, "http_request_denied", "A rate limit of this service is used up.")
+            }
             Reason::PeerCertificate => row(
                 "peer_certificate",
                 403,
@@ -386,6 +391,19 @@ pub struct Error {
     pub reset: Option<u32>,
     /// The object that refused, where one did.
     pub by: Option<Box<Refuser>>,
+    /// The rate limit that is used up, where one is.
+    pub quota: Option<Box<Quota>>,
+}
+
+/// A rate limit as the client is told of it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Quota {
+    pub name: String,
+    pub requests: u32,
+    /// Seconds in which so many fit.
+    pub window: u64,
+    /// Seconds until one more fits, at least 1.
+    pub wait: u64,
 }
 
 /// The object that refused a request or connection.
@@ -407,16 +425,16 @@ impl Error {
 
     pub fn downstream(stage: Stage, reason: Reason, detail: impl Into<Cow<'static, str>>) -> Error {
         let detail = detail.into();
-        Error { stage, side: Side::Downstream, reason, retry: Retry::Never, detail, reset: None, by: None }
+        Error { stage, side: Side::Downstream, reason, retry: Retry::Never, detail, reset: None, by: None, quota: None }
     }
 
     pub fn own(stage: Stage, reason: Reason, detail: impl Into<Cow<'static, str>>) -> Error {
         let detail = detail.into();
-        Error { stage, side: Side::Own, reason, retry: Retry::Never, detail, reset: None, by: None }
+        Error { stage, side: Side::Own, reason, retry: Retry::Never, detail, reset: None, by: None, quota: None }
     }
 
     pub fn upstream(stage: Stage, reason: Reason, retry: Retry, detail: impl Into<Cow<'static, str>>) -> Error {
-        Error { stage, side: Side::Upstream, reason, retry, detail: detail.into(), reset: None, by: None }
+        Error { stage, side: Side::Upstream, reason, retry, detail: detail.into(), reset: None, by: None, quota: None }
     }
 }
 

@@ -2,6 +2,8 @@
 //! endpoint on a path that forgot to ask. The decisions themselves are pure functions of `outrigger_api::policy`, which
 //! `explain` and offline tests call too; here they get the facts of what is on the wire.
 
+mod buckets;
+mod limits;
 mod token;
 
 use std::net::{IpAddr, SocketAddr};
@@ -18,6 +20,8 @@ use outrigger_api::snapshot::{MtlsMode, Workload};
 
 use crate::connection::Arrival;
 use crate::outcome::{Error, Reason, Refuser, Side, Stage};
+pub use buckets::{Buckets, Followed};
+use limits::Limited;
 pub use token::{Memory, Rejected, authenticate, claims, remove_told, tell};
 
 /// The proof that policy was asked and agreed. Only this module makes one.
@@ -51,6 +55,8 @@ pub struct Judgement {
     pub refused: Option<Error>,
     /// Policies in Shadow mode that would have refused it: `KIND/NAMESPACE/NAME` and the rule.
     pub shadow: Vec<Noted>,
+    /// Rate limits in Shadow mode that are used up.
+    pub limited: Vec<Noted>,
     /// AUDIT policies that matched.
     pub audit: Vec<Noted>,
 }
@@ -62,9 +68,10 @@ pub struct Noted {
     pub rule: Option<usize>,
 }
 
-/// May this request come in? `parts`: the head as it goes on, cleaned, with what its token says. Costs one look where no policy is in force.
-pub fn judge_request(own: &Workload, call: &Call<'_>, parts: &Parts) -> Judgement {
-    if own.authorization.is_empty() {
+/// May this request come in? `parts`: the head as it goes on, cleaned, with what its token says; `limits`: where it is
+/// counted, and when; None where it was counted before. Costs one look where no policy is in force.
+pub fn judge_request(own: &Workload, call: &Call<'_>, parts: &Parts, limits: Option<(&Followed, u64)>) -> Judgement {
+    if own.authorization.is_empty() && limits.is_none() {
         return Judgement::default();
     }
     let target = parts.uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
@@ -78,7 +85,10 @@ pub fn judge_request(own: &Workload, call: &Call<'_>, parts: &Parts) -> Judgemen
         headers: &fields,
         claims: token::claims(parts),
     };
-    judge(own, call, Some(&request))
+    judge(own, call, Some(&request), |connection| {
+        let (buckets, now) = limits?;
+        Some(limits::limit(own, connection, &request, parts.uri.query(), buckets, now))
+    })
 }
 
 /// May this request, which runs, stay?
@@ -88,7 +98,7 @@ pub fn judge_running(own: &Workload, call: &Call<'_>, parts: &Parts) -> Judgemen
     {
         return Judgement { refused: Some(error), ..Judgement::default() };
     }
-    judge_request(own, call, parts)
+    judge_request(own, call, parts, None)
 }
 
 /// May this connection of opaque bytes come in?
@@ -100,15 +110,26 @@ pub fn judge_opaque(own: &Workload, call: &Call<'_>) -> Judgement {
         let refused = Some(token::refusal(&refused, call.identity.is_some()));
         return Judgement { refused, ..Judgement::default() };
     }
-    judge(own, call, None)
+    judge(own, call, None, |_| None)
 }
 
-fn judge(own: &Workload, call: &Call<'_>, request: Option<&Request<'_>>) -> Judgement {
+fn judge(
+    own: &Workload,
+    call: &Call<'_>,
+    request: Option<&Request<'_>>,
+    limit: impl FnOnce(&Connection<'_>) -> Option<Limited>,
+) -> Judgement {
     let connection = connection(own, call);
     let verdict = own.authorization.decide(&connection, request, &mut ());
     let noted = |by: &[By<'_>]| by.iter().map(|by| Noted { object: by.to_string(), rule: by.rule() }).collect();
     let (shadow, audit) = (noted(&verdict.shadow), noted(&verdict.audit));
-    Judgement { refused: refusal(&verdict, call.identity.is_some()), shadow, audit }
+    let refused = refusal(&verdict, call.identity.is_some());
+    if refused.is_some() {
+        // What is refused anyway is counted by no limit.
+        return Judgement { refused, shadow, audit, limited: Vec::new() };
+    }
+    let Limited { refused, shadow: limited } = limit(&connection).unwrap_or_default();
+    Judgement { refused, shadow, audit, limited }
 }
 
 fn connection<'c>(own: &'c Workload, call: &Call<'c>) -> Connection<'c> {

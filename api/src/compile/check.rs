@@ -21,7 +21,9 @@ fn remarks(resources: &Resources) -> Vec<Remark> {
     let authentication = resources.request_authentications.values();
     let authentication =
         authentication.map(|policy| ("RequestAuthentication", &policy.metadata, &policy.spec.services));
-    let targeted = authorization.chain(authentication);
+    let limits = resources.rate_limit_policies.values();
+    let limits = limits.map(|policy| ("RateLimitPolicy", &policy.metadata, &policy.spec.services));
+    let targeted = authorization.chain(authentication).chain(limits);
     remarks
         .extend(targeted.filter_map(|(kind, metadata, services)| without_service(resources, kind, metadata, services)));
     remarks.extend(RouteTable::new(resources).remarks);

@@ -6,6 +6,7 @@ mod authorization;
 mod check;
 mod mtls;
 mod protocol;
+mod rate_limits;
 mod routes;
 
 pub use authentication::authentication;
@@ -13,4 +14,5 @@ pub use authorization::{authorization, selects};
 pub use check::load;
 pub use mtls::{ModeSet, mtls_modes};
 pub use protocol::{called_protocol, protocol, service_protocol};
+pub use rate_limits::rate_limits;
 pub use routes::RouteTable;

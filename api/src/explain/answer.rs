@@ -181,7 +181,7 @@ impl Explanation {
 fn decider(configuration: Option<(&Parsed, &[SourceFile])>, object: String, rule: Option<usize>) -> Decider {
     let mut parts = object.splitn(3, '/').map(str::to_owned);
     let [kind, namespace, name] = std::array::from_fn(|_| parts.next().unwrap_or_default());
-    let known = ["AuthorizationPolicy", "MeshConfig", "PeerAuthentication", "RequestAuthentication"];
+    let known = ["AuthorizationPolicy", "MeshConfig", "PeerAuthentication", "RequestAuthentication", "RateLimitPolicy"];
     let kind_name = known.into_iter().find(|known| *known == kind);
     let place = kind_name.zip(configuration).and_then(|(kind, (parsed, files))| {
         parsed.place(files, &ObjectName { kind, namespace: namespace.clone(), name: name.clone() })

@@ -10,6 +10,7 @@ use crate::path::NormalPath;
 use crate::policy::authorization::{Authorization, By, DefaultAction, Denial};
 use crate::policy::jwt::{Authentication, RemoteKeys};
 use crate::policy::mtls::{self, Arrival};
+use crate::policy::rate_limit::RateLimits;
 use crate::policy::trace::Step;
 use crate::resource::Labels;
 use crate::snapshot::MtlsMode;
@@ -33,6 +34,7 @@ pub(super) struct Gate<'g> {
     pub(super) whom: String,
     pub(super) mode: MtlsMode,
     pub(super) authorization: &'g Authorization,
+    pub(super) rate_limits: &'g RateLimits,
     pub(super) authentication: &'g Authentication,
     pub(super) keys: &'g dyn RemoteKeys,
     pub(super) labels: &'g Labels,
@@ -113,6 +115,11 @@ impl Gate<'_> {
             let why = "in Shadow mode: enforced it would refuse this".to_owned();
             judged.steps.push(Step::new("shadow", shadow.to_string(), "would refuse", why));
         }
+        if let (None, Some(request), Some(asked)) = (verdict.denied, &request, asked)
+            && let Some(denied) = self.limited(&connection, request, asked, &mut judged.steps)
+        {
+            return judged.refused(denied);
+        }
         judged.by = verdict.by.map(|by| (by.to_string(), by.rule()));
         judged.denied = verdict.denied.map(|denial| match denial {
             Denial::PathAmbiguous => {
@@ -121,6 +128,35 @@ impl Gate<'_> {
             Denial::Policy => ("policy_denied", denied_hint(&judged.steps, verdict.by.as_ref(), question)),
         });
         judged
+    }
+}
+
+impl Gate<'_> {
+    /// The limits that a request is counted in. What the buckets hold now only the sidecar knows; a path that can be read in
+    /// two ways is refused whatever they hold.
+    fn limited(
+        &self,
+        connection: &Connection<'_>,
+        request: &Request<'_>,
+        asked: &Asked,
+        steps: &mut Vec<Step>,
+    ) -> Option<token::Denied> {
+        if let Some(ambiguous) = request.path.ambiguous
+            && let Some(policy) = self.rate_limits.looks_at_paths(connection)
+        {
+            steps.push(Step::new("limit", policy.full_name(), "refused", ambiguous.as_str().to_owned()));
+            let hint = "write the path in one way that every server reads alike".to_owned();
+            return Some(("path_ambiguous", hint, Some((policy.full_name(), None))));
+        }
+        let query = asked.target.split_once('?').map(|(_, query)| query);
+        self.rate_limits.counted(connection, request, query, &mut |counted| {
+            let Some(limit) = counted.policy.limits.get(counted.limit_index) else { return };
+            let object = format!("{} rule {}", counted.policy.full_name(), counted.limit_index);
+            let shadow = if counted.policy.shadow { ", in Shadow mode" } else { "" };
+            let why = format!("{}: {}, by {}{shadow}", limit.name, counted.rate, limit.by.shown(connection, request));
+            steps.push(Step::new("limit", object, "counted", why));
+        });
+        None
     }
 }
 

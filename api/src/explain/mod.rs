@@ -15,7 +15,7 @@ pub use route::{RetryShown, RouteTaken};
 
 use std::net::IpAddr;
 
-use crate::compile::{RouteTable, authentication, authorization, mtls_modes, protocol};
+use crate::compile::{RouteTable, authentication, authorization, mtls_modes, protocol, rate_limits};
 use crate::identity::TrustDomain;
 use crate::name::ServicePort;
 use crate::policy::jwt::RemoteKeys;
@@ -144,6 +144,7 @@ fn judge(
         whom,
         mode: modes.ports.get(&application).copied().unwrap_or(modes.default),
         authorization: &authorization(resources, trust_domain, namespace, candidate.labels),
+        rate_limits: &rate_limits(resources, namespace, candidate.labels),
         authentication: &authentication(resources, namespace, candidate.labels),
         keys: &(),
         labels: candidate.labels,
@@ -175,6 +176,7 @@ pub fn explain_port(
         whom: format!("{}.{}", own.name, own.namespace),
         mode: own.mtls_mode(port),
         authorization: &own.authorization,
+        rate_limits: &own.rate_limits,
         authentication: &own.authentication,
         keys,
         labels: &own.labels,

@@ -6,4 +6,6 @@ pub mod authorization;
 pub mod jwt;
 pub mod mtls;
 pub mod pattern;
+pub mod rate_limit;
+pub mod request_match;
 pub mod trace;

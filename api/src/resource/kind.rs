@@ -16,6 +16,7 @@ pub(super) enum Kind {
     PeerAuthentication,
     AuthorizationPolicy,
     RequestAuthentication,
+    RateLimitPolicy,
     PolicyTest,
     HttpRoute,
     GrpcRoute,
@@ -75,6 +76,7 @@ impl Kind {
         Kind::PeerAuthentication,
         Kind::AuthorizationPolicy,
         Kind::RequestAuthentication,
+        Kind::RateLimitPolicy,
         Kind::PolicyTest,
         Kind::HttpRoute,
         Kind::GrpcRoute,
@@ -92,6 +94,7 @@ impl Kind {
             Kind::PeerAuthentication => Facts { name: "PeerAuthentication", api_versions: ISTIO, ..OWN },
             Kind::AuthorizationPolicy => Facts { name: "AuthorizationPolicy", api_versions: ISTIO, ..OWN },
             Kind::RequestAuthentication => Facts { name: "RequestAuthentication", api_versions: ISTIO, ..OWN },
+            Kind::RateLimitPolicy => Facts { name: "RateLimitPolicy", ..OWN },
             Kind::PolicyTest => Facts { name: "PolicyTest", ..OWN },
             Kind::HttpRoute => Facts {
                 name: "HTTPRoute",
@@ -133,8 +136,7 @@ impl Kind {
 }
 
 /// Kinds of our group that have a meaning, but not yet. What a user wrote for safety must not be passed over.
-const LATER: &[&str] =
-    &["ServiceEntry", "BackendTrafficPolicy", "RateLimitPolicy", "FaultInjection", "EgressPolicy", "TelemetryPolicy"];
+const LATER: &[&str] = &["ServiceEntry", "BackendTrafficPolicy", "FaultInjection", "EgressPolicy", "TelemetryPolicy"];
 const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
 
 /// What to do with a document. `Refuse` and `Ignore` carry the message; `about_version` says that it is about the

@@ -16,6 +16,7 @@ use super::path::{Path, Shortened};
 use super::peer_authentication::RawPeerAuthentication;
 use super::policy_test::RawPolicyTest;
 use super::position::{At, locate};
+use super::rate_limit_policy::RawRateLimitPolicy;
 use super::report::{Found, Place, located, position_of, without_position};
 use super::request_authentication::RawRequestAuthentication;
 use super::route::{RawGrpcRoute, RawHttpRoute, RawReferenceGrant, RawStreamRoute};
@@ -339,6 +340,10 @@ impl<'o> Sections<'o, '_> {
             Kind::RequestAuthentication => {
                 let raw: RawRequestAuthentication = self.read("spec", findings)?;
                 among(|all| &mut all.request_authentications, raw.check(metadata, &path, findings))
+            }
+            Kind::RateLimitPolicy => {
+                let raw: RawRateLimitPolicy = self.read("spec", findings)?;
+                among(|all| &mut all.rate_limit_policies, raw.check(metadata, &path, findings))
             }
             Kind::Service => {
                 service::check_annotations(metadata, &metadata_path, findings);

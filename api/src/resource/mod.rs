@@ -19,8 +19,10 @@ mod peer_authentication;
 mod policy_test;
 mod position;
 mod problem;
+mod rate_limit_policy;
 mod report;
 mod request_authentication;
+mod request_match;
 mod route;
 mod service;
 mod service_account;
@@ -40,6 +42,7 @@ pub use nearest::nearest_word;
 pub use peer_authentication::{PeerAuthentication, Selector};
 pub use policy_test::{Case, CaseRequest, Expect, From as CaseFrom, PolicyTest};
 pub use problem::{ObjectName, Parsed, Problem, Remark, SourceFile};
+pub use rate_limit_policy::RateLimitPolicy;
 pub use request_authentication::RequestAuthentication;
 pub use route::{GrantFrom, GrantTo, Parent, ReferenceGrant, Route};
 pub use service::{LOAD_BALANCER, SERVICE_ACCOUNTS, Service, ServicePort, TargetPort};
@@ -82,6 +85,7 @@ pub struct Resources {
     pub peer_authentications: BTreeMap<(String, String), Resource<PeerAuthentication>>,
     pub policy_tests: BTreeMap<(String, String), Resource<PolicyTest>>,
     pub request_authentications: BTreeMap<(String, String), Resource<RequestAuthentication>>,
+    pub rate_limit_policies: BTreeMap<(String, String), Resource<RateLimitPolicy>>,
     pub authorization_policies: BTreeMap<(String, String), Resource<AuthorizationPolicy>>,
     pub http_routes: BTreeMap<(String, String), Resource<Route>>,
     pub grpc_routes: BTreeMap<(String, String), Resource<Route>>,

@@ -217,14 +217,13 @@ fn places(headers: Vec<RawHeader>, parameters: Vec<String>, path: &Path, finding
 impl RawClaimHeader {
     fn check(self, path: &Path, findings: &mut Findings) -> Option<ClaimHeader> {
         let header = told_field(&self.header, &path.key("header"), findings)?;
-        // As in Istio a dot leads to a claim inside.
-        let claim: Vec<String> = self.claim.split('.').map(str::to_owned).collect();
-        if claim.iter().any(String::is_empty) {
-            let message = format!("{} is no claim: NAME, or NAME.NAME for one inside", Shortened(&self.claim));
-            findings.error(&path.key("claim"), message);
-            return None;
+        match claim_path(&self.claim) {
+            Ok(claim) => Some(ClaimHeader { header, claim }),
+            Err(message) => {
+                findings.error(&path.key("claim"), message);
+                None
+            }
         }
-        Some(ClaimHeader { header, claim })
     }
 }
 
@@ -264,8 +263,17 @@ fn told_field(name: &str, path: &Path, findings: &mut Findings) -> Option<String
     }
 }
 
+/// The names that lead to a claim. As in Istio a dot leads to one inside.
+pub(super) fn claim_path(text: &str) -> Result<Vec<String>, String> {
+    let names: Vec<String> = text.split('.').map(str::to_owned).collect();
+    if names.iter().any(String::is_empty) {
+        return Err(format!("{} is no claim: NAME, or NAME.NAME for one inside", Shortened(text)));
+    }
+    Ok(names)
+}
+
 /// A field's name in lower case (RFC 9110 section 5.1).
-fn field_name(name: &str) -> Result<String, String> {
+pub(super) fn field_name(name: &str) -> Result<String, String> {
     const MARKS: &[u8] = b"!#$%&'*+-.^_`|~";
     let is_token = |byte: u8| byte.is_ascii_alphanumeric() || MARKS.contains(&byte);
     if name.is_empty() || name.len() > 128 || !name.bytes().all(is_token) {

@@ -122,6 +122,7 @@ impl Catalog {
             registered: instance.is_some(),
             labels: labels.clone(),
             authentication: Arc::new(compile::authentication(&self.resources, &id.namespace, labels)),
+            rate_limits: Arc::new(compile::rate_limits(&self.resources, &id.namespace, labels)),
             authorization: Arc::new(compile::authorization(&self.resources, &self.trust_domain, &id.namespace, labels)),
         }
     }

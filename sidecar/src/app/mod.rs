@@ -38,6 +38,7 @@ use crate::discovery::{Directory, Lease};
 use crate::identity::IdentityStatus;
 use crate::key_sets::KeySets;
 use crate::net::SocketOptions;
+use crate::policy;
 use crate::resolver;
 use crate::telemetry::{self, Telemetry};
 use crate::tls::{Clock, Tls};
@@ -112,6 +113,7 @@ impl Sidecar {
             telemetry: telemetry.clone(),
             directory: directory.clone(),
             key_sets: key_sets.clone(),
+            buckets: policy::Buckets::default(),
             tls: tls.clone(),
             own_dials: if config.transparent { OwnDials::remembered() } else { OwnDials::default() },
             way_back,

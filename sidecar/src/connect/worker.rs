@@ -58,6 +58,7 @@ pub struct Shared {
     pub telemetry: Arc<Telemetry>,
     pub directory: Directory,
     pub key_sets: KeySets,
+    pub buckets: policy::Buckets,
     pub tls: Tls,
     pub own_dials: OwnDials,
     pub way_back: WayBack,
@@ -75,6 +76,8 @@ pub struct Worker {
     pub telemetry: Arc<Telemetry>,
     pub directory: Directory,
     pub key_sets: KeySets,
+    buckets: policy::Buckets,
+    limited: RefCell<policy::Followed>,
     /// Tokens that were verified on this thread.
     pub tokens: RefCell<policy::Memory>,
     pub tls: Tls,
@@ -133,6 +136,8 @@ impl Worker {
             telemetry: shared.telemetry.clone(),
             directory: shared.directory.clone(),
             key_sets: shared.key_sets.clone(),
+            buckets: shared.buckets.clone(),
+            limited: RefCell::default(),
             tokens: RefCell::default(),
             tls: shared.tls.clone(),
             loads: shared.loads.clone(),
@@ -168,6 +173,13 @@ impl Worker {
             known.clone_from(&told.borrow_and_update());
         }
         known.clone()
+    }
+
+    /// The buckets of the own workload's rate limits, and the time by which they fill.
+    pub fn limits(&self, own: &Workload) -> (std::cell::Ref<'_, policy::Followed>, u64) {
+        self.limited.borrow_mut().follow(&own.rate_limits, &self.buckets);
+        let since = Instant::now().saturating_duration_since(self.epoch);
+        (self.limited.borrow(), u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
     }
 
     /// Whether destinations that nobody registered are refused.
@@ -360,7 +372,7 @@ impl Worker {
             }
             let call = Call { identity: facts.caller.as_ref(), client: facts.client, application: facts.application };
             let judgement = match &facts.head {
-                Some(head) => policy::judge_request(&own, &call, head),
+                Some(head) => policy::judge_running(&own, &call, head),
                 None if facts.opaque => policy::judge_opaque(&own, &call),
                 None => Judgement::default(),
             };

@@ -146,6 +146,7 @@ fn own(mode: MtlsMode) -> Workload {
         registered: true,
         labels: Default::default(),
         authentication: Default::default(),
+        rate_limits: Default::default(),
         authorization: Default::default(),
     }
 }

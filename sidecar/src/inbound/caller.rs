@@ -65,7 +65,11 @@ pub(super) fn note_policies(
     identity: Option<&SpiffeId>,
     shape: impl Fn() -> String,
 ) {
-    let kinds = [(NoteKind::WouldDeny, &judgement.shadow), (NoteKind::Audit, &judgement.audit)];
+    let kinds = [
+        (NoteKind::WouldDeny, &judgement.shadow),
+        (NoteKind::WouldLimit, &judgement.limited),
+        (NoteKind::Audit, &judgement.audit),
+    ];
     for (kind, noted) in kinds {
         for noted in noted {
             let principal = identity.map(ToString::to_string).unwrap_or_default();

@@ -123,7 +123,9 @@ impl Service {
     fn judge(&self, session: &Session, own: &Workload, head: &Parts) -> Result<(), Error> {
         let worker = &session.worker;
         let call = self.caller(&session.entry);
-        let judgement = policy::judge_request(own, &call, head);
+        let limits = (!own.rate_limits.is_empty()).then(|| worker.limits(own));
+        let limits = limits.as_ref().map(|(buckets, now)| (&**buckets, *now));
+        let judgement = policy::judge_request(own, &call, head, limits);
         caller::note_policies(&worker.telemetry, &judgement, call.identity, || {
             telemetry::shape(head.method.as_str(), head.uri.path())
         });

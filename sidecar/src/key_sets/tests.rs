@@ -181,6 +181,7 @@ fn own(url: &KeySetUrl) -> Option<Arc<Workload>> {
         registered: true,
         labels: Default::default(),
         authorization: Default::default(),
+        rate_limits: Default::default(),
         authentication: Arc::new(Authentication { policies: vec![policy] }),
     }))
 }

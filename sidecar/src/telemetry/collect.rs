@@ -103,9 +103,12 @@ impl Metrics {
             counter(&CONNECTIONS_REFUSED, count(&self.connections_refused)),
             gauge(&MEMORY_PRESSURE, Rows::one(f64::from(u8::from(self.memory_pressure.load(Ordering::Relaxed))))),
         ];
-        let shadow = self.verdicts.counts(NoteKind::WouldDeny).into_iter();
+        let would = |kind, word: &'static str| {
+            let counts = self.verdicts.counts(kind).into_iter();
+            counts.map(move |((policy, principal), count)| (vec![policy, principal, word.to_owned()], count))
+        };
         let shadow: BTreeMap<_, _> =
-            shadow.map(|((policy, principal), count)| (vec![policy, principal, "denied".to_owned()], count)).collect();
+            would(NoteKind::WouldDeny, "denied").chain(would(NoteKind::WouldLimit, "limited")).collect();
         let audit = self.verdicts.counts(NoteKind::Audit).into_iter();
         let audit: BTreeMap<_, _> =
             audit.map(|((policy, principal), count)| (vec![policy, principal], count)).collect();

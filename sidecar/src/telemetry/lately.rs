@@ -235,6 +235,7 @@ mod tests {
             registered: true,
             labels: Default::default(),
             authentication: Arc::default(),
+            rate_limits: Arc::default(),
             authorization: Arc::new(authorization),
         })
     }

@@ -18,6 +18,8 @@ const MAX_REPORTED: usize = 40 * 1024;
 pub enum NoteKind {
     /// A policy in Shadow mode would have refused it.
     WouldDeny,
+    /// A limit in Shadow mode is used up.
+    WouldLimit,
     /// An AUDIT policy matched.
     Audit,
 }

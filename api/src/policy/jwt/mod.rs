@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::trace::{Step, Trace};
 use crate::facts::{Claims, Connection, Headers};
 pub use keys::{KeySet, MOST_BYTES as MOST_KEY_SET_BYTES};
-pub use place::{Place, without_parameter};
+pub use place::{Place, parameters, without_parameter};
 pub use token::{Flaw, MOST_BYTES as MOST_TOKEN_BYTES};
 pub use url::KeySetUrl;
 

@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Status
 use super::body::ResponseBody;
 use super::date;
 use crate::connect::http1::{Spelling, head};
-use crate::outcome::{Reason, Refuser};
+use crate::outcome::{Quota, Reason, Refuser};
 
 const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -21,6 +21,8 @@ pub struct Told<'a> {
     pub by: Option<&'a Refuser>,
     /// What happened, with names and addresses; for the application beside this sidecar alone.
     pub detail: Option<&'a str>,
+    /// The rate limit that is used up.
+    pub quota: Option<&'a Quota>,
 }
 
 /// The answer to a request that ended here.
@@ -40,6 +42,9 @@ pub fn refuse(reason: Reason, grpc: bool, proxy: &str, told: Told<'_>) -> Respon
         *response.status_mut() = StatusCode::from_u16(row.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
     }
+    if let Some(quota) = told.quota {
+        tell_quota(response.headers_mut(), quota);
+    }
     if let Some(challenge) = challenge(reason).filter(|_| !grpc) {
         response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
     }
@@ -48,6 +53,24 @@ pub fn refuse(reason: Reason, grpc: bool, proxy: &str, told: Told<'_>) -> Respon
     }
     response.headers_mut().insert(header::DATE, date::now());
     response
+}
+
+/// When to come again (RFC 9110 section 10.2.3), and of which limit (draft-ietf-httpapi-ratelimit-headers).
+fn tell_quota(headers: &mut HeaderMap, quota: &Quota) {
+    const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
+    const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
+    headers.insert(header::RETRY_AFTER, HeaderValue::from(quota.wait));
+    let Quota { name, requests, window, wait } = quota;
+    // Names of limits are checked words.
+    let fields = [
+        (RATE_LIMIT, format!("\"{name}\";r=0;t={wait}")),
+        (RATE_LIMIT_POLICY, format!("\"{name}\";q={requests};w={window}")),
+    ];
+    for (name, value) in fields {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            headers.insert(name, value);
+        }
+    }
 }
 
 /// Which credentials a 401 asks for (RFC 6750 section 3).

@@ -316,6 +316,7 @@ impl Exchange {
         }
         let told = Told {
             by: error.by.as_deref().filter(|by| by.told),
+            quota: error.quota.as_deref(),
             // What an endpoint or a name has to do with it is the own application's to know, and nobody else's.
             detail: (self.session.strip == Strip::HopByHop
                 && matches!(error.stage, Stage::Lookup | Stage::Route | Stage::Balance | Stage::Connect))
