@@ -441,3 +441,48 @@ impl TryFrom<&Endpoint> for snapshot::Endpoint {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compile::{RouteTable, load};
+    use crate::resource::SourceFile;
+
+    /// A route that an older sidecar understands half would send requests astray.
+    #[test]
+    fn a_destination_travels_with_its_routes_or_not_at_all() {
+        let text = "apiVersion: v1\nkind: Service\nmetadata: {name: pay, namespace: shop}\nspec: {ports: [{port: 80}]}\n---\n\
+                    apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: a, namespace: shop}\nspec: \
+                    {parentRefs: [{group: '', kind: Service, name: pay}], rules: [{backendRefs: [{name: pay, port: 80}]}]}\n";
+        let parsed = load(&[SourceFile { name: "a".into(), text: text.into() }]);
+        let port = name::ServicePort::parse("pay.shop:80", "shop").unwrap();
+        let destination = snapshot::Destination {
+            service: port.service.clone(),
+            port: 80,
+            protocol: None,
+            load_balancer: snapshot::LoadBalancer::default(),
+            endpoints: Vec::new(),
+            stale: false,
+            why_empty: String::new(),
+            no_such_port: false,
+            routes: RouteTable::new(&parsed.resources).of(&port, "shop").cloned(),
+        };
+        let known = Destination::from(&destination);
+        assert_eq!(known.needs, ["routes"]);
+        assert_eq!(snapshot::Destination::try_from(&known), Ok(destination));
+        let text = String::from_utf8(known.routes.clone()).unwrap();
+        let with = |from: &str, to: &str| {
+            let newer = text.replacen(from, to, 1);
+            assert_ne!(newer, text, "{from}");
+            Destination { routes: newer.into_bytes(), ..known.clone() }
+        };
+        for newer in [
+            Destination { needs: vec!["routes".into(), "newer".into()], ..known.clone() },
+            with("{", "{\"newer\":1,"),
+            with("\"weight\"", "\"newer\":1,\"weight\""),
+            with("\"HTTPRoute\"", "\"UDPRoute\""),
+        ] {
+            assert!(snapshot::Destination::try_from(&newer).is_err(), "{newer:?}");
+        }
+    }
+}

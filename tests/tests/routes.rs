@@ -149,10 +149,10 @@ impl Echo {
             }
             Some((status, reason)) => format!("verdict: failed, status: {status}, reason: {reason}"),
         };
-        write!(
+        writeln!(
             cases,
             "  - {{name: {asked:?}, from: {{serviceAccount: {namespace}/client}}, to: {{service: echo.shop, port: {port}}}, \
-             request: {{method: {method}, path: {target:?}, headers: {{{fields}}}}}, expect: {{{expect}}}}}\n"
+             request: {{method: {method}, path: {target:?}, headers: {{{fields}}}}}, expect: {{{expect}}}}}"
         )
         .unwrap();
     }
@@ -702,6 +702,108 @@ async fn mesh_grpc_route_weight_and_request_header_modifier() {
     echo.expect_told(7070, &format!("POST /echo.Echo/Repeat {grpc}"), "200 route_not_found");
     echo.expect_told(7070, "GET /echo.Echo/Unary", "404 route_not_found");
     echo.test();
+}
+
+#[tokio::test]
+async fn requests_are_mirrored_with_their_bodies() {
+    let echo = Echo::start(&route(
+        "[{matches: [{path: {type: PathPrefix, value: /none}}], filters: [{type: RequestMirror, requestMirror: {backendRef: \
+         {name: echo-v2, port: 80}, percent: 0}}], backendRefs: [{name: echo-v1, port: 80}]}, {filters: [{type: RequestMirror, \
+         requestMirror: {backendRef: {name: echo-v2, port: 80}}}, {type: RequestHeaderModifier, requestHeaderModifier: {set: \
+         [{name: x-a, value: b}]}}], backendRefs: [{name: echo-v1, port: 80}]}]",
+    ))
+    .await;
+    echo.expect("GET /none", "v1").await;
+    echo.expect("GET /one?q=1", "v1").await;
+    eventually("the copy arrives", async || (echo.apps[1].count() == 1).then_some(())).await;
+    let copy = echo.apps[1].last();
+    assert_eq!(
+        (copy.target.as_str(), copy.header("x-a"), copy.header("host")),
+        ("/one?q=1", Some("b"), Some("echo.shop"))
+    );
+    let mut client = Connection::open(echo.listener(80)).await;
+    let chunked =
+        "POST /two HTTP/1.1\r\nHost: echo\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n";
+    assert_eq!(said(&client.ask(chunked).await), "v1");
+    eventually("the copy has the whole body", async || {
+        let copy = echo.apps[1].requests().pop()?;
+        (copy.target == "/two" && copy.whole && copy.body == b"abcde").then_some(())
+    })
+    .await;
+    // Too long to be kept: the request itself does not mind.
+    let long = 100_000;
+    client.send(format!("POST /three HTTP/1.1\r\nHost: echo\r\nContent-Length: {long}\r\n\r\n")).await;
+    assert_eq!(said(&client.ask(vec![b'x'; long]).await), "v1");
+    echo.expect("GET /four", "v1").await;
+    eventually("the next copy arrives", async || {
+        echo.apps[1].requests().iter().any(|copy| copy.target == "/four").then_some(())
+    })
+    .await;
+    assert_eq!(echo.apps[1].count(), 3, "none of the long one");
+    echo.test();
+}
+
+#[tokio::test]
+async fn what_fails_is_tried_again_when_it_may_be() {
+    let echo = Echo::start(&route(
+        "[{matches: [{path: {type: PathPrefix, value: /status/503}}], retry: {codes: [503], attempts: 2, backoff: 1ms}, \
+         backendRefs: [{name: echo-v1, port: 80}]}, {matches: [{path: {type: PathPrefix, value: /hold}}], retry: {attempts: 1, \
+         backoff: 1ms}, timeouts: {backendRequest: 100ms}, backendRefs: [{name: echo-v1, port: 80}]}, {retry: {codes: [500], \
+         attempts: 2, backoff: 1ms}, backendRefs: [{name: echo-v1, port: 80}]}]",
+    ))
+    .await;
+    let tries = async |asked: &str| {
+        echo.apps[0].forget();
+        let answer = echo.ask(asked).await;
+        (answer.status, echo.apps[0].count())
+    };
+    assert_eq!(tries("GET /status/503").await, (503, 3), "the last answer is passed on");
+    assert_eq!(tries("POST /status/503").await, (503, 1), "not idempotent");
+    assert_eq!(tries("POST /status/503 Idempotency-Key=1").await, (503, 3));
+    assert_eq!(tries("GET /status/502").await, (502, 1), "not listed");
+    echo.apps[0].hold();
+    assert_eq!(tries("GET /hold").await, (504, 2), "an attempt's time is up");
+    echo.apps[0].release();
+    assert_eq!(tries("GET /").await, (200, 1));
+}
+
+#[tokio::test]
+async fn pages_of_other_origins() {
+    let echo = Echo::start(&route(
+        "[{filters: [{type: CORS, cors: {allowOrigins: ['https://*.test'], allowMethods: [GET, PUT], allowCredentials: true, \
+         exposeHeaders: [x-app], maxAge: 60}}], backendRefs: [{name: echo-v1, port: 80}]}]",
+    ))
+    .await;
+    let preflight = echo.ask("OPTIONS / Origin=https://a.test Access-Control-Request-Method=PUT").await;
+    assert_eq!((preflight.status, preflight.header("x-app")), (200, None));
+    assert_eq!(preflight.header("access-control-allow-origin"), Some("https://a.test"));
+    assert_eq!(preflight.header("access-control-allow-methods"), Some("GET, PUT"));
+    assert_eq!(echo.apps[0].count(), 0, "the application is not asked");
+    let answer = echo.ask("GET / Origin=https://a.test").await;
+    assert_eq!(said(&answer), "v1");
+    assert_eq!(answer.header("access-control-allow-origin"), Some("https://a.test"));
+    assert_eq!(answer.header("access-control-expose-headers"), Some("x-app"));
+    let other = echo.ask("GET / Origin=https://evil.example").await;
+    assert_eq!((said(&other).as_str(), other.header("access-control-allow-origin")), ("v1", None));
+}
+
+#[tokio::test]
+async fn a_running_sidecar_explains_its_routes() {
+    let echo =
+        Echo::start(&route(&format!("[{{matches: [{{path: {{type: PathPrefix, value: /v2}}}}], {V2}}}, {{{V1}}}]")))
+            .await;
+    assert_eq!(said(&echo.ask("GET /").await), "v1");
+    let question = |target: &str| {
+        serde_json::json!({
+            "from": "spiffe://outrigger.local/ns/shop/sa/client", "fromIp": null, "to": "echo.shop", "port": 80,
+            "request": {"method": "GET", "target": target, "headers": []}, "at": 0,
+        })
+    };
+    let told = echo.client.admin_post_json("/explain", &question("/v2/x")).await;
+    assert_eq!((&told["route"]["name"], &told["route"]["rule"]), (&"echo".into(), &0.into()), "{told}");
+    assert_eq!(told["backends"][0]["service"], "echo-v2.shop");
+    let told = echo.client.admin_post_json("/explain", &question("/other")).await;
+    assert_eq!((&told["route"]["rule"], &told["backends"][0]["endpoints"]), (&1.into(), &1.into()), "{told}");
 }
 
 /// The examples of the documentation are whole: they are valid, without a warning, and their tests pass.

@@ -201,3 +201,7 @@ fn granted(resources: &Resources, route: &Resource<Route>, namespace: &str, name
         from && to
     })
 }
+
+#[cfg(test)]
+#[path = "routes_tests.rs"]
+mod tests;

@@ -9,7 +9,6 @@ use super::question::{Asked, Question};
 use super::route::{RetryShown, RouteTaken};
 use crate::policy::trace::Step;
 use crate::resource::{ObjectName, Parsed, SourceFile};
-use crate::snapshot;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -83,33 +82,6 @@ pub struct BackendShare {
 }
 
 impl Explanation {
-    /// What a caller's sidecar knows of a destination. Whether the called workload takes the request is for its own
-    /// sidecar to say.
-    pub fn outbound(question: &Question, destination: &snapshot::Destination) -> Explanation {
-        let mut answer = Explanation::begin();
-        let endpoints = destination.endpoints.len();
-        let service = destination.service.to_string();
-        let object = format!("Service/{}/{}", destination.service.namespace, destination.service.name);
-        let backend = BackendShare { service, port: destination.port, weight: 1, endpoints, share: 1.0 };
-        answer.backends.push(backend);
-        for endpoint in &destination.endpoints {
-            let how = match &endpoint.tls {
-                snapshot::EndpointTls::Mutual(identity) => format!("mutual TLS, {identity} expected"),
-                snapshot::EndpointTls::Plaintext => "plaintext".to_owned(),
-            };
-            let name = format!("{}.{}", endpoint.instance, endpoint.namespace);
-            answer.steps.push(Step::new("balance", name, endpoint.address.to_string(), how));
-        }
-        if endpoints == 0 {
-            answer.hint = format!("{} has no endpoints", destination.service);
-            answer.steps.push(Step::new("balance", object, "failed", "it has no endpoints".to_owned()));
-            answer.fail(question, Outcome::Failed, "destination_unavailable", 503, 14);
-        } else {
-            answer.hint = "whether the called workload takes it, its own sidecar says".to_owned();
-        }
-        answer
-    }
-
     pub(super) fn begin() -> Explanation {
         Explanation {
             verdict: Outcome::Forwarded,

@@ -5,6 +5,7 @@
 mod answer;
 mod inbound;
 mod lookup;
+mod outbound;
 mod question;
 mod route;
 mod token;

@@ -31,7 +31,13 @@ pub(super) async fn explain(
         _ => None,
     });
     match known.next() {
-        Some(destination) => Ok(Json(Explanation::outbound(&question, &destination))),
+        Some(destination) => {
+            let known = |to: &ServicePort| match admin.directory.remembered(&Key::Service(to.clone())) {
+                Some(Known::Registered(destination)) => Some(destination),
+                _ => None,
+            };
+            Ok(Json(Explanation::outbound(&question, &destination, known)))
+        }
         None => Err((
             StatusCode::NOT_FOUND,
             format!(

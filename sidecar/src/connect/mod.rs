@@ -11,5 +11,6 @@ pub mod own_dials;
 pub mod request_body;
 pub mod speculation;
 pub mod streams;
+pub mod tap;
 pub mod unprocessed;
 pub mod worker;

@@ -1,6 +1,7 @@
 //! The body of a request on its way to the upstream: counts what passes and drops trailers that nobody may send.
 
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use super::http2::{self, Meter};
 use super::interim::Interim;
 use super::lane::Lane;
 use super::streams::Progress;
+use super::tap::{Tap, Tapped};
 use crate::config::limits::Limits;
 use crate::policy;
 use crate::telemetry::{GrpcFrames, HttpRecord};
@@ -46,6 +48,13 @@ pub struct RequestBody {
     ended: Rc<Cell<bool>>,
     /// Where its head is left.
     progress: Progress,
+    /// The body of a copy that a route makes of a request.
+    whole: Option<Box<Whole>>,
+}
+
+/// A body that is there already. It is one also when all of it was given: its request cannot be sent twice.
+struct Whole {
+    frames: VecDeque<Bytes>,
 }
 
 /// The beginning of a body, for a peer that refuses its stream or cannot reach its application. The first frame is apart
@@ -87,6 +96,8 @@ struct Streaming {
     /// No trailer may be one that tells of a token.
     told: Option<Arc<Authentication>>,
     progress: Progress,
+    /// A second reader, for a copy of the request.
+    tapped: Option<Tapped>,
 }
 
 /// What a request has of its downstream connection.
@@ -163,9 +174,37 @@ impl RequestBody {
         let streaming = (!received.is_end_stream()).then(|| {
             let grpc = grpc.then(GrpcFrames::default);
             let progress = progress.clone();
-            Box::new(Streaming { received, replay: None, record: record.clone(), grpc, trailers, told, progress })
+            let record = record.clone();
+            Box::new(Streaming { received, replay: None, record, grpc, trailers, told, progress, tapped: None })
         });
-        RequestBody { streaming, spelling, interim, bound, binds, ended, progress }
+        RequestBody { streaming, spelling, interim, bound, binds, ended, progress, whole: None }
+    }
+
+    /// An empty body for a copy of the request, which has nothing to do with its client.
+    pub fn alone(&self, progress: Progress) -> RequestBody {
+        RequestBody {
+            streaming: None,
+            spelling: self.spelling.clone(),
+            interim: None,
+            bound: Rc::default(),
+            binds: false,
+            ended: Rc::default(),
+            progress,
+            whole: None,
+        }
+    }
+
+    /// What the body of a copy consists of.
+    pub fn give(&mut self, frames: VecDeque<Bytes>) {
+        self.whole = (!frames.is_empty()).then(|| Box::new(Whole { frames }));
+    }
+
+    /// Lets a second reader have all of the body when it has ended. None: it is empty.
+    pub fn tap(&mut self) -> Option<Rc<Tap>> {
+        let body = self.streaming.as_mut()?;
+        let (tapped, tap) = Tapped::new();
+        body.tapped = Some(tapped);
+        Some(tap)
     }
 
     /// The body of the same request once more. Only to be asked of one that is empty.
@@ -178,6 +217,7 @@ impl RequestBody {
             binds: self.binds,
             ended: self.ended.clone(),
             progress: self.progress.clone(),
+            whole: None,
         }
     }
 
@@ -225,7 +265,7 @@ impl RequestBody {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.streaming.is_none()
+        self.streaming.is_none() && self.whole.is_none()
     }
 
     /// Whether bytes of it wait for an upstream that takes none.
@@ -329,11 +369,17 @@ impl Body for RequestBody {
     type Error = RequestBroke;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RequestBroke>>> {
-        let Some(body) = self.streaming.as_deref_mut() else { return Poll::Ready(None) };
+        let Some(body) = self.streaming.as_deref_mut() else {
+            let frame = self.whole.as_mut().and_then(|whole| whole.frames.pop_front());
+            return Poll::Ready(frame.map(|data| Ok(Frame::data(data))));
+        };
         if let Some(frame) = body.replay.as_mut().and_then(Replay::give) {
             return Poll::Ready(Some(Ok(Frame::data(frame))));
         }
-        let Some(frame) = ready!(body.received.poll_frame(cx)) else { return Poll::Ready(None) };
+        let Some(frame) = ready!(body.received.poll_frame(cx)) else {
+            body.tapped.iter().for_each(Tapped::ended);
+            return Poll::Ready(None);
+        };
         let mut frame = match frame {
             Ok(frame) => frame,
             Err(error) => {
@@ -349,6 +395,12 @@ impl Body for RequestBody {
         };
         if !kept {
             body.replay = None;
+        }
+        if let Some(tapped) = &body.tapped {
+            frame.data_ref().into_iter().for_each(|data| tapped.data(data));
+            if frame.is_trailers() || body.received.is_end_stream() {
+                tapped.ended();
+            }
         }
         if frame.is_data() {
             body.progress.keeps(body.replay.as_ref().map_or(0, |replay| replay.bytes));
@@ -368,13 +420,19 @@ impl Body for RequestBody {
     }
 
     fn is_end_stream(&self) -> bool {
+        if let Some(whole) = &self.whole {
+            return whole.frames.is_empty();
+        }
         self.streaming.as_ref().is_none_or(|body| {
             body.replay.as_ref().is_none_or(|replay| replay.given == replay.again) && body.received.is_end_stream()
         })
     }
 
     fn size_hint(&self) -> SizeHint {
-        let Some(body) = &self.streaming else { return SizeHint::with_exact(0) };
+        let Some(body) = &self.streaming else {
+            let whole = self.whole.iter().flat_map(|whole| &whole.frames);
+            return SizeHint::with_exact(whole.map(|data| data.len() as u64).sum());
+        };
         let left = match &body.received {
             Received::Http1(incoming) => incoming.size_hint(),
             Received::Http2(incoming) => incoming.size_hint(),

@@ -87,6 +87,8 @@ pub struct Worker {
     pub drain: outrigger_runtime::drain::DrainHandle,
     pub streams: super::streams::Streams,
     pub speculation: Speculation,
+    /// Copies of requests that routes have made and that are under way.
+    pub mirrors: Cell<usize>,
     epoch: Instant,
     own_workload: RefCell<OwnWorkload>,
     backends: RefCell<HashMap<Key, Rc<Backend>>>,
@@ -145,6 +147,7 @@ impl Worker {
             drain: shared.drain.clone(),
             streams: super::streams::Streams::new(dialer.ledger()),
             speculation: Speculation::new(&shared.limits),
+            mirrors: Cell::new(0),
             epoch: shared.epoch,
             own_workload: RefCell::new(OwnWorkload { told: shared.directory.own(), known: None }),
             backends: RefCell::default(),

@@ -18,7 +18,9 @@ use crate::protocol::peek::{self, Peeked};
 use crate::telemetry::WireProtocol;
 
 mod addresses;
+mod cors;
 mod edits;
+mod mirror;
 mod opaque;
 mod proxy;
 mod race;

@@ -101,7 +101,8 @@ pub(super) async fn respond_to(
         let routes = routes.clone();
         return Box::pin(route::respond(exchange, outgoing, view, routes, permit)).await;
     }
-    match forward(&exchange, &view, outgoing, permit).await {
+    let request = exchange.request(outgoing);
+    match forward(&exchange, &view, request, permit).await {
         Ok((answered, load)) => exchange.answer(answered, Some(load)),
         Err(error) => exchange.refuse(&error),
     }
@@ -111,12 +112,11 @@ pub(super) async fn respond_to(
 pub(super) async fn forward(
     exchange: &Exchange,
     view: &View,
-    outgoing: Outgoing,
+    mut request: Request<RequestBody>,
     _permit: Permit,
 ) -> Result<(Answered, Measured), Error> {
     let worker = &exchange.session.worker;
     let framing = if exchange.session.http2 { Framing::Http2 } else { Framing::Http1 };
-    let mut request = exchange.request(outgoing);
     let mut tried = Tried::new(worker, view, Instant::now());
     loop {
         let chosen = choose(exchange, view, framing, &mut request, &mut tried).await;

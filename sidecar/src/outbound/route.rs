@@ -6,20 +6,23 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::header::HOST;
+use http::header::{HOST, HeaderMap, LOCATION, ORIGIN};
 use http::request::Parts;
-use http::{HeaderValue, Response};
+use http::{HeaderValue, Request as HttpRequest, Response};
 use outrigger_api::facts::Request;
 use outrigger_api::path::NormalPath;
-use outrigger_api::route::{Asked, Backend, Chosen, Kind, Redirect, Routes, Rule, To, choose, location};
+use outrigger_api::route::{
+    Asked, Backend, Chosen, Kind, Match, Retry as RouteRetry, Routes, Rule, To, choose, location,
+};
 use outrigger_api::snapshot::Key;
 
-use super::edits;
 use super::requests::forward;
+use super::{cors, edits, mirror};
 use crate::connect::backend::{View, lost_edge};
-use crate::connect::lane::Answered;
+use crate::connect::lane::{Answered, copy_head};
+use crate::connect::request_body::RequestBody;
 use crate::connect::worker::Worker;
-use crate::outcome::{Error, Reason, Refuser, Retry, Stage};
+use crate::outcome::{Error, Reason, Refuser, Retry, Side, Stage};
 use crate::policy::{Fields, Permit};
 use crate::protocol::http::body::{Measured, ResponseBody};
 use crate::protocol::http::exchange::{Exchange, Outgoing};
@@ -39,14 +42,12 @@ pub(super) async fn respond(
         return refuse_unpicked(exchange, outgoing, &front, &error);
     };
     exchange.record.set_route(rule, by);
-    if let Some(redirect) = &rule.filters.redirect {
-        let place = place_of(redirect, by, &front, &outgoing.parts);
+    if let Some((status, fields)) = own_answer(rule, by, &front, &outgoing.parts) {
         exchange.set_edge(&front.unpicked_edge(&worker, exchange.protocol));
         exchange.record.unattempted(&mut outgoing.parts.headers);
-        let mut response = exchange.redirect(redirect.status, &place);
-        edits::edit(response.headers_mut(), &rule.filters.response_headers);
-        return response;
+        return exchange.answer_here(status, fields);
     }
+    let origin = rule.filters.cors.as_ref().and_then(|_| outgoing.parts.headers.get(ORIGIN).cloned());
     let picked = choose(&rule.backends, |below| worker.rng.borrow_mut().u64(0..below));
     let (backend, to) = match picked.map(|(_, backend)| (backend, &backend.to, &backend.invalid)) {
         Some((backend, Some(to), None)) => (backend, to),
@@ -61,7 +62,7 @@ pub(super) async fn respond(
             exchange.set_edge(&lost_edge(&worker, exchange.protocol));
             exchange.record.set_called(Some(&to.0));
             exchange.record.unattempted(&mut outgoing.parts.headers);
-            return exchange.refuse(&error);
+            return exchange.refuse_head(outgoing, &error);
         }
     };
     exchange.record.set_called(view.service.as_ref());
@@ -70,12 +71,25 @@ pub(super) async fn respond(
     }
     edits::edit(&mut outgoing.parts.headers, &rule.filters.request_headers);
     edits::edit(&mut outgoing.parts.headers, &backend.filters.request_headers);
-    let deadline = deadline(&exchange, rule);
-    match within(deadline, rule, forward(&exchange, &view, outgoing, permit)).await {
+    let mut request = exchange.request(outgoing);
+    for mirror in &rule.filters.mirrors {
+        mirror::send(&exchange, &front, mirror, &mut request);
+    }
+    let (answered, deadline) = match &rule.retry {
+        None => {
+            let deadline = deadline(&exchange, rule);
+            (within(deadline, rule, forward(&exchange, &view, request, permit)).await, deadline)
+        }
+        Some(retry) => Box::pin(attempts(&exchange, rule, retry, &view, request, permit)).await,
+    };
+    match answered {
         Ok((answered, load)) => {
             let mut response = exchange.answer(answered, Some(load));
             edits::edit(response.headers_mut(), &rule.filters.response_headers);
             edits::edit(response.headers_mut(), &backend.filters.response_headers);
+            if let (Some(cors), Some(origin)) = (&rule.filters.cors, &origin) {
+                cors::note(cors, origin, response.headers_mut());
+            }
             if let Some((at, reason)) = deadline {
                 response.body_mut().end_by(at, reason);
             }
@@ -129,18 +143,75 @@ fn host(parts: &Parts) -> &str {
     parts.uri.authority().map(http::uri::Authority::as_str).or_else(field).unwrap_or_default()
 }
 
-fn place_of(redirect: &Redirect, by: &outrigger_api::route::Match, front: &View, parts: &Parts) -> String {
+/// What a rule answers by itself: a redirect, or that to a preflight.
+fn own_answer(rule: &Rule, by: &Match, front: &View, parts: &Parts) -> Option<(u16, HeaderMap)> {
+    if let Some(fields) = rule.filters.cors.as_ref().and_then(|cors| cors::preflight(cors, parts)) {
+        return Some((200, fields));
+    }
+    let redirect = rule.filters.redirect.as_ref()?;
     let port = front.service.as_ref().map_or(80, |service| service.port);
-    location(redirect, by, host(parts), port, target(parts))
+    let place = location(redirect, by, host(parts), port, target(parts));
+    let mut fields = HeaderMap::new();
+    fields.extend(HeaderValue::from_str(&place).ok().map(|place| (LOCATION, place)));
+    edits::edit(&mut fields, &rule.filters.response_headers);
+    Some((redirect.status, fields))
 }
 
 /// What a backend's name stands for now. The parent itself is the view that the request began with.
-async fn destination(worker: &Rc<Worker>, front: &Rc<View>, to: &To) -> Result<Rc<View>, Error> {
+pub(super) async fn destination(worker: &Rc<Worker>, front: &Rc<View>, to: &To) -> Result<Rc<View>, Error> {
     if front.service.as_ref() == Some(&to.0) {
         return Ok(front.clone());
     }
     worker.backend(&Key::Service(to.0.clone())).view(worker).await
 }
+
+type Answer = Result<(Answered, Measured), Error>;
+
+/// Tries again what got no answer, or one with a status that the rule lists, as long as it may be sent twice: without a body,
+/// by an idempotent method or under a key that makes it so.
+async fn attempts(
+    exchange: &Exchange,
+    rule: &Rule,
+    retry: &RouteRetry,
+    view: &View,
+    request: HttpRequest<RequestBody>,
+    permit: Permit,
+) -> (Answer, Option<(Instant, Reason)>) {
+    let may_repeat = request.body().is_empty()
+        && (request.method().is_idempotent() || request.headers().contains_key("idempotency-key"));
+    let mut left = if may_repeat { retry.attempts } else { 0 };
+    let mut request = request;
+    let mut pause = Duration::from_millis(retry.backoff.unwrap_or(25));
+    loop {
+        let again = (left > 0).then(|| {
+            let (parts, body) = (copy_head(&request), request.body().clone_empty());
+            HttpRequest::from_parts(parts, body)
+        });
+        let deadline = deadline(exchange, rule);
+        let answered = within(deadline, rule, forward(exchange, view, request, permit)).await;
+        let failed = match &answered {
+            Ok((answered, _)) => retry.codes.contains(&answered.response.status().as_u16()),
+            Err(error) => error.side == Side::Upstream && error.reason != Reason::RequestTimeout,
+        };
+        let (Some(next), true) = (again, failed) else { return (answered, deadline) };
+        let ends = rule.timeouts.request.map(|millis| exchange.begun() + Duration::from_millis(millis));
+        // Half of the pause at least, so that not all come back at once.
+        let wait = pause.mul_f64(0.5 + exchange.session.worker.rng.borrow_mut().f64() / 2.0);
+        if ends.is_some_and(|ends| Instant::now() + wait >= ends) {
+            return (answered, deadline);
+        }
+        if let Ok((_, Measured { guard, at, latency, outcome })) = answered {
+            guard.finish(at, latency, outcome);
+        }
+        tokio::time::sleep(wait).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+        left -= 1;
+        request = next;
+    }
+}
+
+/// However often it was tried.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// When the answer has to be whole, and what it is called when it is not. Without a limit no clock is read.
 fn deadline(exchange: &Exchange, rule: &Rule) -> Option<(Instant, Reason)> {
@@ -182,5 +253,5 @@ fn invalid(rule: &Rule, backend: Option<&Backend>) -> Error {
 fn refuse_unpicked(exchange: Exchange, mut outgoing: Outgoing, front: &View, error: &Error) -> Response<ResponseBody> {
     exchange.set_edge(&front.unpicked_edge(&exchange.session.worker, exchange.protocol));
     exchange.record.unattempted(&mut outgoing.parts.headers);
-    exchange.refuse(error)
+    exchange.refuse_head(outgoing, error)
 }

@@ -192,10 +192,6 @@ impl RawFilter {
             findings.error(path, "is no filter of GRPCRoute".to_owned());
             return;
         }
-        if matches!(of, RawType::RequestMirror | RawType::Cors) {
-            findings.error(path, "is a filter that is not in this version: leave it out".to_owned());
-            return;
-        }
         if matches!(of, RawType::ExternalAuth | RawType::ExtensionRef) {
             findings.error(path, "filters of others are not supported: leave it out".to_owned());
             return;

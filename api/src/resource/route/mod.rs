@@ -145,9 +145,6 @@ impl RawHttpRule {
         let backends = backends::check(self.backend_refs, Kind::Http, answers, metadata, path, findings);
         no_persistence(self.session_persistence.as_ref(), path, findings);
         let timeouts = self.timeouts.map(|timeouts| timeouts.check(&path.key("timeouts"), findings));
-        if self.retry.is_some() {
-            findings.error_at_key(&path.key("retry"), "is not in this version: leave it out".to_owned());
-        }
         let retry = self.retry.map(|retry| retry.check(&path.key("retry"), findings));
         Rule {
             name: self.name,

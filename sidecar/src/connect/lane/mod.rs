@@ -332,7 +332,7 @@ impl Lane {
 }
 
 /// The head of a request without what the library hangs on it.
-fn copy_head<T>(request: &Request<T>) -> Parts {
+pub fn copy_head<T>(request: &Request<T>) -> Parts {
     let mut copy = Request::new(());
     *copy.method_mut() = request.method().clone();
     *copy.uri_mut() = request.uri().clone();

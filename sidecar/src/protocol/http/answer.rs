@@ -104,13 +104,11 @@ pub fn last_hop(mut parts: Parts, spelling: Option<&Spelling>, proxy: &str) -> R
     response
 }
 
-/// The answer of a route that leads elsewhere.
-pub fn redirect(status: u16, place: &str) -> Response<ResponseBody> {
+/// An answer that a route gives: a redirect, or that to a preflight.
+pub fn of_route(status: u16, fields: HeaderMap) -> Response<ResponseBody> {
     let mut response = Response::new(ResponseBody::empty());
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::FOUND);
-    if let Ok(place) = HeaderValue::from_str(place) {
-        response.headers_mut().insert(header::LOCATION, place);
-    }
+    *response.headers_mut() = fields;
     response.headers_mut().insert(header::DATE, date::now());
     response
 }

@@ -169,9 +169,9 @@ impl Exchange {
         response.map(|body| body.recorded(Ending { record: self.record, busy: Some(self.busy) }))
     }
 
-    /// Answers with the place where the client finds it.
-    pub fn redirect(self, status: u16, place: &str) -> Response<ResponseBody> {
-        let mut response = answer::redirect(status, place);
+    /// Answers in the name of a route: with these fields and without a body.
+    pub fn answer_here(self, status: u16, fields: http::HeaderMap) -> Response<ResponseBody> {
+        let mut response = answer::of_route(status, fields);
         self.record.answered(response.status().as_u16());
         self.close_when_draining(response.headers_mut());
         response.map(|body| body.recorded(Ending { record: self.record, busy: Some(self.busy) }))
