@@ -25,6 +25,8 @@ pub struct Connection<'a> {
     /// Labels of the workload that is called.
     pub labels: &'a BTreeMap<String, String>,
     pub now: Moment,
+    /// The server name that the application's own TLS asks for, on opaque bytes.
+    pub sni: Option<&'a str>,
 }
 
 impl Connection<'_> {
@@ -45,6 +47,8 @@ pub struct Moment {
     pub hour: u8,
     /// 0 is Monday.
     pub weekday: u8,
+    /// Seconds since the Unix epoch.
+    pub unix: u64,
 }
 
 impl Moment {
@@ -53,7 +57,7 @@ impl Moment {
     /// From seconds since the Unix epoch, which began on a Thursday.
     pub fn of_unix_time(seconds: u64) -> Moment {
         let (hours, days) = (seconds / 3_600, seconds / 86_400);
-        Moment { hour: (hours % 24) as u8, weekday: ((days + 3) % 7) as u8 }
+        Moment { hour: (hours % 24) as u8, weekday: ((days + 3) % 7) as u8, unix: seconds }
     }
 }
 
@@ -62,6 +66,8 @@ impl Moment {
 pub struct Request<'a> {
     pub method: &'a str,
     pub path: &'a NormalPath<'a>,
+    /// Behind the path, as it came.
+    pub query: Option<&'a str>,
     /// Host or `:authority` as it came.
     pub host: &'a str,
     pub headers: &'a dyn Headers,
@@ -87,11 +93,24 @@ impl Headers for Vec<(String, String)> {
 
 /// A host as rules compare it: in lower case, without port and without one trailing dot.
 pub fn normal_host(host: &str) -> String {
+    bare_host(host).to_ascii_lowercase()
+}
+
+/// The same in a place of the caller's; None when it does not fit.
+pub fn lower_host<'b>(host: &str, place: &'b mut [u8; 256]) -> Option<&'b str> {
+    let bare = bare_host(host);
+    let place = place.get_mut(..bare.len())?;
+    place.copy_from_slice(bare.as_bytes());
+    place.make_ascii_lowercase();
+    std::str::from_utf8(place).ok()
+}
+
+fn bare_host(host: &str) -> &str {
     let bare = match host.strip_prefix('[') {
         Some(rest) => rest.split_once(']').map_or(host, |(address, _)| address),
         None => host.split_once(':').map_or(host, |(name, _)| name),
     };
-    bare.strip_suffix('.').unwrap_or(bare).to_ascii_lowercase()
+    bare.strip_suffix('.').unwrap_or(bare)
 }
 
 #[cfg(test)]
@@ -117,8 +136,8 @@ mod tests {
 
     #[test]
     fn moments() {
-        assert_eq!(Moment::of_unix_time(0), Moment { hour: 0, weekday: 3 });
+        assert_eq!(Moment::of_unix_time(0), Moment { hour: 0, weekday: 3, unix: 0 });
         // 2026-11-28 14:30 UTC, a Saturday.
-        assert_eq!(Moment::of_unix_time(1_795_876_200), Moment { hour: 14, weekday: 5 });
+        assert_eq!(Moment::of_unix_time(1_795_876_200), Moment { hour: 14, weekday: 5, unix: 1_795_876_200 });
     }
 }

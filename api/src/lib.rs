@@ -3,6 +3,7 @@
 
 pub mod compile;
 pub mod explain;
+pub mod expression;
 pub mod facts;
 pub mod identity;
 pub mod name;

@@ -211,6 +211,8 @@ impl Workload {
             [] => Authorization::default(),
             json => serde_json::from_slice(json).map_err(|error| invalid("authorization", error))?,
         };
+        let authorization: Authorization = authorization;
+        authorization.prepare();
         let authentication = match self.authentication.as_slice() {
             [] => Authentication::default(),
             json => serde_json::from_slice(json).map_err(|error| invalid("authentication", error))?,

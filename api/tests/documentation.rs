@@ -43,6 +43,7 @@ fn check(page: &str, least_cases: usize) {
                 to: case.to.clone(),
                 port: case.port,
                 request,
+                sni: case.sni.clone(),
                 claims: case.claims.clone(),
                 token: case.token.clone(),
                 at: case.at.unwrap_or_default(),

@@ -53,6 +53,9 @@ pub(crate) struct Args {
     /// A header of the request; may be repeated
     #[arg(short = 'H', long = "header", value_name = "Name: value")]
     headers: Vec<String>,
+    /// Of a connection: the server name that the application's own TLS asks for
+    #[arg(long, value_name = "NAME")]
+    sni: Option<String>,
     /// What a verified token says: a JSON object, or @FILE with one
     #[arg(long, value_name = "JSON|@FILE", conflicts_with = "token")]
     claims: Option<String>,
@@ -235,7 +238,8 @@ fn question(args: &Args, trust_domain: &TrustDomain, asked: Option<(String, Stri
         claims.transpose().map_err(|error| usage(format!("--claims: it is not a JSON object with claims: {error}")))?;
     let token = args.token.as_deref().map(written).transpose().map_err(|error| usage(format!("--token: {error}")))?;
     let token = token.map(|token| token.trim().to_owned());
-    Ok(Question { from, from_ip: args.from_ip, to, port, request, claims, token, at })
+    let (from_ip, sni) = (args.from_ip, args.sni.clone());
+    Ok(Question { from, from_ip, to, port, request, sni, claims, token, at })
 }
 
 /// The word itself, or with `@` in front what is in that file.

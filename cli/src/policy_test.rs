@@ -103,6 +103,7 @@ fn question(case: &Case, trust_domain: &TrustDomain, at: u64) -> Result<Question
         to: case.to.clone(),
         port: case.port,
         request,
+        sni: case.sni.clone(),
         claims: case.claims.clone(),
         token: case.token.clone(),
         at: case.at.unwrap_or(at),

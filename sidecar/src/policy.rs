@@ -47,6 +47,8 @@ pub struct Call<'a> {
     pub identity: Option<&'a SpiffeId>,
     pub client: IpAddr,
     pub application: SocketAddr,
+    /// The server name that the application's own TLS asks for.
+    pub sni: Option<&'a str>,
 }
 
 /// What policy said of a request or a connection of opaque bytes, as far as somebody has to do something about it.
@@ -81,6 +83,7 @@ pub fn judge_request(own: &Workload, call: &Call<'_>, parts: &Parts, limits: Opt
     let request = Request {
         method: parts.method.as_str(),
         path: &path,
+        query: parts.uri.query(),
         host: parts.uri.authority().map(http::uri::Authority::as_str).or(host).unwrap_or_default(),
         headers: &fields,
         claims: token::claims(parts),
@@ -145,6 +148,7 @@ fn connection<'c>(own: &'c Workload, call: &Call<'c>) -> Connection<'c> {
         service: own.ports.get(&call.application.port()).and_then(|port| port.service.as_ref()),
         labels: &own.labels,
         now,
+        sni: call.sni,
     }
 }
 

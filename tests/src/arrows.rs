@@ -23,7 +23,7 @@ const ROWS: [Rows; 3] = [
         folder: "api",
         library: "outrigger_api",
         rows: &[
-            &["path", "peer_text"],
+            &["expression", "path", "peer_text"],
             &["name"],
             &["identity", "virtual_address"],
             &["facts"],

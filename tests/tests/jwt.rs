@@ -240,6 +240,7 @@ async fn the_three_ways_agree() {
             to: ServiceName::new("catalog", "shop").unwrap(),
             port: Some(80),
             request: Some(asked),
+            sni: None,
             claims: None,
             token: None,
             at: now(),

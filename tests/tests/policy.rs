@@ -269,3 +269,67 @@ async fn a_refused_request_is_explained_by_its_id() {
     assert_eq!((&failed["verdict"], &failed["now"]), (&json!("failed"), &json!(null)), "{failed}");
     assert!(failed["steps"].to_string().contains("\"failed\""), "{failed}");
 }
+
+/// Labels of callers are those that all workloads of an account have, whoever comes later.
+#[tokio::test]
+async fn expressions_and_labels_of_callers() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let app = Application::start("catalog").await;
+    mesh.service("catalog.shop", 80, app.port(), Some("http"));
+    let _far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(app.address()).start().await;
+    let other = Application::start("cart").await;
+    let near =
+        mesh.sidecar("cart-1").label("tier", "web").inbound(other.address()).outbound("catalog:80").start().await;
+    let rule = "{rules: [{when: [{key: 'source.labels[tier]', values: [web]}, {expression: \"request.path.startsWith('/v1/') && \
+                source.labels.tier == 'web' && !('x-debug' in request.headers)\"}]}]}";
+    mesh.write("p.yaml", &policy("web", rule));
+    let mut client = Connection::open(near.outbound()).await;
+    becomes(&mut client, ADMIN, 403).await;
+    assert_eq!(client.ask(GET).await.status, 200);
+    let debug = "GET /v1/charges HTTP/1.1\r\nHost: catalog\r\nX-Debug: 1\r\n\r\n";
+    assert_eq!(client.ask(debug).await.status, 403);
+    // Another workload of this account, without the label.
+    let second = mesh.sidecar("cart-2").inbound(other.address()).start().await;
+    becomes(&mut client, GET, 403).await;
+    drop(second);
+}
+
+fn hello(name: &'static str) -> Vec<u8> {
+    let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let config = config.with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth();
+    let mut client = rustls::ClientConnection::new(std::sync::Arc::new(config), name.try_into().unwrap()).unwrap();
+    let mut bytes = Vec::new();
+    client.write_tls(&mut bytes).unwrap();
+    bytes
+}
+
+/// The server name of an application's own TLS decides before the application is opened, and again when policy moves.
+#[tokio::test]
+async fn the_server_name_of_an_applications_own_tls() {
+    let mesh = Mesh::start(MeshOptions::default()).await;
+    let backend = outrigger_tests::application::Backend::start().await;
+    mesh.service("catalog.shop", 443, backend.port(), Some("tls"));
+    let far = mesh.sidecar("catalog-1").label("app", "catalog").inbound(backend.address()).start().await;
+    let peer = Peer::issue(&mesh, "shop", "cart", "cart-9").await;
+    let open = async |bytes: &[u8]| {
+        let mut client = peer.connect(far.inbound(), &[TCP]).await.unwrap();
+        client.try_send(bytes).await.ok()?;
+        tokio::select! {
+            mut accepted = backend.accept() => {
+                accepted.take(bytes.len()).await;
+                Some((client, accepted))
+            }
+            _ = client.take_to_end() => None,
+        }
+    };
+    mesh.write("p.yaml", &policy("names", "{rules: [{when: [{key: connection.sni, values: ['*.db.test']}]}]}"));
+    let (a, b) = (hello("a.db.test"), hello("b.test"));
+    within(SOON, "another name is refused", async || open(&b).await.is_none().then_some(())).await;
+    let (mut allowed, _accepted) = open(&a).await.expect("the name is allowed");
+    assert!(open(b"no TLS at all").await.is_none(), "without a name");
+    mesh.write("p.yaml", &policy("names", "{rules: [{when: [{key: connection.sni, notValues: ['*.db.test']}]}]}"));
+    within(SOON, "the names are the others", async || open(&b).await.map(drop)).await;
+    allowed.expect_end().await;
+    assert!(open(&a).await.is_none());
+}

@@ -122,8 +122,17 @@ impl Echo {
         let request = Some(Asked { method: method.clone(), target: target.clone(), headers: headers.clone() });
         let namespace = self.client_namespace();
         let from = Some(SpiffeId::new(&domain, &namespace, "client").unwrap());
-        let question =
-            Question { from, from_ip: None, to, port: Some(port), request, claims: None, token: None, at: 0 };
+        let question = Question {
+            from,
+            from_ip: None,
+            to,
+            port: Some(port),
+            request,
+            sni: None,
+            claims: None,
+            token: None,
+            at: 0,
+        };
         let told = explain(&parsed, &files, &domain, &question);
         let got = match told.verdict {
             Outcome::Forwarded => {

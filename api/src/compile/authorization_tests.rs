@@ -11,6 +11,11 @@ use crate::path::NormalPath;
 use crate::policy::authorization::{Authorization, By, Denial};
 use crate::resource::SourceFile;
 
+/// The server name of opaque bytes: `sni NAME`.
+fn asked_sni(text: &str) -> Option<&str> {
+    text.strip_prefix("sni ")
+}
+
 /// `METHOD TARGET; name: value; ...`, or empty for opaque bytes. A field `@claims` is what a verified token says.
 struct Asked {
     method: String,
@@ -19,6 +24,9 @@ struct Asked {
 }
 
 fn asked(text: &str) -> Option<Asked> {
+    if text.starts_with("sni ") {
+        return None;
+    }
     let mut parts = text.split("; ");
     let (method, target) = parts.next()?.split_once(' ')?;
     let fields = parts.filter_map(|field| field.split_once(": ")).map(|(k, v)| (k.to_owned(), v.to_owned()));
@@ -36,7 +44,16 @@ fn in_force(specs: &[&str]) -> Authorization {
              shop}}\nspec: {spec}\n"
         ),
     });
-    let text = documents.collect::<Vec<_>>().join("---\n");
+    // Two workloads of one account that differ in a label, and one of another.
+    let workloads = ["a checkout {tier: web, v: \"1\"}", "b checkout {tier: web, v: \"2\"}", "c batch {tier: jobs}"].map(|text| {
+        let [name, account, labels] = std::array::from_fn(|part| text.splitn(3, ' ').nth(part).unwrap());
+        format!(
+            "apiVersion: outrigger.dev/v1alpha1\nkind: Workload\nmetadata: {{name: {name}, namespace: shop}}\nspec: \
+             {{address: 10.0.0.{}, serviceAccount: {account}, labels: {labels}, ports: {{http: 80}}}}\n",
+            name.as_bytes()[0]
+        )
+    });
+    let text = documents.chain(workloads).collect::<Vec<_>>().join("---\n");
     let parsed = load(&[SourceFile { name: "t.yaml".into(), text }]);
     assert!(parsed.errors.is_empty(), "{:?}", parsed.errors);
     let domain = TrustDomain::new("outrigger.local").unwrap();
@@ -65,7 +82,8 @@ fn verdict(specs: &[&str], from: &str, request: &str) -> String {
         destination_port: 8080,
         service: Some(&service),
         labels: &labels,
-        now: Moment { hour: 14, weekday: 5 },
+        now: Moment::of_unix_time(1_795_876_200),
+        sni: asked_sni(request),
     };
     let asked = asked(request);
     let path = asked.as_ref().map(|asked| NormalPath::of(&asked.target));
@@ -77,6 +95,7 @@ fn verdict(specs: &[&str], from: &str, request: &str) -> String {
         host: asked.fields.iter().find(|(name, _)| name == "host").map_or("payments", |(_, value)| value),
         headers: &asked.fields,
         claims: claims.as_ref(),
+        query: asked.target.split_once('?').map(|(_, query)| query),
     });
     let mut steps = Vec::new();
     let verdict = compiled.decide(&connection, request.as_ref(), &mut steps);
@@ -243,6 +262,38 @@ fn operations_and_conditions() {
         (when("{key: time.hour, values: [\"14\"]}"), GET, true),
         (when("{key: time.hour, values: [\"4\"]}"), GET, false),
         (when("{key: time.weekday, values: [Sat, Sun]}"), GET, true),
+        // Labels of the caller: those that all workloads of its account have.
+        (when("{key: 'source.labels[tier]', values: [web]}"), GET, true),
+        (when("{key: 'source.labels[tier]', values: ['w*']}"), GET, true),
+        (when("{key: 'source.labels[tier]', values: [jobs]}"), GET, false),
+        (when("{key: 'source.labels[tier]', notValues: [web]}"), GET, false),
+        (when("{key: 'source.labels[v]', values: [\"1\"]}"), GET, false),
+        (when("{key: 'source.labels[v]', notValues: [\"1\"]}"), GET, true),
+        (when("{expression: \"source.labels.tier == 'web' && !has(source.labels.v)\"}"), GET, true),
+        (when("{expression: \"source.labels.exists(k, k == 'tier')\"}"), GET, true),
+        (when("{key: connection.sni, values: [a.test]}"), "sni a.test", true),
+        (when("{key: connection.sni, values: ['*.test']}"), "sni a.test", true),
+        (when("{key: connection.sni, values: [a.test]}"), "sni b.test", false),
+        (when("{key: connection.sni, values: [a.test]}"), "", false),
+        (when("{key: connection.sni, values: [a.test]}"), GET, false),
+        (when("{key: connection.sni, notValues: [a.test]}"), "", true),
+        (when("{expression: \"request.method == 'GET' && source.namespace == 'shop'\"}"), GET, true),
+        (when("{expression: \"request.query['x'] == 'a b'\"}"), "GET /?y=1&x=a%20b", true),
+        (when("{expression: \"request.query['x'] == '1'\"}"), "GET /?x=1&x=2", false),
+        (when("{expression: \"request.headers['x'] == '1'\"}"), "GET /; x: 1", true),
+        (when("{expression: \"request.headers['x'] == '1'\"}"), "GET /; x: 1; x: 2", false),
+        (when("{expression: \"request.headers['x'] != '1'\"}"), GET, false),
+        (when("{expression: \"request.path == '/'\"}"), "", false),
+        (when("{expression: \"destination.port == 8080 && destination.labels.app == 'pay'\"}"), "", true),
+        (when("{expression: \"destination.service == 'payments.shop' && source.ip == '10.0.0.7'\"}"), GET, true),
+        (when("{expression: \"now.getDayOfWeek() == 6\"}"), GET, true),
+        (
+            when("{expression: \"'ops' in claims.groups && claims.realm.level > 1\"}"),
+            r#"GET /; @claims: {"groups":["dev","ops"],"realm":{"level":2}}"#,
+            true,
+        ),
+        (when("{expression: \"has(claims.groups)\"}"), GET, false),
+        (when("{expression: \"'ops' in claims.groups\"}"), "", false),
         (when("{key: time.weekday, values: [Sat]}, {key: 'request.headers[x]', values: [y]}"), "GET /; x: y", true),
         (when("{key: time.weekday, values: [Sat]}, {key: 'request.headers[x]', values: [y]}"), GET, false),
         ("{targetRefs: [{kind: Service, group: '', name: payments}], rules: [{}]}".into(), GET, true),
@@ -303,6 +354,43 @@ fn what_a_token_says() {
         let got = verdict(&[spec], "shop/checkout", request);
         assert_eq!(got == "allowed", *expected, "{spec} {request}: {got}");
     }
+}
+
+/// DENY errs towards refusing: an expression without an answer matches, and the step says why.
+#[test]
+fn an_expression_without_an_answer_refuses() {
+    let deny = |text: &str| format!("{{action: DENY, rules: [{{when: [{{expression: \"{text}\"}}]}}]}}");
+    for (text, request, expected) in [
+        ("request.headers['x'] == '1'", GET, "denied by p0/0"),
+        ("'x' in request.headers && request.headers['x'] == '1'", GET, "allowed"),
+        ("request.headers['x'] == '1'", "GET /; x: 2; x: 3", "denied by p0/0"),
+        ("request.method == 'PUT'", "", "denied by p0/0"),
+        ("destination.port == 1", "", "allowed"),
+    ] {
+        assert_eq!(verdict(&[&deny(text)], "shop/a", request), expected, "{text} {request}");
+    }
+    let compiled = in_force(&[&deny("request.headers['x'] == '1'")]);
+    let labels = BTreeMap::new();
+    let connection = Connection {
+        identity: None,
+        source_ip: None,
+        destination_ip: None,
+        destination_port: 80,
+        service: None,
+        labels: &labels,
+        now: Moment::default(),
+        sni: None,
+    };
+    let (path, headers) = (NormalPath::of("/"), Vec::new());
+    let request = Request { method: "GET", path: &path, query: None, host: "h", headers: &headers, claims: None };
+    let mut steps = Vec::new();
+    compiled.decide(&connection, Some(&request), &mut steps);
+    assert!(
+        steps[0].why.contains("has no answer (request.headers has no \"x\"), which counts as a match"),
+        "{steps:?}"
+    );
+    // Where a rule looks at paths in an expression, a path that can be read in two ways is refused.
+    assert_eq!(verdict(&[&deny("request.path == '/admin'")], "shop/a", "GET /x%2fadmin"), "ambiguous");
 }
 
 /// DENY /admin: no spelling that a lenient server reads as /admin gets through.
@@ -382,6 +470,7 @@ fn a_trace_says_what_failed_and_with_which_value() {
         service: None,
         labels: &labels,
         now: Moment::default(),
+        sni: None,
     };
     let mut steps = Vec::new();
     compiled.decide(&connection, None, &mut steps);

@@ -27,6 +27,7 @@ fn remarks(resources: &Resources) -> Vec<Remark> {
     remarks
         .extend(targeted.filter_map(|(kind, metadata, services)| without_service(resources, kind, metadata, services)));
     remarks.extend(RouteTable::new(resources).remarks);
+    remarks.extend(super::rules::remarks(resources));
     remarks
 }
 

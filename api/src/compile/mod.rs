@@ -8,9 +8,10 @@ mod mtls;
 mod protocol;
 mod rate_limits;
 mod routes;
+mod rules;
 
 pub use authentication::authentication;
-pub use authorization::{authorization, selects};
+pub use authorization::{Callers, authorization, authorization_among, callers, looks_at_callers, selects};
 pub use check::load;
 pub use mtls::{ModeSet, mtls_modes};
 pub use protocol::{called_protocol, protocol, service_protocol};

@@ -82,6 +82,7 @@ impl Gate<'_> {
             service: self.service,
             labels: self.labels,
             now: Moment::of_unix_time(question.at),
+            sni: question.sni.as_deref().filter(|_| question.request.is_none()),
         };
         let authenticated = match asked {
             Some(asked) => match token::authenticate(self, question, &connection, asked, &mut judged.steps) {
@@ -99,6 +100,7 @@ impl Gate<'_> {
         let request = asked.zip(path.as_ref()).zip(authenticated.as_ref()).map(|((asked, path), seen)| Request {
             method: &asked.method,
             path,
+            query: asked.target.split_once('?').map(|(_, query)| query),
             host: &host,
             headers: &seen.headers,
             claims: seen.claims.as_ref(),

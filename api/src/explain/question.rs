@@ -19,6 +19,8 @@ pub struct Question {
     pub port: Option<u16>,
     /// None: a connection whose bytes nobody parses.
     pub request: Option<Asked>,
+    /// Without a request: the server name that the application's own TLS asks for.
+    pub sni: Option<String>,
     /// Those of a token, taken for verified.
     pub claims: Option<Claims>,
     /// A token beside the request's head, to be verified.
@@ -66,6 +68,8 @@ pub struct WrittenQuestion {
     pub to: String,
     pub port: Option<u16>,
     pub request: Option<Asked>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sni: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub claims: Option<serde_json::Map<String, serde_json::Value>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -82,6 +86,7 @@ impl From<&Question> for WrittenQuestion {
             to: question.to.to_string(),
             port: question.port,
             request: question.request.clone(),
+            sni: question.sni.clone(),
             claims: question.claims.as_ref().map(|claims| claims.values().clone()),
             token: question.token.clone(),
             at: question.at,
@@ -95,8 +100,8 @@ impl TryFrom<WrittenQuestion> for Question {
     fn try_from(written: WrittenQuestion) -> Result<Question, String> {
         let from = written.from.map(|text| SpiffeId::parse(&text).map_err(|error| error.to_string())).transpose()?;
         let to = ServiceName::parse(&written.to, "default").map_err(|error| error.to_string())?;
-        let WrittenQuestion { from_ip, port, request, token, at, .. } = written;
+        let WrittenQuestion { from_ip, port, request, sni, token, at, .. } = written;
         let claims = written.claims.map(Claims::new);
-        Ok(Question { from, from_ip, to, port, request, claims, token, at })
+        Ok(Question { from, from_ip, to, port, request, sni, claims, token, at })
     }
 }

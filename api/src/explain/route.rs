@@ -72,12 +72,13 @@ pub(super) fn follow(
 
 fn decide<'r>(routes: &'r Routes, question: &Question, answer: &mut Explanation) -> Option<Chosen<'r>> {
     let asked = question.request.as_ref().filter(|_| routes.kind.is_http());
-    let Some(asked) = asked else { return routes.decide_connection(None, &mut answer.steps) };
+    let Some(asked) = asked else { return routes.decide_connection(question.sni.as_deref(), &mut answer.steps) };
     let target = asked.path_and_query();
     let path = NormalPath::of(target);
     let host = asked.host(question);
-    let request = Request { method: &asked.method, path: &path, host: &host, headers: &asked.headers, claims: None };
     let query = target.split_once('?').map(|(_, query)| query);
+    let request =
+        Request { method: &asked.method, path: &path, query, host: &host, headers: &asked.headers, claims: None };
     routes.decide(&route::Asked { request: &request, query, grpc: asked.is_grpc() }, &mut answer.steps)
 }
 

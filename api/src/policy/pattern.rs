@@ -92,24 +92,33 @@ impl Pattern {
 impl Template {
     fn matches(&self, path: &str) -> bool {
         let Some(body) = path.strip_prefix('/') else { return false };
-        let values: Vec<&str> = body.split('/').collect();
         let one = |segment: &Segment, value: &str| match segment {
             Segment::Literal(text) => text == value,
             Segment::One => !value.is_empty(),
             Segment::Rest => false,
         };
-        let all = |segments: &[Segment], values: &[&str]| {
-            segments.len() == values.len() && segments.iter().zip(values).all(|(segment, value)| one(segment, value))
-        };
+        let count = body.split('/').count();
+        let first =
+            |segments: &[Segment]| segments.iter().zip(body.split('/')).all(|(segment, value)| one(segment, value));
         match self.segments.iter().position(|segment| *segment == Segment::Rest) {
-            None => all(&self.segments, &values),
+            None => count == self.segments.len() && first(&self.segments),
             Some(rest) => {
-                let behind = self.segments.len() - rest - 1;
-                values.len() >= rest + behind
-                    && all(&self.segments[..rest], &values[..rest])
-                    && all(&self.segments[rest + 1..], &values[values.len() - behind..])
+                let behind = &self.segments[rest + 1..];
+                count >= rest + behind.len()
+                    && first(&self.segments[..rest])
+                    && behind.iter().rev().zip(body.rsplit('/')).all(|(segment, value)| one(segment, value))
             }
         }
+    }
+
+    /// With what every path that matches begins.
+    pub fn beginning(&self) -> &str {
+        let mut end = 0;
+        for segment in &self.segments {
+            let Segment::Literal(text) = segment else { break };
+            end += 1 + text.len();
+        }
+        self.text.get(..end.max(1)).unwrap_or("/")
     }
 }
 

@@ -20,14 +20,21 @@ impl Step {
 }
 
 pub trait Trace {
+    /// Whether steps are kept: then every rule has one.
+    const RECORDS: bool;
+
     fn step(&mut self, step: impl FnOnce() -> Step);
 }
 
 impl Trace for () {
+    const RECORDS: bool = false;
+
     fn step(&mut self, _: impl FnOnce() -> Step) {}
 }
 
 impl Trace for Vec<Step> {
+    const RECORDS: bool = true;
+
     fn step(&mut self, step: impl FnOnce() -> Step) {
         self.push(step());
     }

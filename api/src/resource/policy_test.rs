@@ -33,6 +33,8 @@ pub struct Case {
     pub at: Option<u64>,
     pub to: ServiceName,
     pub port: Option<u16>,
+    /// Of a connection: the server name that the application's own TLS asks for.
+    pub sni: Option<String>,
     /// None: a connection.
     pub request: Option<CaseRequest>,
     pub expect: Expect,
@@ -103,6 +105,7 @@ struct RawFrom {
 struct RawTo {
     service: Option<String>,
     port: Option<super::syntax::Port>,
+    sni: Option<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -205,6 +208,7 @@ impl RawCase {
             at,
             to,
             port: self.to.port.map(|port| port.0),
+            sni: self.to.sni,
             request,
             expect,
         })

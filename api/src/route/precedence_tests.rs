@@ -53,7 +53,7 @@ fn chosen(routes: &Routes, method: &str, target: &str, headers: &[(&str, &str)])
     let headers: Vec<(String, String)> =
         headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     let grpc = headers.iter().any(|(_, value)| value == "application/grpc");
-    let request = Request { method, path: &path, host: "pay.shop", headers: &headers, claims: None };
+    let request = Request { method, path: &path, query: None, host: "pay.shop", headers: &headers, claims: None };
     let query = target.split_once('?').map(|(_, query)| query);
     routes.decide(&Asked { request: &request, query, grpc }, &mut ()).map(|found| found.rule.index)
 }

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use outrigger_api::compile::{self, RouteTable};
 use outrigger_api::identity::{SpiffeId, TrustDomain};
 use outrigger_api::name::{self, Protocol, ServiceName};
+use outrigger_api::policy::authorization::Authorization;
 use outrigger_api::resource::{
-    AccessLogMode, DEFAULT_RENEW_GRACE_SECONDS, Labels, LoadBalancerType, Metadata, OutboundTraffic, Resource,
-    Resources, Service, ServicePort, TargetPort,
+    AccessLogMode, AuthorizationPolicy, DEFAULT_RENEW_GRACE_SECONDS, Labels, LoadBalancerType, Metadata,
+    OutboundTraffic, Resource, Resources, Service, ServicePort, TargetPort,
 };
 use outrigger_api::snapshot::{
     AccessLog, DEFAULT_LEAF_LIFETIME_SECONDS, DEFAULT_MAX_SERIES, Destination, Endpoint, EndpointTls, InboundPort, Key,
@@ -41,6 +42,8 @@ pub struct Catalog {
     routes: RouteTable,
     /// Who has a clusterIP, and who wants the same.
     contested: Vec<(SocketAddr, ServiceName, ServiceName)>,
+    /// What workloads are told follows from the labels of others.
+    pub looks_at_callers: bool,
 }
 
 impl Catalog {
@@ -65,8 +68,10 @@ impl Catalog {
             }
         }
         let cluster_ips = resources.services.values().flat_map(|service| service.spec.cluster_ips.clone()).collect();
+        let looks_at_callers = compile::looks_at_callers(&resources);
         let routes = RouteTable::new(&resources);
         Catalog {
+            looks_at_callers,
             resources,
             trust_domain,
             virtual_addresses,
@@ -123,7 +128,7 @@ impl Catalog {
             labels: labels.clone(),
             authentication: Arc::new(compile::authentication(&self.resources, &id.namespace, labels)),
             rate_limits: Arc::new(compile::rate_limits(&self.resources, &id.namespace, labels)),
-            authorization: Arc::new(compile::authorization(&self.resources, &self.trust_domain, &id.namespace, labels)),
+            authorization: Arc::new(self.authorization(registry, &id.namespace, labels)),
         }
     }
 
@@ -246,9 +251,36 @@ impl Catalog {
                 warnings.push(format!("PeerAuthentication {one} contradicts {other}; the stricter is in force"));
             }
         }
+        warnings.extend(self.selecting_nothing(registry));
         warnings.sort();
         warnings.dedup();
         warnings
+    }
+
+    /// Who may call a workload with these labels.
+    fn authorization(&self, registry: &Registry, namespace: &str, labels: &Labels) -> Authorization {
+        let callers = || {
+            let all = registry.all().map(|instance| (&instance.id, &instance.labels));
+            compile::callers(all.map(|(id, labels)| (id.namespace.as_str(), id.service_account.as_str(), labels)))
+        };
+        compile::authorization_among(&self.resources, &self.trust_domain, namespace, labels, &callers)
+    }
+
+    /// AuthorizationPolicies with a selector that selects no registered workload, where any is registered.
+    fn selecting_nothing(&self, registry: &Registry) -> Vec<String> {
+        let policies = self.resources.authorization_policies.values();
+        let selecting =
+            policies.filter(|policy| policy.spec.selector.is_some() && !policy.metadata.name.starts_with('~'));
+        let nothing = selecting.filter(|policy| {
+            let (metadata, spec) = (&policy.metadata, &policy.spec);
+            let mut all = registry.all();
+            !all.any(|instance| compile::selects(metadata, spec, &instance.id.namespace, &instance.labels))
+        });
+        let warning = |policy: &Resource<AuthorizationPolicy>| {
+            let (namespace, name) = (&policy.metadata.namespace, &policy.metadata.name);
+            format!("AuthorizationPolicy {namespace}/{name}: no registered workload has the labels of its selector")
+        };
+        if registry.all().next().is_none() { Vec::new() } else { nothing.map(warning).collect() }
     }
 
     /// How many workloads an AuthorizationPolicy, `KIND/NAMESPACE/NAME`, selects.

@@ -382,6 +382,31 @@ fn a_sidecar_does_not_decide_how_a_service_is_called() {
 }
 
 #[test]
+fn a_policy_that_selects_no_workload_is_told_once_workloads_are_there() {
+    let mut moment = Moment::default();
+    for (name, selector) in
+        [("cart", Some("app=cart")), ("crat", Some("app=crat")), ("~broken", Some("app=x")), ("all", None)]
+    {
+        let spec = AuthorizationPolicy {
+            selector: selector.map(|text| Selector { match_labels: labels(text) }),
+            services: Vec::new(),
+            action: outrigger_api::policy::authorization::Action::Deny,
+            shadow: false,
+            rules: Vec::new(),
+        };
+        let resource = Resource { metadata: metadata(name, &[]), spec };
+        moment.resources.authorization_policies.insert(("shop".into(), name.into()), resource);
+    }
+    assert!(moment.catalog().warnings(&moment.registry).is_empty());
+    moment = moment.lease("cart", 1, "app=cart", None);
+    let expected = "AuthorizationPolicy shop/crat: no registered workload has the labels of its selector";
+    assert_eq!(moment.catalog().warnings(&moment.registry), [expected]);
+    let selected =
+        |name: &str| moment.catalog().selected_by(&moment.registry, &format!("AuthorizationPolicy/shop/{name}"));
+    assert_eq!(["cart", "crat", "all", "none"].map(selected), [1, 0, 1, 0]);
+}
+
+#[test]
 fn load_balancers() {
     let balancer = |annotations: &[(&str, &str)], default| {
         let mut moment = Moment::default().service("cart", "app=cart", annotations, http());

@@ -320,10 +320,11 @@ impl Publisher {
         if scope.is_empty() {
             return;
         }
+        let callers = inner.catalog.looks_at_callers;
         let concerned: Vec<(Topic, Labels)> = inner
             .entries
             .iter()
-            .filter(|(topic, _)| scope.concerns(topic))
+            .filter(|(topic, _)| scope.concerns(topic) || callers && matches!(topic, Topic::Own(_)))
             .map(|(topic, entry)| (topic.clone(), entry.granted.clone()))
             .collect();
         for (topic, granted) in concerned {

@@ -85,6 +85,7 @@ fn decided(ended: &Ended, inbound: &Inbound, own: &Workload) -> Option<Explanati
             target: ended.target.clone(),
             headers: ended.headers.clone(),
         }),
+        sni: None,
         claims: ended.claims.clone(),
         token: None,
         at: ended.at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),

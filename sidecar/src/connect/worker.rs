@@ -373,7 +373,8 @@ impl Worker {
             if let Err(error) = policy::admit(own.mtls_mode(facts.application.port()), facts.arrival) {
                 return Some(error.reason);
             }
-            let call = Call { identity: facts.caller.as_ref(), client: facts.client, application: facts.application };
+            let (identity, sni) = (facts.caller.as_ref(), facts.sni.as_deref());
+            let call = Call { identity, client: facts.client, application: facts.application, sni };
             let judgement = match &facts.head {
                 Some(head) => policy::judge_running(&own, &call, head),
                 None if facts.opaque => policy::judge_opaque(&own, &call),

@@ -35,6 +35,8 @@ pub struct Facts {
     pub client: IpAddr,
     /// Its bytes are not parsed, so that policy is asked about the connection as a whole.
     pub opaque: bool,
+    /// The server name that the application's own TLS asks for, where a rule looks at it.
+    pub sni: Option<String>,
     /// Of the request by which the connection left HTTP.
     pub head: Option<Box<Parts>>,
 }

@@ -256,6 +256,13 @@ impl Entry {
         self.unjudged.store(true, Relaxed);
     }
 
+    /// The client's own TLS asks for this name.
+    pub fn asks_for(&self, sni: Option<String>) {
+        if let Some(facts) = self.facts().as_mut() {
+            facts.sni = sni;
+        }
+    }
+
     /// A request was let in with this head, and its connection leaves HTTP: it is judged by that head from here on.
     pub fn leaves_http(&self, head: Option<Parts>) {
         if let Some(facts) = self.facts().as_mut() {
@@ -688,6 +695,7 @@ mod tests {
             caller: None,
             client: client().ip(),
             opaque: false,
+            sni: None,
             head: None,
         }
     }

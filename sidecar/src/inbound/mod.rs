@@ -2,6 +2,7 @@
 //! upstream is always the application's own address, never loopback in its place. What is over when bytes flow is
 //! boxed: a connection's task is as large as its largest part for as long as it lives.
 
+use std::cell::RefCell;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -115,6 +116,8 @@ struct Walk {
     mode: MtlsMode,
     declared: Option<Protocol>,
     caller: Caller,
+    /// The server name in the client's own TLS, where a rule looks at it.
+    sni: RefCell<Option<String>>,
 }
 
 /// Boxed, because every level of the walk has room for it for as long as its connection lives.
@@ -131,6 +134,7 @@ impl Walk {
             mode: own.mtls_mode(application.port()),
             declared: own.protocol(application.port()),
             caller: Caller { peer: None, destination_service: service },
+            sni: RefCell::default(),
         }
     }
 
@@ -205,7 +209,16 @@ impl Walk {
     /// Records on which facts the connection was let in: they are judged again when policy or the trust bundle moves.
     fn let_in(&self, arrival: Arrival, proof: Option<Proof>, caller: Option<SpiffeId>) {
         let (application, client) = (self.application, self.registered.client.ip());
-        self.registered.let_in(Facts { application, arrival, proof, caller, client, opaque: false, head: None });
+        self.registered.let_in(Facts {
+            application,
+            arrival,
+            proof,
+            caller,
+            client,
+            opaque: false,
+            sni: None,
+            head: None,
+        });
     }
 
     fn note(&self, how: Unproved) {

@@ -7,7 +7,7 @@ use outrigger_api::name::Protocol;
 use crate::connect::dial::Target;
 use crate::connection::State;
 use crate::net::Stream;
-use crate::outcome::{Error, Reason};
+use crate::outcome::{Error, Reason, Stage};
 use crate::policy::{self, Call, Judgement, Permit};
 use crate::protocol::opaque::{self, Declared};
 use crate::protocol::sni::{self, Sniffed};
@@ -19,11 +19,16 @@ use super::{Refused, Walk, caller};
 impl Walk {
     pub(super) async fn opaque(
         &self,
-        stream: Stream,
+        mut stream: Stream,
         opened: Option<Stream>,
         protocol: WireProtocol,
         permit: Permit,
     ) -> Result<(), Refused> {
+        if self.looks_at_sni()
+            && let Err(error) = Box::pin(self.read_sni(&mut stream)).await
+        {
+            return Err(Box::new((error, Some(stream))));
+        }
         let upstream = match opened {
             Some(upstream) => Ok(upstream),
             None => self.dial(permit).await,
@@ -44,18 +49,35 @@ impl Walk {
         Ok(())
     }
 
+    fn looks_at_sni(&self) -> bool {
+        self.worker.own_workload().is_some_and(|own| own.authorization.looks_at_sni())
+    }
+
+    /// Which name the client's own TLS asks for: known before the application is opened, where a rule looks at it. Bytes
+    /// that are no TLS ask for none, and neither does a client that is silent for as long as detection waits.
+    async fn read_sni(&self, stream: &mut Stream) -> Result<(), Error> {
+        let failed = |error: std::io::Error| Error::downstream(Stage::Detect, Reason::ClientClosed, error.to_string());
+        if let Sniffed::Tls(name) = sni::sniff(stream, self.worker.limits.detect_wait).await.map_err(failed)? {
+            self.registered.asks_for(name.clone());
+            self.sni.replace(name);
+        }
+        Ok(())
+    }
+
     /// What policy says of opaque bytes of this caller.
     fn judged_opaque(&self) -> Judgement {
         let Some(own) = self.worker.own_workload() else { return Judgement::default() };
         let identity = self.caller.peer.as_ref().map(|peer| &peer.identity);
-        let call = Call { identity, client: self.registered.client.ip(), application: self.application };
+        let sni = self.sni.borrow();
+        let client = self.registered.client.ip();
+        let call = Call { identity, client, application: self.application, sni: sni.as_deref() };
         policy::judge_opaque(&own, &call)
     }
 
     /// True where the application may be opened before it is known what the client speaks: never where opaque bytes
     /// would be refused, since the client may yet speak HTTP, or prove who it is.
     pub(super) fn may_speculate(&self) -> bool {
-        self.judged_opaque().refused.is_none()
+        !self.looks_at_sni() && self.judged_opaque().refused.is_none()
     }
 
     /// Opens the application for bytes that are not parsed.

@@ -90,7 +90,7 @@ impl Service {
     }
 
     fn caller(&self, entry: &Entry) -> Call<'_> {
-        Call { identity: self.identity.as_ref(), client: entry.client.ip(), application: self.application }
+        Call { identity: self.identity.as_ref(), client: entry.client.ip(), application: self.application, sni: None }
     }
 
     /// Asks whether the request's token counts, and puts the head into the form that goes on, with what was verified beside

@@ -127,8 +127,14 @@ fn decide<'r>(routes: &'r Routes, protocol: WireProtocol, parts: &Parts) -> Opti
     let target = target(parts);
     let path = NormalPath::of(target);
     let fields = Fields(&parts.headers);
-    let request =
-        Request { method: parts.method.as_str(), path: &path, host: host(parts), headers: &fields, claims: None };
+    let request = Request {
+        method: parts.method.as_str(),
+        path: &path,
+        query: parts.uri.query(),
+        host: host(parts),
+        headers: &fields,
+        claims: None,
+    };
     let query = target.split_once('?').map(|(_, query)| query);
     routes.decide(&Asked { request: &request, query, grpc: protocol == WireProtocol::Grpc }, &mut ())
 }

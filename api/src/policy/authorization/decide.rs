@@ -3,7 +3,8 @@
 
 use std::fmt;
 
-use super::form::{Action, Attribute, Authorization, DefaultAction, Policy};
+use super::form::{Action, Authorization, Condition, DefaultAction, Policy};
+use super::index::{Index, Section};
 use super::rule::{Look, Reading};
 use crate::facts::{Connection, Request};
 use crate::policy::trace::{Step, Trace};
@@ -58,80 +59,120 @@ pub struct Verdict<'p> {
     pub audit: Vec<By<'p>>,
 }
 
+/// Policies that are asked one after the other.
+#[derive(Clone, Copy)]
+enum Asked {
+    Audit,
+    Deny,
+    Allow,
+    /// ALLOW in Shadow mode.
+    Trial,
+}
+
+impl Asked {
+    fn reading(self) -> Reading {
+        match self {
+            Asked::Deny => Reading::Deny,
+            Asked::Audit | Asked::Allow | Asked::Trial => Reading::Allow,
+        }
+    }
+
+    fn includes(self, policy: &Policy) -> bool {
+        match self {
+            Asked::Audit => policy.action == Action::Audit,
+            Asked::Deny => policy.action == Action::Deny,
+            Asked::Allow => policy.action == Action::Allow && !policy.shadow,
+            Asked::Trial => policy.action == Action::Allow && policy.shadow,
+        }
+    }
+
+    fn of(self, index: &Index) -> &Section {
+        match self {
+            Asked::Audit => &index.audit,
+            Asked::Deny => &index.deny,
+            Asked::Allow => &index.allow,
+            Asked::Trial => &index.trial,
+        }
+    }
+}
+
 impl Authorization {
-    pub fn decide<'p>(
+    /// Makes decisions cheap where there are many rules; to be called when policies arrive. What is decided is the same.
+    pub fn prepare(&self) {
+        self.prepared.0.get_or_init(|| Box::new(Index::new(self)));
+    }
+
+    /// Bytes that the preparation takes, about.
+    pub fn prepared_bytes(&self) -> usize {
+        self.prepared.0.get().map_or(0, |index| index.bytes())
+    }
+
+    /// Decides about a request, or with `request` None about a connection of opaque bytes. With a trace every rule is
+    /// looked at, so that the steps tell of each.
+    pub fn decide<'p, T: Trace>(
         &'p self,
         connection: &Connection<'_>,
         request: Option<&Request<'_>>,
-        trace: &mut impl Trace,
+        trace: &mut T,
     ) -> Verdict<'p> {
         let mut verdict = Verdict::default();
         if self.is_empty() {
             return verdict;
         }
-        let here: fn(&Policy, &Connection<'_>) -> bool = Policy::applies;
-        let enforced = |policy: &&Policy| !policy.shadow && here(policy, connection);
-        let shadowed = |policy: &&Policy| policy.shadow && here(policy, connection);
         if let Some(ambiguous) = request.and_then(|request| request.path.ambiguous) {
-            let mut looking = self.policies.iter().filter(|policy| policy.looks_at_paths());
-            if let Some(policy) = looking.clone().find(enforced) {
+            let looking =
+                || self.policies.iter().filter(|policy| policy.looks_at_paths() && policy.applies(connection));
+            if let Some(policy) = looking().find(|policy| !policy.shadow) {
                 trace.step(|| Step::new("path", policy.full_name(), "refused", ambiguous.as_str().to_owned()));
                 verdict.denied = Some(Denial::PathAmbiguous);
                 verdict.by = Some(By::Policy { policy, rule: None });
                 return verdict;
             }
-            if let Some(policy) = looking.find(shadowed) {
+            if let Some(policy) = looking().find(|policy| policy.shadow) {
                 verdict.shadow.push(By::Policy { policy, rule: None });
             }
         }
-        for policy in self.policies.iter().filter(|policy| policy.action == Action::Audit) {
-            if here(policy, connection)
-                && let Some(rule) = policy.first_match(connection, request, Reading::Allow, trace)
-            {
-                verdict.audit.push(By::Policy { policy, rule: Some(rule) });
-            }
-        }
-        for policy in self.policies.iter().filter(|policy| policy.action == Action::Deny) {
-            if !here(policy, connection) {
-                continue;
-            }
-            let Some(rule) = policy.first_match(connection, request, Reading::Deny, trace) else { continue };
+        self.ask(Asked::Audit, connection, request, trace, |policy, rule| {
+            verdict.audit.push(By::Policy { policy, rule: Some(rule) });
+            true
+        });
+        self.ask(Asked::Deny, connection, request, trace, |policy, rule| {
             let by = By::Policy { policy, rule: Some(rule) };
             if policy.shadow {
                 verdict.shadow.push(by);
-            } else {
-                verdict.denied = Some(Denial::Policy);
-                verdict.by = Some(by);
-                return verdict;
+                return true;
             }
+            verdict.denied = Some(Denial::Policy);
+            verdict.by = Some(by);
+            false
+        });
+        if verdict.denied.is_none() {
+            self.allow(connection, request, trace, &mut verdict);
         }
-        self.allow(connection, request, trace, &mut verdict);
         verdict
     }
 
-    fn allow<'p>(
+    fn allow<'p, T: Trace>(
         &'p self,
         connection: &Connection<'_>,
         request: Option<&Request<'_>>,
-        trace: &mut impl Trace,
+        trace: &mut T,
         verdict: &mut Verdict<'p>,
     ) {
-        let allows = || {
-            let policies = self.policies.iter();
-            policies.filter(|policy| policy.action == Action::Allow && policy.applies(connection))
-        };
-        let mut enforced = 0_usize;
-        for policy in allows().filter(|policy| !policy.shadow) {
-            enforced += 1;
-            if let Some(rule) = policy.first_match(connection, request, Reading::Allow, trace) {
-                verdict.by = Some(By::Policy { policy, rule: Some(rule) });
-                return;
-            }
+        self.ask(Asked::Allow, connection, request, trace, |policy, rule| {
+            verdict.by = Some(By::Policy { policy, rule: Some(rule) });
+            false
+        });
+        if verdict.by.is_some() {
+            return;
         }
-        if enforced > 0 {
+        let asked = |which: Asked| {
+            self.policies.iter().filter(move |policy| which.includes(policy) && policy.applies(connection))
+        };
+        let mut enforced = asked(Asked::Allow);
+        if let Some(policy) = enforced.next() {
             verdict.denied = Some(Denial::Policy);
-            let mut all = allows().filter(|policy| !policy.shadow);
-            verdict.by = all.next().filter(|_| enforced == 1).map(|policy| By::Policy { policy, rule: None });
+            verdict.by = enforced.next().is_none().then_some(By::Policy { policy, rule: None });
             return;
         }
         if self.default_action == DefaultAction::Deny {
@@ -144,14 +185,45 @@ impl Authorization {
             return;
         }
         // Nothing is enforced: with its shadows in force a request would need one of them to match.
-        let mut shadows = Vec::new();
-        for policy in allows().filter(|policy| policy.shadow) {
-            if policy.first_match(connection, request, Reading::Allow, trace).is_some() {
-                return;
-            }
-            shadows.push(By::Policy { policy, rule: None });
+        let mut matched = false;
+        self.ask(Asked::Trial, connection, request, trace, |_, _| {
+            matched = true;
+            false
+        });
+        if !matched {
+            verdict.shadow.extend(asked(Asked::Trial).map(|policy| By::Policy { policy, rule: None }));
         }
-        verdict.shadow.append(&mut shadows);
+    }
+
+    /// Calls `each` with every policy that matches, by its first rule that does, until it answers false.
+    fn ask<'p, T: Trace>(
+        &'p self,
+        which: Asked,
+        connection: &Connection<'_>,
+        request: Option<&Request<'_>>,
+        trace: &mut T,
+        mut each: impl FnMut(&'p Policy, usize) -> bool,
+    ) {
+        let Some(index) = self.prepared.0.get().filter(|_| !T::RECORDS) else {
+            for policy in self.policies.iter().filter(|policy| which.includes(policy) && policy.applies(connection)) {
+                let matched = policy.first_match(connection, request, which.reading(), trace);
+                if matched.is_some_and(|rule| !each(policy, rule)) {
+                    return;
+                }
+            }
+            return;
+        };
+        let looked = Look { connection, request, reading: which.reading() };
+        let mut done = None;
+        which.of(index).candidates(connection, request, which.reading() == Reading::Deny, |place, rule| {
+            let Some(policy) = self.policies.get(place).filter(|_| done != Some(place)) else { return true };
+            let form = &policy.rules[rule];
+            if !policy.applies(connection) || looked.first_mismatch(form).is_some() {
+                return true;
+            }
+            done = Some(place);
+            each(policy, rule)
+        });
     }
 }
 
@@ -175,8 +247,7 @@ impl Policy {
     fn looks_at_paths(&self) -> bool {
         self.action != Action::Audit
             && self.rules.iter().any(|rule| {
-                rule.to.iter().any(|to| !to.paths.is_empty())
-                    || rule.when.iter().any(|condition| condition.key == Attribute::Path)
+                rule.to.iter().any(|to| !to.paths.is_empty()) || rule.when.iter().any(Condition::looks_at_paths)
             })
     }
 
@@ -199,7 +270,7 @@ impl Policy {
                             (false, Action::Audit) => "audited",
                         };
                         let object = format!("{} rule {index}", self.full_name());
-                        Step::new(self.stage(), object, result, "every condition holds".to_owned())
+                        Step::new(self.stage(), object, result, format!("every condition holds{}", looked.doubts(rule)))
                     });
                     return Some(index);
                 }

@@ -1,10 +1,14 @@
 //! AuthorizationPolicies in the form in which they are in force for one workload, as they travel to its sidecar.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::OnceLock;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::index::Index;
+use crate::expression::{Expression, LooksAt};
 use crate::policy::pattern::Pattern;
 
 /// Everything that decides about one workload's inbound side.
@@ -14,7 +18,27 @@ pub struct Authorization {
     pub policies: Vec<Policy>,
     /// What holds where no ALLOW policy applies.
     pub default_action: DefaultAction,
+    #[serde(skip)]
+    pub prepared: Prepared,
 }
+
+/// What makes decisions cheap, once it is made. It follows from the policies, so that two forms differ in them alone.
+#[derive(Debug, Default)]
+pub struct Prepared(pub(super) OnceLock<Box<Index>>);
+
+impl Clone for Prepared {
+    fn clone(&self) -> Prepared {
+        Prepared::default()
+    }
+}
+
+impl PartialEq for Prepared {
+    fn eq(&self, _: &Prepared) -> bool {
+        true
+    }
+}
+
+impl Eq for Prepared {}
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub enum DefaultAction {
@@ -144,6 +168,40 @@ pub enum Values {
     Addresses(Lists<IpNet>),
     Ports(Lists<u16>),
     Accounts(Lists<Account>),
+    /// A label of the caller: of each account the value that all its workloads have.
+    Labelled {
+        lists: Lists<Pattern>,
+        accounts: ByAccount<String>,
+    },
+    /// With the labels of callers that it looks at.
+    Expression {
+        expression: Expression,
+        accounts: ByAccount<BTreeMap<String, String>>,
+    },
+}
+
+/// Something of service accounts, by namespace and name.
+pub type ByAccount<T> = BTreeMap<String, BTreeMap<String, T>>;
+
+impl Condition {
+    /// True when it looks at what only a request has.
+    pub(super) fn is_http(&self) -> bool {
+        match &self.values {
+            Values::Expression { expression, .. } => expression.looks_at().request || expression.looks_at().claims,
+            _ => self.key.is_http(),
+        }
+    }
+
+    fn looks_at(&self) -> Option<&LooksAt> {
+        match &self.values {
+            Values::Expression { expression, .. } => Some(expression.looks_at()),
+            _ => None,
+        }
+    }
+
+    pub(super) fn looks_at_paths(&self) -> bool {
+        self.key == Attribute::Path || self.looks_at().is_some_and(|looks_at| looks_at.path)
+    }
 }
 
 /// What a condition looks at.
@@ -155,6 +213,7 @@ pub enum Attribute {
     SourceNamespace,
     SourcePrincipal,
     SourceServiceAccount,
+    SourceLabel(String),
     DestinationIp,
     DestinationPort,
     DestinationLabel(String),
@@ -170,6 +229,10 @@ pub enum Attribute {
     Presenter,
     Hour,
     Weekday,
+    /// The server name of the application's own TLS.
+    Sni,
+    /// A whole expression, which says itself what it looks at.
+    Expression,
 }
 
 impl Attribute {
@@ -190,11 +253,14 @@ impl Attribute {
             | Attribute::SourceNamespace
             | Attribute::SourcePrincipal
             | Attribute::SourceServiceAccount
+            | Attribute::SourceLabel(_)
             | Attribute::DestinationIp
             | Attribute::DestinationPort
             | Attribute::DestinationLabel(_)
             | Attribute::Hour
-            | Attribute::Weekday => false,
+            | Attribute::Weekday
+            | Attribute::Sni
+            | Attribute::Expression => false,
         }
     }
 }
@@ -224,6 +290,9 @@ impl fmt::Display for Attribute {
             Attribute::Presenter => f.write_str("request.auth.presenter"),
             Attribute::Hour => f.write_str("time.hour"),
             Attribute::Weekday => f.write_str("time.weekday"),
+            Attribute::SourceLabel(name) => write!(f, "source.labels[{name}]"),
+            Attribute::Sni => f.write_str("connection.sni"),
+            Attribute::Expression => f.write_str("expression"),
         }
     }
 }
@@ -239,22 +308,42 @@ impl Authorization {
         self.rules().any(|rule| {
             rule.to.iter().any(|to| !(to.hosts.is_empty() && to.methods.is_empty() && to.paths.is_empty()))
                 || rule.from.iter().any(|from| !from.request_principals.is_empty())
-                || rule.when.iter().any(|condition| condition.key.is_http())
+                || rule.when.iter().any(Condition::is_http)
         })
     }
 
     /// The headers that rules look at, in lower case; one may come several times.
     pub fn headers(&self) -> impl Iterator<Item = &str> {
-        self.rules().flat_map(|rule| &rule.when).filter_map(|condition| match &condition.key {
-            Attribute::Header(name) => Some(name.as_str()),
-            _ => None,
+        self.rules().flat_map(|rule| &rule.when).flat_map(|condition| {
+            let named = match &condition.key {
+                Attribute::Header(name) => Some(name),
+                _ => None,
+            };
+            named
+                .into_iter()
+                .chain(condition.looks_at().into_iter().flat_map(|looks_at| &looks_at.headers))
+                .map(String::as_str)
         })
     }
 
     /// True when a rule looks at the clock.
     pub fn looks_at_time(&self) -> bool {
+        if let Some(index) = self.prepared.0.get() {
+            return index.looks_at_time;
+        }
         let mut conditions = self.rules().flat_map(|rule| &rule.when);
-        conditions.any(|condition| matches!(condition.key, Attribute::Hour | Attribute::Weekday))
+        conditions.any(|condition| {
+            let now = || condition.looks_at().is_some_and(|looks_at| looks_at.now);
+            matches!(condition.key, Attribute::Hour | Attribute::Weekday) || now()
+        })
+    }
+
+    /// True when a rule looks at the server name that a client asks for.
+    pub fn looks_at_sni(&self) -> bool {
+        if let Some(index) = self.prepared.0.get() {
+            return index.looks_at_sni;
+        }
+        self.rules().flat_map(|rule| &rule.when).any(|condition| condition.key == Attribute::Sni)
     }
 
     fn rules(&self) -> impl Iterator<Item = &Rule> {

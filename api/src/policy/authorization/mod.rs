@@ -5,13 +5,20 @@
 //! Semantics are Istio's. A value that is absent matches no positive list and every negative one. Opaque bytes have no
 //! HTTP attributes: a condition on one holds in DENY and does not in ALLOW, so that what cannot be looked at is refused.
 
+mod affix;
 mod decide;
+mod evaluated;
 mod form;
+mod index;
 mod rule;
 mod token;
 mod words;
 
+#[cfg(test)]
+mod index_tests;
+
 pub use decide::{By, Denial, Verdict};
 pub use form::{
-    Account, Action, Attribute, Authorization, Condition, DefaultAction, Lists, Operation, Policy, Rule, Source, Values,
+    Account, Action, Attribute, Authorization, ByAccount, Condition, DefaultAction, Lists, Operation, Policy, Prepared,
+    Rule, Source, Values,
 };

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use super::form::{Account, Attribute, Condition, Lists, Operation, Rule, Source, Values};
 use super::token;
-use crate::facts::{Connection, Moment, Request, normal_host};
+use crate::facts::{Connection, Moment, Request, lower_host, normal_host};
 use crate::path::NormalPath;
 use crate::policy::pattern::Pattern;
 
@@ -151,7 +151,7 @@ impl Look<'_, '_> {
     }
 
     fn condition(&self, condition: &Condition) -> bool {
-        if condition.key.is_http() && self.request.is_none() {
+        if condition.is_http() && self.request.is_none() {
             return self.reading == Reading::Deny;
         }
         let connection = self.connection;
@@ -160,6 +160,10 @@ impl Look<'_, '_> {
             (Values::Addresses(lists), Attribute::DestinationIp) => ip_holds(lists, connection.destination_ip),
             (Values::Ports(lists), _) => lists.hold(Some(connection.destination_port), |port, value| *port == value),
             (Values::Accounts(lists), _) => self.account_holds(lists),
+            (Values::Labelled { lists, accounts }, _) => lists.hold(self.label(accounts), Pattern::matches),
+            (Values::Expression { expression, accounts }, _) => {
+                self.evaluate(expression, accounts).unwrap_or(self.reading == Reading::Deny)
+            }
             (Values::Texts(lists), Attribute::SourcePrincipal) => self.principal_holds(lists),
             (Values::Texts(lists), Attribute::Header(name)) => match self.request {
                 Some(request) => header_holds(lists, request, name, self.reading),
@@ -202,7 +206,10 @@ impl Look<'_, '_> {
                 let day = Moment::WEEKDAYS.get(usize::from(connection.now.weekday)).copied();
                 lists.hold(day, Pattern::matches)
             }
+            Attribute::Sni => lists.hold(connection.sni, Pattern::matches),
             Attribute::Header(_)
+            | Attribute::SourceLabel(_)
+            | Attribute::Expression
             | Attribute::SourceIp
             | Attribute::SourcePrincipal
             | Attribute::SourceServiceAccount
@@ -237,7 +244,11 @@ fn ip_holds(lists: &Lists<IpNet>, ip: Option<IpAddr>) -> bool {
 }
 
 fn host_holds(lists: &Lists<Pattern>, host: &str) -> bool {
-    lists.hold(Some(normal_host(host).as_str()), Pattern::matches)
+    let mut place = [0; 256];
+    match lower_host(host, &mut place) {
+        Some(host) => lists.hold(Some(host), Pattern::matches),
+        None => lists.hold(Some(normal_host(host).as_str()), Pattern::matches),
+    }
 }
 
 /// A field may come several times, and as a list: DENY holds when any value does, ALLOW when all do. A line counts as a

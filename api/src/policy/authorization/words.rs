@@ -4,10 +4,11 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use super::form::{Attribute, Lists, Rule, Values};
+use super::form::{Attribute, Condition, Lists, Rule, Values};
 use super::rule::{Look, Mismatch, OperationField, SourceField};
 use super::token;
 use crate::facts::{Moment, normal_host};
+use crate::peer_text::cut;
 
 impl Look<'_, '_> {
     /// What did not hold and the value that was seen.
@@ -55,19 +56,46 @@ impl Look<'_, '_> {
             }
             Mismatch::Condition(index) => {
                 let condition = &rule.when[index];
+                if let Values::Expression { expression, accounts } = &condition.values {
+                    let said = match self.evaluate(expression, accounts) {
+                        _ if condition.is_http() && self.request.is_none() => {
+                            "not to be seen in opaque bytes".to_owned()
+                        }
+                        Ok(_) => "it is false".to_owned(),
+                        Err(why) => format!("it has no answer: {why}"),
+                    };
+                    return format!("when[{index}] expression {:?}: {said}", cut(expression.as_str()));
+                }
                 let wanted = match &condition.values {
                     Values::Texts(lists) => wanted(lists),
                     Values::Addresses(lists) => wanted(lists),
                     Values::Ports(lists) => wanted(lists),
                     Values::Accounts(lists) => wanted(lists),
+                    Values::Labelled { lists, .. } => wanted(lists),
+                    Values::Expression { .. } => String::new(),
                 };
-                format!("when[{index}] {}: it is {}, {wanted}", condition.key, self.seen(&condition.key))
+                format!("when[{index}] {}: it is {}, {wanted}", condition.key, self.seen(condition))
             }
         }
     }
 
-    fn seen(&self, key: &Attribute) -> String {
-        let connection = self.connection;
+    /// What a step adds for expressions that had no answer and were taken for matches all the same.
+    pub(super) fn doubts(&self, rule: &Rule) -> String {
+        let doubt = |condition: &Condition| match &condition.values {
+            Values::Expression { expression, accounts } if self.request.is_some() || !condition.is_http() => {
+                let why = self.evaluate(expression, accounts).err()?;
+                Some(format!(
+                    "; expression {:?} has no answer ({why}), which counts as a match",
+                    cut(expression.as_str())
+                ))
+            }
+            _ => None,
+        };
+        rule.when.iter().filter_map(doubt).collect()
+    }
+
+    fn seen(&self, condition: &Condition) -> String {
+        let (connection, key) = (self.connection, &condition.key);
         if key.is_http() && self.request.is_none() {
             return "not to be seen in opaque bytes".to_owned();
         }
@@ -101,6 +129,12 @@ impl Look<'_, '_> {
                 let nothing = || if claims.is_some() { NOTHING } else { "absent, there is no token" }.to_owned();
                 token::seen(key, claims).unwrap_or_else(nothing)
             }
+            Attribute::SourceLabel(_) => match &condition.values {
+                Values::Labelled { accounts, .. } => quoted(self.label(accounts)),
+                _ => NOTHING.to_owned(),
+            },
+            Attribute::Sni => quoted(connection.sni),
+            Attribute::Expression => String::new(),
             Attribute::Hour => connection.now.hour.to_string(),
             Attribute::Weekday => quoted(Moment::WEEKDAYS.get(usize::from(connection.now.weekday)).copied()),
         }

@@ -79,6 +79,7 @@ fn ask(authentication: &Authentication, request: &str, fields: &[(&str, &str)], 
         service: Some(&service),
         labels: &labels,
         now: Moment::default(),
+        sni: None,
     };
     // What travels is what decides.
     let wire = serde_json::to_string(authentication).unwrap();

@@ -1,13 +1,15 @@
 //! A condition as written: what `when` looks at, and the values that it may have.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
 use super::super::Metadata;
 use super::super::findings::Findings;
 use super::super::nearest::suggestion;
 use super::super::path::{Path, Shortened};
 use super::value::{Written, account, block, host, hour, lists, method, path_pattern, port, principal, weekday};
+use crate::expression::{Expression, Mistake};
 use crate::policy::authorization::{Attribute, Condition, Values};
 use crate::policy::pattern::Pattern;
 
@@ -17,7 +19,7 @@ pub(super) struct RawCondition {
     key: Option<String>,
     values: Written,
     not_values: Written,
-    expression: Option<IgnoredAny>,
+    expression: Option<String>,
 }
 
 const KEYS: &[&str] = &[
@@ -29,6 +31,7 @@ const KEYS: &[&str] = &[
     "source.namespace",
     "source.principal",
     "source.serviceAccount",
+    "source.labels[NAME]",
     "destination.ip",
     "destination.port",
     "destination.labels[NAME]",
@@ -40,14 +43,26 @@ const KEYS: &[&str] = &[
     "grpc.method",
     "time.hour",
     "time.weekday",
+    "connection.sni",
 ];
 
 impl RawCondition {
     pub(super) fn check(self, metadata: &Metadata, path: &Path, findings: &mut Findings) -> Option<Condition> {
-        if self.expression.is_some() {
-            let message = "expressions are not in this version: write `key` and `values`".to_owned();
-            findings.error_at_key(&path.key("expression"), message);
-            return None;
+        if let Some(text) = &self.expression {
+            let path = path.key("expression");
+            if self.key.is_some() || self.values.is_some() || self.not_values.is_some() {
+                findings.error_at_key(&path, "stands beside `key`: write it as a condition of its own".to_owned());
+            }
+            return match Expression::new(text) {
+                Ok(expression) => {
+                    let values = Values::Expression { expression, accounts: BTreeMap::new() };
+                    Some(Condition { key: Attribute::Expression, values })
+                }
+                Err(Mistake { at, message }) => {
+                    findings.error(&path, format!("at its character {at}: {message}"));
+                    None
+                }
+            };
         }
         let Some(written) = self.key else {
             findings.error(path, "`key` is missing: what the condition looks at".to_owned());
@@ -74,10 +89,14 @@ impl RawCondition {
             Attribute::SourceServiceAccount => {
                 Values::Accounts(lists(written, path, names, findings, |text| account(&text, metadata)))
             }
+            Attribute::SourceLabel(_) => Values::Labelled {
+                lists: lists(written, path, names, findings, |text| Ok(Pattern::new(&text))),
+                accounts: BTreeMap::new(),
+            },
             key => Values::Texts(lists(written, path, names, findings, |text| match key {
                 Attribute::SourcePrincipal => principal(&text),
                 Attribute::Path => path_pattern(&text),
-                Attribute::Host => host(&text),
+                Attribute::Host | Attribute::Sni => host(&text),
                 Attribute::Method => method(&text),
                 Attribute::Hour => hour(&text),
                 Attribute::Weekday => weekday(&text),
@@ -103,11 +122,8 @@ fn attribute(text: &str) -> Result<Attribute, String> {
             || format!("{} is no claim: request.auth.claims[NAME], or [NAME][NAME] for one inside", Shortened(text));
         return Ok(Attribute::Claim(names.ok_or_else(wrong)?.into_iter().map(str::to_owned).collect()));
     }
-    if text.starts_with("source.labels[") {
-        return Err("not in this version: use source.serviceAccount".to_owned());
-    }
-    if text == "connection.sni" {
-        return Err("not in this version: use destination.port".to_owned());
+    if let Some(name) = named("source.labels[") {
+        return Ok(Attribute::SourceLabel(name.to_owned()));
     }
     if text == "remote.ip" {
         return Err("would believe x-forwarded-for, which callers write: use source.ip".to_owned());
@@ -129,6 +145,7 @@ fn attribute(text: &str) -> Result<Attribute, String> {
         "grpc.method" => Attribute::GrpcMethod,
         "time.hour" => Attribute::Hour,
         "time.weekday" => Attribute::Weekday,
+        "connection.sni" => Attribute::Sni,
         _ => return Err(format!("unknown key {}{}", Shortened(text), suggestion(text, KEYS))),
     })
 }
