@@ -61,7 +61,8 @@ pub(super) async fn serve<F>(
             keep_alive,
         };
         let request = request.map(|()| Received::Http1(Incoming::new(&downstream, spelling, binds)));
-        let answering = Answering { answer: respond(request), session, downstream: &downstream };
+        // Boxed: the walk's state is 4 KiB, which an idle connection would keep.
+        let answering = Answering { answer: Box::pin(respond(request)), session, downstream: &downstream };
         let Some(response) = answering.await else { return };
         if session.ended.get() && response.body().is_local() && response.status() == CLIENT_CLOSED {
             return;

@@ -208,7 +208,8 @@ where
                 room: MOST_WAITING,
                 stage: Stage::Awaited { answer },
             };
-            tokio::task::spawn_local(StreamTask::new(answering));
+            // Boxed: a task is moved as a whole when it is made and when it ends.
+            tokio::task::spawn_local(StreamTask::new(Box::pin(answering)));
             if before > 0 {
                 Self::count(&self.session, &self.on_refusal, self.streams, before);
             }
