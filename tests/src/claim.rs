@@ -54,9 +54,19 @@ impl Lease {
         self.say(lease_request::Kind::Withdraw(Withdraw {})).await;
     }
 
+    /// Whether it still answers; what was registered is withdrawn.
+    pub async fn is_alive(&mut self) -> bool {
+        self.ask(lease_request::Kind::Withdraw(Withdraw {})).await.is_some()
+    }
+
     async fn say(&mut self, kind: lease_request::Kind) -> LeaseResponse {
-        self.requests.send(LeaseRequest { kind: Some(kind) }).await.expect("the stream is open");
-        soon("an answer", self.answers.message()).await.expect("an answer").expect("an answer")
+        self.ask(kind).await.expect("an answer")
+    }
+
+    /// Nothing when the stream has ended.
+    async fn ask(&mut self, kind: lease_request::Kind) -> Option<LeaseResponse> {
+        self.requests.send(LeaseRequest { kind: Some(kind) }).await.ok()?;
+        soon("an answer or the end", self.answers.message()).await.ok()?
     }
 }
 

@@ -31,7 +31,7 @@ impl Walk {
         }
         let upstream = match opened {
             Some(upstream) => Ok(upstream),
-            None => self.dial(permit).await,
+            None => Box::pin(self.dial(permit)).await,
         };
         match upstream {
             Ok(upstream) => {
