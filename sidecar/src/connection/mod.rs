@@ -263,6 +263,11 @@ impl Entry {
         }
     }
 
+    /// For which name the client's own TLS asks, where a rule looks at it.
+    pub fn asked_for(&self) -> Option<String> {
+        self.facts().as_ref().and_then(|facts| facts.sni.clone())
+    }
+
     /// A request was let in with this head, and its connection leaves HTTP: it is judged by that head from here on.
     pub fn leaves_http(&self, head: Option<Parts>) {
         if let Some(facts) = self.facts().as_mut() {

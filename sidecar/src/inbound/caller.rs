@@ -15,7 +15,7 @@ use crate::telemetry::{Direction, Edge, EdgeLabels, NoteKey, NoteKind, TcpRecord
 
 /// Who calls.
 pub(super) struct Caller {
-    pub(super) peer: Option<Proved>,
+    pub(super) peer: Option<Box<Proved>>,
     pub(super) destination_service: String,
 }
 

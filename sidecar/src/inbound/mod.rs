@@ -2,7 +2,6 @@
 //! upstream is always the application's own address, never loopback in its place. What is over when bytes flow is
 //! boxed: a connection's task is as large as its largest part for as long as it lives.
 
-use std::cell::RefCell;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -97,7 +96,7 @@ pub async fn serve_own(
     let mut walk = Walk::new(&worker, &own, application, &registered);
     walk.let_in(Arrival::Own, None, Some(worker.own.principal.clone()));
     let (identity, workload) = (worker.own.principal.clone(), worker.own.workload.as_str().into());
-    walk.caller.peer = Some(Proved { identity, workload, mtls: false });
+    walk.caller.peer = Some(Box::new(Proved { identity, workload, mtls: false }));
     let served = match policy::admit(walk.mode, Arrival::Own) {
         Ok(permit) => walk.framed(stream, alpn, permit).await,
         Err(error) => Err(Box::new((error, Some(stream)))),
@@ -116,8 +115,6 @@ struct Walk {
     mode: MtlsMode,
     declared: Option<Protocol>,
     caller: Caller,
-    /// The server name in the client's own TLS, where a rule looks at it.
-    sni: RefCell<Option<String>>,
 }
 
 /// Boxed, because every level of the walk has room for it for as long as its connection lives.
@@ -134,7 +131,6 @@ impl Walk {
             mode: own.mtls_mode(application.port()),
             declared: own.protocol(application.port()),
             caller: Caller { peer: None, destination_service: service },
-            sni: RefCell::default(),
         }
     }
 
@@ -227,14 +223,20 @@ impl Walk {
     }
 
     /// A sidecar: prove who it is, then serve what its ALPN id says, as far as the port allows.
-    async fn mutual(&mut self, mut stream: Stream, hello: Box<Accepted>) -> Result<(), Refused> {
+    async fn mutual(&mut self, stream: Stream, hello: Box<Accepted>) -> Result<(), Refused> {
+        let (stream, alpn, permit) = Box::pin(self.prove(stream, hello)).await?;
+        self.framed(stream, alpn, permit).await
+    }
+
+    /// The handshake, and what is known of the caller by it.
+    async fn prove(&mut self, mut stream: Stream, hello: Box<Accepted>) -> Result<(Stream, MeshAlpn, Permit), Refused> {
         let permit = policy::admit(self.mode, Arrival::Mutual).map_err(|error| Box::new((error, None)))?;
         let Some(material) = self.worker.tls.current() else {
             return Err(Box::new((Error::own(Stage::Accept, Reason::NotReady, "no certificate yet"), Some(stream))));
         };
         drop(stream.take_ahead());
         let stream = stream.below_tls();
-        let (stream, peer) = Box::pin(tls::accept_hello(&material, *hello, stream))
+        let (stream, peer) = tls::accept_hello(&material, *hello, stream)
             .await
             .map_err(|error| Box::new((Error::downstream(Stage::Accept, error.reason(), error.to_string()), None)))?;
         let stream = Stream::from(stream);
@@ -250,8 +252,8 @@ impl Walk {
         // The caller stops using the connection by itself when its certificate ends; this is for one that does not.
         self.registered.retire_at(peer.not_after);
         let alpn = peer.alpn;
-        self.caller.peer = Some(Proved { identity: peer.identity, workload: peer.workload, mtls: true });
-        self.framed(stream, alpn, permit).await
+        self.caller.peer = Some(Box::new(Proved { identity: peer.identity, workload: peer.workload, mtls: true }));
+        Ok((stream, alpn, permit))
     }
 
     /// Serves what the ALPN id of a caller says, as far as the port allows.

@@ -58,8 +58,7 @@ impl Walk {
     async fn read_sni(&self, stream: &mut Stream) -> Result<(), Error> {
         let failed = |error: std::io::Error| Error::downstream(Stage::Detect, Reason::ClientClosed, error.to_string());
         if let Sniffed::Tls(name) = sni::sniff(stream, self.worker.limits.detect_wait).await.map_err(failed)? {
-            self.registered.asks_for(name.clone());
-            self.sni.replace(name);
+            self.registered.asks_for(name);
         }
         Ok(())
     }
@@ -68,7 +67,7 @@ impl Walk {
     fn judged_opaque(&self) -> Judgement {
         let Some(own) = self.worker.own_workload() else { return Judgement::default() };
         let identity = self.caller.peer.as_ref().map(|peer| &peer.identity);
-        let sni = self.sni.borrow();
+        let sni = self.registered.asked_for();
         let client = self.registered.client.ip();
         let call = Call { identity, client, application: self.application, sni: sni.as_deref() };
         policy::judge_opaque(&own, &call)

@@ -21,15 +21,8 @@ impl Walk {
         opened: Option<Stream>,
         permit: Permit,
     ) -> Result<(), Refused> {
-        let open = async || self.dial(permit).await;
-        let key = self.key();
         // Boxed where they are made: what has a name keeps its place in the task for as long as its scope lives.
-        let (id, moment) = (self.registered.id, Moment::AsRemembered);
-        let first = if self.may_speculate() {
-            Box::pin(silence::first(&self.worker, &key, id, &mut stream, moment, open)).await
-        } else {
-            Box::pin(self.begins(&mut stream)).await
-        };
+        let first = Box::pin(self.first(&mut stream, permit)).await;
         let opened = match first {
             Ok(First::Client(later)) => opened.or(later),
             Ok(First::Server(opened)) => return self.server_first(stream, opened).await,
@@ -53,6 +46,16 @@ impl Walk {
             Ok(Peeked::Silent | Peeked::Left) => Ok(()),
             Err(error) => Err(Box::new((error, Some(stream)))),
         }
+    }
+
+    /// Who speaks first: where policy lets opaque bytes in, the application may.
+    async fn first(&self, stream: &mut Stream, permit: Permit) -> Result<First<Stream>, Error> {
+        if !self.may_speculate() {
+            return self.begins(stream).await;
+        }
+        let open = async || self.dial(permit).await;
+        let (key, id) = (self.key(), self.registered.id);
+        silence::first(&self.worker, &key, id, stream, Moment::AsRemembered, open).await
     }
 
     /// Under which it is remembered who speaks first.
