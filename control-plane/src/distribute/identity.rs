@@ -11,7 +11,7 @@ use outrigger_api::wire::identity_server::Identity;
 use outrigger_api::wire::{IssueRequest, IssueResponse};
 use tonic::{Code, Request, Response, Status};
 
-use super::index::leaf_lifetime_seconds;
+use super::catalog::leaf_lifetime_seconds;
 use super::late;
 use super::recent::Event;
 use super::server::{Control, Shared};

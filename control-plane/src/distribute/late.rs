@@ -12,8 +12,8 @@ use tonic::Code;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
+use super::catalog::renew_grace_seconds;
 use super::identity::Refusal;
-use super::index::renew_grace_seconds;
 use super::server::Control;
 use super::tls::{Peer, PeerCertificate, verify_ended};
 

@@ -1,10 +1,9 @@
 //! What sidecars talk to: certificates for proofs, what is known on demand, leases, and reports, over gRPC and TLS.
 //! `app` starts it, `admin` reads its status. Nothing here believes a name that a certificate or a token does not prove.
 
+mod catalog;
 mod discovery;
-mod empty;
 mod identity;
-mod index;
 mod late;
 mod lease;
 mod members;
@@ -18,7 +17,7 @@ mod streams;
 mod telemetry;
 mod tls;
 
-pub use index::{Catalog, leaf_lifetime_seconds};
+pub use catalog::{Catalog, leaf_lifetime_seconds};
 pub use metrics::Metrics;
 pub use publisher::{Publisher, Refusal, SidecarStatus};
 pub use recent::{Event, Noted, Recent};

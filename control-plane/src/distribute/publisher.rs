@@ -19,7 +19,7 @@ use outrigger_api::snapshot::Key;
 use outrigger_api::wire::{self, watch_response};
 use tokio::sync::Notify;
 
-use super::index::Catalog;
+use super::catalog::Catalog;
 use super::metrics::Metrics;
 use crate::registry::{Instance, InstanceId, RegisterError, Registration, Registry, SavedLease, VirtualAddresses};
 use scope::Scope;

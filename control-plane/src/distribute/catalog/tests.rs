@@ -1,10 +1,17 @@
-use std::net::IpAddr;
+//! One moment of configuration and registry after another, and what sidecars and operators are told of it.
+
 use std::time::{Instant, SystemTime};
 
-use outrigger_api::resource::{PeerAuthentication, Selector, Workload as WorkloadSpec};
+use outrigger_api::name::Protocol;
+use outrigger_api::resource::{
+    AuthorizationPolicy, Labels, LoadBalancerType, PeerAuthentication, Selector, ServicePort, TargetPort,
+    Workload as WorkloadSpec,
+};
+use outrigger_api::snapshot::{Destination, Endpoint, EndpointTls, LoadBalancer, MtlsMode};
 
+use super::destination::LOAD_BALANCER;
 use super::*;
-use crate::registry::{Holder, Registration};
+use crate::registry::{Holder, InstanceId, LeasedPort, Registration};
 
 fn labels(text: &str) -> Labels {
     text.split(',')

@@ -4,7 +4,7 @@ use outrigger_api::resource::{Resource, Service, ServicePort, TargetPort};
 use outrigger_api::snapshot::{Destination, LoadBalancer};
 use outrigger_api::{compile, name};
 
-use super::index::{SERVICE_ACCOUNTS, selects};
+use super::{SERVICE_ACCOUNTS, selects};
 use crate::policy;
 use crate::registry::Registry;
 
