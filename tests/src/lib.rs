@@ -17,6 +17,7 @@ pub mod peer;
 pub mod pods;
 pub mod process;
 pub mod raw_tcp;
+pub mod routes;
 pub mod sidecar;
 pub mod stand_in;
 pub mod transparent;
