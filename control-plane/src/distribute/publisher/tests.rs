@@ -1,9 +1,14 @@
+//! Who is told what, when, and how often.
+
 use std::time::UNIX_EPOCH;
 
 use outrigger_api::identity::TrustDomain;
 use outrigger_api::name;
 use outrigger_api::resource::{Metadata, Resource, Service, ServicePort, TargetPort};
+use outrigger_api::snapshot::Key;
+use outrigger_api::wire::watch_response;
 
+use super::accounts::{MAX_ACCOUNT_STREAMS, MAX_ACCOUNT_SUBSCRIPTIONS};
 use super::*;
 use crate::registry::{Holder, LOST, LeasedPort};
 

@@ -3,44 +3,35 @@
 //! however many sidecars share it, and wakes only those for whom the answer really changed. Versions come from one
 //! counter that grows over restarts too, so within each key they only grow.
 
+mod accounts;
 mod scope;
 mod subscriber;
+mod topics;
 
+pub use accounts::AccountLimit;
 pub use subscriber::{Refusal, SidecarStatus, Subscriber};
+pub use topics::Topic;
 
-use std::collections::hash_map::Entry as MapEntry;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use outrigger_api::name::ServiceName;
 use outrigger_api::resource::{Labels, Resources};
-use outrigger_api::snapshot::Key;
-use outrigger_api::wire::{self, watch_response};
+use outrigger_api::wire;
 use tokio::sync::Notify;
 
 use super::catalog::Catalog;
 use super::metrics::Metrics;
 use crate::registry::{Instance, InstanceId, RegisterError, Registration, Registry, SavedLease, VirtualAddresses};
+use accounts::Accounts;
 use scope::Scope;
+use topics::{Entry, NO_CALLER};
 
 /// Changes that come together are computed together: those of this time, and of more when computing takes longer, so
 /// that it never takes more than a fifth of the thread.
 const COALESCE: Duration = Duration::from_millis(10);
 const MAX_COALESCE: Duration = Duration::from_millis(500);
-
-/// Of one service account: far more replicas than one has, and what they know together. 60 MiB.
-const MAX_ACCOUNT_STREAMS: usize = 2_000;
-const MAX_ACCOUNT_SUBSCRIPTIONS: usize = 65_536;
-
-/// What one service account may not have more of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum AccountLimit {
-    #[error("more than {MAX_ACCOUNT_STREAMS} streams of one service account")]
-    Streams,
-    #[error("more than {MAX_ACCOUNT_SUBSCRIPTIONS} subscriptions of one service account")]
-    Subscriptions,
-}
 
 /// Why a stream is not taken in.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -49,13 +40,6 @@ pub enum ConnectError {
     Instance(#[from] RegisterError),
     #[error(transparent)]
     Account(#[from] AccountLimit),
-}
-
-/// What a subscription is about, the same value for all who share it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Topic {
-    Own(InstanceId),
-    Destination(Key),
 }
 
 pub struct Publisher {
@@ -75,30 +59,11 @@ struct Inner {
     scope: Scope,
     version: u64,
     subscribers: HashMap<u64, Arc<Subscriber>>,
-    /// Streams and subscriptions, by namespace and service account.
-    accounts: HashMap<(String, String), Held>,
+    accounts: Accounts,
     /// The stream of each instance.
     streams: HashMap<InstanceId, u64>,
     /// Until then sidecars are still coming back after a restart: see [`Publisher::settle_for`].
     settles: Option<tokio::time::Instant>,
-}
-
-/// What the instances of one service account hold.
-#[derive(Default)]
-struct Held {
-    streams: usize,
-    subscriptions: usize,
-}
-
-/// One topic that somebody subscribed to.
-struct Entry {
-    /// None: withheld until the registry has settled.
-    message: Option<Arc<wire::WatchResponse>>,
-    /// What sidecars of these namespaces are told instead: their callers follow routes of their own.
-    consumers: HashMap<String, Arc<wire::WatchResponse>>,
-    subscribers: HashMap<u64, Arc<Subscriber>>,
-    /// For a workload's own topic: labels to go by until it has a lease.
-    granted: Labels,
 }
 
 impl Publisher {
@@ -119,7 +84,7 @@ impl Publisher {
             scope: Scope::default(),
             version,
             subscribers: HashMap::new(),
-            accounts: HashMap::new(),
+            accounts: Accounts::default(),
             streams: HashMap::new(),
             settles: None,
         };
@@ -246,11 +211,7 @@ impl Publisher {
             inner.disconnect(&before);
             before.replaced.notify_one();
         }
-        let held = inner.accounts.entry(account_of(subscriber)).or_default();
-        if held.streams >= MAX_ACCOUNT_STREAMS {
-            return Err(AccountLimit::Streams.into());
-        }
-        held.streams += 1;
+        inner.accounts.take_stream(&subscriber.id)?;
         inner.streams.insert(subscriber.id.clone(), subscriber.number);
         inner.subscribers.insert(subscriber.number, subscriber.clone());
         Ok(())
@@ -278,11 +239,7 @@ impl Publisher {
             return Ok(());
         }
         if !subscriber.has(topic) {
-            let held = inner.accounts.entry(account_of(subscriber)).or_default();
-            if held.subscriptions >= MAX_ACCOUNT_SUBSCRIPTIONS {
-                return Err(AccountLimit::Subscriptions);
-            }
-            held.subscriptions += 1;
+            inner.accounts.take_subscription(&subscriber.id)?;
         }
         if !inner.entries.contains_key(topic) {
             let resource = inner.compute(topic, granted, NO_CALLER);
@@ -302,7 +259,7 @@ impl Publisher {
         let mut inner = self.lock();
         inner.leave(topic, subscriber.number);
         if subscriber.left(topic) {
-            inner.give_back(subscriber, 0, 1);
+            inner.accounts.give_back(&subscriber.id, 0, 1);
         }
     }
 
@@ -402,122 +359,7 @@ impl Publisher {
     }
 }
 
-fn account_of(subscriber: &Subscriber) -> (String, String) {
-    (subscriber.id.namespace.clone(), subscriber.id.service_account.clone())
-}
-
-/// A namespace that nobody is of.
-const NO_CALLER: &str = "";
-
-/// Who is told something new of a topic.
-struct Changed {
-    /// Sidecars of namespaces without routes of their own.
-    others: bool,
-    namespaces: Vec<String>,
-}
-
-impl Changed {
-    fn concerns(&self, namespace: &str, entry: &Entry) -> bool {
-        self.namespaces.iter().any(|changed| changed == namespace)
-            || (self.others && !entry.consumers.contains_key(namespace))
-    }
-}
-
 impl Inner {
-    /// Computes what a topic says, to every namespace that subscribed to it.
-    fn renew(&mut self, topic: &Topic, granted: &Labels) -> Changed {
-        let mut changed = Changed { others: false, namespaces: Vec::new() };
-        let resource = self.compute(topic, granted, NO_CALLER);
-        if self.withholds(&resource) {
-            return changed;
-        }
-        let Some(entry) = self.entries.get(topic) else { return changed };
-        changed.others = entry.message.as_ref().and_then(|message| message.resource.as_ref()) != Some(&resource);
-        let before = entry.consumers.clone();
-        let subscribed: BTreeSet<String> =
-            entry.subscribers.values().map(|subscriber| subscriber.id.namespace.clone()).collect();
-        let is_consumer = |namespace: &String| match topic {
-            Topic::Destination(key) => self.catalog.is_consumer(key, namespace),
-            Topic::Own(_) => false,
-        };
-        let consuming: Vec<String> = subscribed.into_iter().filter(is_consumer).collect();
-        let mut consumers = HashMap::new();
-        for namespace in consuming {
-            let resource = self.compute(topic, granted, &namespace);
-            let told = before.get(&namespace).filter(|told| told.resource.as_ref() == Some(&resource));
-            let message = match told {
-                Some(told) => told.clone(),
-                None => {
-                    changed.namespaces.push(namespace.clone());
-                    self.next_message(topic, resource)
-                }
-            };
-            consumers.insert(namespace, message);
-        }
-        // Those whose routes went follow what the others follow, which needs a version newer than their last.
-        let left: Vec<String> = before.into_keys().filter(|namespace| !consumers.contains_key(namespace)).collect();
-        let message = (changed.others || !left.is_empty()).then(|| self.next_message(topic, resource));
-        changed.namespaces.extend(left);
-        if let Some(entry) = self.entries.get_mut(topic) {
-            entry.consumers = consumers;
-            entry.message = message.or(entry.message.take());
-        }
-        changed
-    }
-
-    /// Sees to it that a namespace with routes of its own is told of them.
-    fn take_consumer(&mut self, topic: &Topic, namespace: &str) {
-        let Topic::Destination(key) = topic else { return };
-        if !self.catalog.is_consumer(key, namespace) {
-            return;
-        }
-        let Some(entry) = self.entries.get(topic).filter(|entry| !entry.consumers.contains_key(namespace)) else {
-            return;
-        };
-        let granted = entry.granted.clone();
-        let resource = self.compute(topic, &granted, namespace);
-        if self.withholds(&resource) {
-            return;
-        }
-        let message = self.next_message(topic, resource);
-        if let Some(entry) = self.entries.get_mut(topic) {
-            entry.consumers.insert(namespace.to_owned(), message);
-        }
-    }
-
-    /// `caller`: the namespace whose callers are meant.
-    fn compute(&self, topic: &Topic, granted: &Labels, caller: &str) -> watch_response::Resource {
-        match topic {
-            Topic::Own(id) => {
-                let own = self.catalog.own_workload(&self.registry, id, granted);
-                watch_response::Resource::Workload(wire::Workload::encode(&own, self.bundle.clone()))
-            }
-            Topic::Destination(Key::Name(service)) => match self.catalog.addresses(&self.registry, service) {
-                Some(ips) => watch_response::Resource::ServiceAddresses(ips.as_slice().into()),
-                None => watch_response::Resource::Unregistered(wire::Unregistered {}),
-            },
-            Topic::Destination(key) => match self.catalog.destination(&self.registry, key, caller) {
-                Some(destination) => watch_response::Resource::Destination((&destination).into()),
-                None => watch_response::Resource::Unregistered(wire::Unregistered {}),
-            },
-        }
-    }
-
-    /// What sidecars ask for at ports that a Service does not have.
-    fn wrong_ports(&self) -> Vec<String> {
-        let asked = self.entries.keys().filter_map(|topic| match topic {
-            Topic::Destination(key) => self.catalog.destination(&self.registry, key, NO_CALLER),
-            Topic::Own(_) => None,
-        });
-        let wrong = asked.filter(|destination| destination.no_such_port);
-        let mut all: Vec<String> = wrong
-            .map(|destination| format!("a sidecar asks for what is not there: {}", destination.why_empty))
-            .collect();
-        all.sort();
-        all.dedup();
-        all
-    }
-
     fn disconnect(&mut self, subscriber: &Subscriber) {
         if self.subscribers.remove(&subscriber.number).is_none() {
             return;
@@ -526,20 +368,10 @@ impl Inner {
             self.streams.remove(&subscriber.id);
         }
         let topics = subscriber.leave_all();
-        self.give_back(subscriber, 1, topics.len());
+        self.accounts.give_back(&subscriber.id, 1, topics.len());
         for topic in topics {
             self.leave(&topic, subscriber.number);
         }
-    }
-
-    fn withholds(&self, resource: &watch_response::Resource) -> bool {
-        let empty = match resource {
-            watch_response::Resource::Destination(destination) => destination.endpoints.is_empty(),
-            // A headless service has the addresses of its endpoints.
-            watch_response::Resource::ServiceAddresses(addresses) => addresses.ips.is_empty(),
-            watch_response::Resource::Workload(_) | watch_response::Resource::Unregistered(_) => false,
-        };
-        empty && self.settles.is_some()
     }
 
     /// When something happens by itself next.
@@ -554,36 +386,7 @@ impl Inner {
             self.scope.everything();
         }
     }
-
-    fn next_message(&mut self, topic: &Topic, resource: watch_response::Resource) -> Arc<wire::WatchResponse> {
-        self.version += 1;
-        let key = match topic {
-            Topic::Own(_) => (&Key::Own).into(),
-            Topic::Destination(key) => key.into(),
-        };
-        Arc::new(wire::WatchResponse { key: Some(key), version: self.version, resource: Some(resource) })
-    }
-
-    fn give_back(&mut self, subscriber: &Subscriber, streams: usize, subscriptions: usize) {
-        let MapEntry::Occupied(mut entry) = self.accounts.entry(account_of(subscriber)) else { return };
-        let held = entry.get_mut();
-        held.streams = held.streams.saturating_sub(streams);
-        held.subscriptions = held.subscriptions.saturating_sub(subscriptions);
-        if held.streams == 0 && held.subscriptions == 0 {
-            entry.remove();
-        }
-    }
-
-    fn leave(&mut self, topic: &Topic, number: u64) {
-        if let Some(entry) = self.entries.get_mut(topic) {
-            entry.subscribers.remove(&number);
-            if entry.subscribers.is_empty() {
-                self.entries.remove(topic);
-            }
-        }
-    }
 }
 
 #[cfg(test)]
-#[path = "publisher/tests.rs"]
 mod tests;
