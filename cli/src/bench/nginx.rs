@@ -7,7 +7,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, PKCS_ECDSA_P256_SHA256};
 
 use super::child::{self, Child, Layout};
@@ -52,9 +52,18 @@ impl Nginx {
     }
 }
 
-/// The process that does the work.
+/// The process that does the work. The master listens before it forks.
 pub fn worker(master: &Child) -> anyhow::Result<u32> {
-    child::children(master.pid()).first().copied().with_context(|| format!("{} has no worker", master.name))
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if let Some(worker) = child::children(master.pid()).first() {
+            return Ok(*worker);
+        }
+        if Instant::now() > until {
+            bail!("{} has no worker after {PATIENCE:?}", master.name);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 pub fn free_port() -> std::io::Result<SocketAddr> {
