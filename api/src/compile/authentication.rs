@@ -1,6 +1,5 @@
 //! Which RequestAuthentications are in force for one workload.
 
-use crate::identity::ROOT_NAMESPACE;
 use crate::policy::jwt::{Authentication, Policy};
 use crate::resource::{Labels, Resources};
 
@@ -11,17 +10,13 @@ pub fn authentication(resources: &Resources, namespace: &str, labels: &Labels) -
     let mut policies = Vec::new();
     for policy in resources.request_authentications.values() {
         let (metadata, spec) = (&policy.metadata, &policy.spec);
-        if metadata.namespace != namespace && metadata.namespace != ROOT_NAMESPACE {
-            continue;
-        }
-        let mut wanted = spec.selector.iter().flat_map(|selector| &selector.match_labels);
-        if !wanted.all(|(key, value)| labels.get(key) == Some(value)) || spec.rules.is_empty() && !spec.required {
+        if !spec.attachment.selects(metadata, namespace, labels) || spec.rules.is_empty() && !spec.required {
             continue;
         }
         policies.push(Policy {
             namespace: metadata.namespace.clone(),
             name: metadata.name.clone(),
-            services: spec.services.iter().map(|name| format!("{name}.{}", metadata.namespace)).collect(),
+            services: spec.attachment.service_names(metadata),
             required: spec.required,
             rules: spec.rules.clone(),
         });

@@ -3,12 +3,12 @@
 use std::cell::LazyCell;
 use std::collections::BTreeMap;
 
-use crate::identity::{ROOT_NAMESPACE, TrustDomain};
+use crate::identity::TrustDomain;
 use crate::policy::authorization::{
     Attribute, Authorization, ByAccount, Condition, DefaultAction, Lists, Policy, Prepared, Values,
 };
 use crate::policy::pattern::Pattern;
-use crate::resource::{AuthorizationPolicy, Labels, Metadata, Resources};
+use crate::resource::{Labels, Resources};
 
 /// Istio's name for the mesh's own trust domain in principals, whatever that is called.
 const OWN_TRUST_DOMAIN: &str = "cluster.local/";
@@ -73,7 +73,7 @@ pub fn authorization_among(
     let known = LazyCell::new(callers);
     for policy in resources.authorization_policies.values() {
         let (metadata, spec) = (&policy.metadata, &policy.spec);
-        if !selects(metadata, spec, namespace, labels) {
+        if !spec.attachment.selects(metadata, namespace, labels) {
             continue;
         }
         let mut rules = spec.rules.clone();
@@ -91,20 +91,12 @@ pub fn authorization_among(
             name: metadata.name.clone(),
             action: spec.action,
             shadow: spec.shadow,
-            services: spec.services.iter().map(|name| format!("{name}.{}", metadata.namespace)).collect(),
+            services: spec.attachment.service_names(metadata),
             rules,
         });
     }
     let default_action = if resources.mesh.deny_by_default { DefaultAction::Deny } else { DefaultAction::Allow };
     Authorization { policies, default_action, prepared: Prepared::default() }
-}
-
-/// Whether a policy is about a workload with these labels.
-pub fn selects(metadata: &Metadata, policy: &AuthorizationPolicy, namespace: &str, labels: &Labels) -> bool {
-    let selector = policy.selector.as_ref();
-    let mut wanted = selector.into_iter().flat_map(|selector| &selector.match_labels);
-    (metadata.namespace == namespace || metadata.namespace == ROOT_NAMESPACE)
-        && wanted.all(|(key, value)| labels.get(key) == Some(value))
 }
 
 /// Gives a condition about labels of callers their values.

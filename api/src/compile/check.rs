@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::{RouteTable, mtls_modes};
 use crate::identity::ROOT_NAMESPACE;
 use crate::resource::{
-    Labels, Metadata, ObjectName, Parsed, PeerAuthentication, Remark, Resource, Resources, SourceFile, parse_and_check,
+    Attached, Labels, ObjectName, Parsed, PeerAuthentication, Remark, Resource, Resources, SourceFile, parse_and_check,
 };
 
 /// Reads a set of files as one configuration, with warnings about what its objects say together.
@@ -16,16 +16,7 @@ pub fn load(files: &[SourceFile]) -> Parsed {
 
 fn remarks(resources: &Resources) -> Vec<Remark> {
     let mut remarks = mtls_contradictions(resources);
-    let authorization = resources.authorization_policies.values();
-    let authorization = authorization.map(|policy| ("AuthorizationPolicy", &policy.metadata, &policy.spec.services));
-    let authentication = resources.request_authentications.values();
-    let authentication =
-        authentication.map(|policy| ("RequestAuthentication", &policy.metadata, &policy.spec.services));
-    let limits = resources.rate_limit_policies.values();
-    let limits = limits.map(|policy| ("RateLimitPolicy", &policy.metadata, &policy.spec.services));
-    let targeted = authorization.chain(authentication).chain(limits);
-    remarks
-        .extend(targeted.filter_map(|(kind, metadata, services)| without_service(resources, kind, metadata, services)));
+    remarks.extend(resources.attached().filter_map(|policy| without_service(resources, policy)));
     remarks.extend(RouteTable::new(resources).remarks);
     remarks.extend(super::rules::remarks(resources));
     remarks
@@ -63,16 +54,11 @@ fn mtls_contradictions(resources: &Resources) -> Vec<Remark> {
 }
 
 /// A targetRef to a Service that is not there protects nothing.
-fn without_service(
-    resources: &Resources,
-    kind: &'static str,
-    metadata: &Metadata,
-    services: &[String],
-) -> Option<Remark> {
-    let namespace = &metadata.namespace;
+fn without_service(resources: &Resources, policy: Attached<'_>) -> Option<Remark> {
+    let namespace = &policy.metadata.namespace;
     let missing = |name: &&String| !resources.services.contains_key(&(namespace.clone(), (*name).clone()));
-    let service = services.iter().find(missing)?;
-    let object = ObjectName { kind, namespace: namespace.clone(), name: metadata.name.clone() };
+    let service = policy.attachment.services.iter().find(missing)?;
+    let object = policy.object();
     let hint = if namespace == ROOT_NAMESPACE { "; targetRefs reach only their own namespace" } else { "" };
     let message = format!("{object} names the Service {namespace}/{service}, which does not exist{hint}");
     Some(Remark { object, other: None, message })

@@ -11,7 +11,7 @@ mod routes;
 mod rules;
 
 pub use authentication::authentication;
-pub use authorization::{Callers, authorization, authorization_among, callers, looks_at_callers, selects};
+pub use authorization::{Callers, authorization, authorization_among, callers, looks_at_callers};
 pub use check::load;
 pub use mtls::{ModeSet, mtls_modes};
 pub use protocol::{called_protocol, protocol, service_protocol};

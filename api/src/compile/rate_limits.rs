@@ -1,6 +1,5 @@
 //! Which RateLimitPolicies are in force for one workload.
 
-use crate::identity::ROOT_NAMESPACE;
 use crate::policy::rate_limit::{Policy, RateLimits};
 use crate::resource::{Labels, Resources};
 
@@ -10,17 +9,13 @@ pub fn rate_limits(resources: &Resources, namespace: &str, labels: &Labels) -> R
     let mut policies = Vec::new();
     for policy in resources.rate_limit_policies.values() {
         let (metadata, spec) = (&policy.metadata, &policy.spec);
-        if metadata.namespace != namespace && metadata.namespace != ROOT_NAMESPACE {
-            continue;
-        }
-        let mut wanted = spec.selector.iter().flat_map(|selector| &selector.match_labels);
-        if !wanted.all(|(key, value)| labels.get(key) == Some(value)) {
+        if !spec.attachment.selects(metadata, namespace, labels) {
             continue;
         }
         policies.push(Policy {
             namespace: metadata.namespace.clone(),
             name: metadata.name.clone(),
-            services: spec.services.iter().map(|name| format!("{name}.{}", metadata.namespace)).collect(),
+            services: spec.attachment.service_names(metadata),
             shadow: spec.shadow,
             limits: spec.limits.clone(),
             overrides: spec.overrides.clone(),

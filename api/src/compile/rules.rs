@@ -1,12 +1,13 @@
 //! What rules of AuthorizationPolicies say that cannot be meant: one that can never hold, one that an earlier one makes
-//! needless, two policies at odds, and a policy whose labels no workload of a document has.
+//! needless, two policies at odds; and, of every kind that is attached by labels, a policy whose labels no workload of a
+//! document has.
 
 use std::collections::{BTreeMap, HashMap};
 
 use crate::identity::ROOT_NAMESPACE;
 use crate::policy::authorization::{Action, Lists, Operation, Rule, Source, Values};
 use crate::policy::pattern::Pattern;
-use crate::resource::{AuthorizationPolicy, Labels, ObjectName, Remark, Resource, Resources};
+use crate::resource::{Attached, AuthorizationPolicy, Labels, ObjectName, Remark, Resource, Resources};
 
 /// Rules of one policy that are compared with each other.
 const COMPARED: usize = 200;
@@ -15,7 +16,8 @@ pub(super) fn remarks(resources: &Resources) -> Vec<Remark> {
     let policies = || resources.authorization_policies.values().filter(|policy| !policy.metadata.name.starts_with('~'));
     let mut remarks: Vec<Remark> = policies().flat_map(within).collect();
     remarks.extend(at_odds(policies()));
-    remarks.extend(policies().filter_map(|policy| no_such_labels(resources, policy)));
+    let attached = resources.attached().filter(Attached::is_written);
+    remarks.extend(attached.filter_map(|policy| no_such_labels(resources, policy)));
     remarks
 }
 
@@ -128,9 +130,9 @@ fn at_odds<'r>(policies: impl Iterator<Item = &'r Resource<AuthorizationPolicy>>
     for policy in policies.filter(|policy| !policy.spec.shadow) {
         let spec = &policy.spec;
         for (index, rule) in spec.rules.iter().enumerate() {
-            let labels = spec.selector.as_ref().map(|selector| &selector.match_labels);
+            let labels = spec.attachment.selector.as_ref().map(|selector| &selector.match_labels);
             let text = serde_json::to_string(rule).unwrap_or_default();
-            let key = (policy.metadata.namespace.as_str(), labels, spec.services.as_slice(), text);
+            let key = (policy.metadata.namespace.as_str(), labels, spec.attachment.services.as_slice(), text);
             match spec.action {
                 Action::Deny => {
                     denied.entry(key).or_insert((policy, index));
@@ -153,8 +155,8 @@ fn at_odds<'r>(policies: impl Iterator<Item = &'r Resource<AuthorizationPolicy>>
 }
 
 /// A selector with a value that no Service and no Workload has, though their labels have that key.
-fn no_such_labels(resources: &Resources, policy: &Resource<AuthorizationPolicy>) -> Option<Remark> {
-    let wanted = &policy.spec.selector.as_ref()?.match_labels;
+fn no_such_labels(resources: &Resources, policy: Attached<'_>) -> Option<Remark> {
+    let wanted = &policy.attachment.selector.as_ref()?.match_labels;
     let namespace = &policy.metadata.namespace;
     let reaches = |other: &String| other == namespace || namespace == ROOT_NAMESPACE;
     let services = resources.services.values().filter(|service| reaches(&service.metadata.namespace));
@@ -168,7 +170,7 @@ fn no_such_labels(resources: &Resources, policy: &Resource<AuthorizationPolicy>)
         let near = near.map(|near| format!("; did you mean {key}={near}?")).unwrap_or_default();
         let message =
             format!("selects nothing that a document tells of: no Service or Workload has {key}={value}{near}");
-        Some(Remark { object: object(policy), other: None, message })
+        Some(Remark { object: policy.object(), other: None, message })
     })
 }
 
@@ -189,6 +191,29 @@ mod tests {
         let parsed = load(&[SourceFile { name: "t.yaml".into(), text: documents.collect::<String>() + service }]);
         assert!(parsed.errors.is_empty(), "{:?}", parsed.errors);
         parsed.warnings.into_iter().map(|warning| warning.message).collect()
+    }
+
+    #[test]
+    fn labels_that_nobody_has_of_every_kind() {
+        let selector = "selector: {matchLabels: {app: paymnets}}";
+        let rules = "jwtRules: [{issuer: a, jwksUri: 'https://a.test'}]";
+        for (kind, spec) in [
+            ("AuthorizationPolicy", format!("{{{selector}, rules: [{{}}]}}")),
+            ("RequestAuthentication", format!("{{{selector}, {rules}}}")),
+            ("RateLimitPolicy", format!("{{{selector}, limits: [{{requests: 1}}]}}")),
+        ] {
+            let text = format!(
+                "apiVersion: outrigger.dev/v1alpha1\nkind: {kind}\nmetadata: {{name: p, namespace: shop}}\nspec: \
+                 {spec}\n---\napiVersion: v1\nkind: Service\nmetadata: {{name: pay, namespace: shop}}\nspec: \
+                 {{selector: {{app: payments}}, ports: [{{port: 80}}]}}\n"
+            );
+            let parsed = load(&[SourceFile { name: "t.yaml".into(), text }]);
+            assert!(parsed.errors.is_empty(), "{:?}", parsed.errors);
+            let messages: Vec<&str> = parsed.warnings.iter().map(|warning| warning.message.as_str()).collect();
+            let expected = "selects nothing that a document tells of: no Service or Workload has app=paymnets; did you \
+                            mean app=payments?";
+            assert_eq!(messages, [expected], "{kind}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! `decode` (typed, paths known) -> the kind's own checks -> checks between objects. Whatever is found on the way
 //! carries a path, and `position` finds its line and column at the end.
 
+mod attachment;
 mod authorization_policy;
 mod decode;
 pub mod duration;
@@ -32,6 +33,7 @@ pub mod time;
 mod tree;
 mod workload;
 
+pub use attachment::Attachment;
 pub use authorization_policy::AuthorizationPolicy;
 pub use load::{MAX_FILE_BYTES, parse, parse_and_check};
 pub use mesh_config::{
@@ -99,5 +101,47 @@ impl Resources {
     pub fn routes(&self) -> impl Iterator<Item = &Resource<Route>> {
         let all = [&self.grpc_routes, &self.http_routes, &self.tls_routes, &self.tcp_routes];
         all.into_iter().flat_map(BTreeMap::values)
+    }
+
+    /// Policies of the kinds that are attached by labels or Services.
+    pub fn attached(&self) -> impl Iterator<Item = Attached<'_>> {
+        let authorization = self.authorization_policies.values().map(|policy| {
+            let Resource { metadata, spec } = policy;
+            Attached { kind: "AuthorizationPolicy", metadata, attachment: &spec.attachment }
+        });
+        let authentication = self.request_authentications.values().map(|policy| {
+            let Resource { metadata, spec } = policy;
+            Attached { kind: "RequestAuthentication", metadata, attachment: &spec.attachment }
+        });
+        let limits = self.rate_limit_policies.values().map(|policy| {
+            let Resource { metadata, spec } = policy;
+            Attached { kind: "RateLimitPolicy", metadata, attachment: &spec.attachment }
+        });
+        authorization.chain(authentication).chain(limits)
+    }
+}
+
+/// A policy, and what it is attached to.
+#[derive(Clone, Copy, Debug)]
+pub struct Attached<'r> {
+    pub kind: &'static str,
+    pub metadata: &'r Metadata,
+    pub attachment: &'r Attachment,
+}
+
+impl Attached<'_> {
+    /// Whether it is about a workload with these labels.
+    pub fn selects(&self, namespace: &str, labels: &Labels) -> bool {
+        self.attachment.selects(self.metadata, namespace, labels)
+    }
+
+    pub fn object(&self) -> ObjectName {
+        let (namespace, name) = (self.metadata.namespace.clone(), self.metadata.name.clone());
+        ObjectName { kind: self.kind, namespace, name }
+    }
+
+    /// Whether it was written, and does not stand in for a document that cannot be read.
+    pub fn is_written(&self) -> bool {
+        !self.metadata.name.starts_with('~')
     }
 }

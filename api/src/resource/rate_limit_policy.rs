@@ -6,14 +6,14 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::Metadata;
-use super::authorization_policy::RawTargetRef;
+use super::attachment::{Attachment, RawAttachment, RawTargetRef};
 use super::duration::WrittenDuration;
 use super::findings::Findings;
 use super::path::{Path, Shortened};
-use super::peer_authentication::{RawSelector, Selector};
+use super::peer_authentication::RawSelector;
 use super::request_authentication::{claim_path, field_name};
 use super::request_match::{self, RawMatch};
-use super::syntax::{check_labels, is_subdomain};
+use super::syntax::is_subdomain;
 use crate::identity::is_account;
 use crate::name::is_label;
 use crate::policy::authorization::Account;
@@ -21,10 +21,7 @@ use crate::policy::rate_limit::{By, Limit, Override, Rate};
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RateLimitPolicy {
-    /// None: every workload of the namespace; in the root namespace of the mesh, with a selector as without.
-    pub selector: Option<Selector>,
-    /// Names of Services of the policy's namespace; empty: every port of the workload.
-    pub services: Vec<String>,
+    pub attachment: Attachment,
     pub shadow: bool,
     pub limits: Vec<Limit>,
     pub overrides: Vec<Override>,
@@ -83,17 +80,8 @@ const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 impl RawRateLimitPolicy {
     /// `path` is that of `spec`.
     pub(super) fn check(self, metadata: &Metadata, path: &Path, findings: &mut Findings) -> RateLimitPolicy {
-        let labels = self.selector.map(|selector| selector.match_labels).unwrap_or_default();
-        check_labels(&labels, &path.key("selector").key("matchLabels"), findings);
-        let selector = (!labels.is_empty()).then_some(Selector { match_labels: labels });
-        let mut services = Vec::new();
-        for (index, target) in self.target_refs.into_iter().enumerate() {
-            services.extend(target.check(metadata, &path.key("targetRefs").index(index), findings));
-        }
-        if selector.is_some() && !services.is_empty() {
-            let message = "stands beside `selector`: write one of the two".to_owned();
-            findings.error_at_key(&path.key("targetRefs"), message);
-        }
+        let attachment = RawAttachment { selector: self.selector, target_ref: None, target_refs: self.target_refs };
+        let attachment = attachment.check(metadata, path, findings);
         if self.limits.is_empty() {
             findings.error(path, "`limits` is missing or empty: it limits nothing".to_owned());
         }
@@ -107,7 +95,7 @@ impl RawRateLimitPolicy {
         }
         let overrides = self.overrides.into_iter().enumerate();
         let overrides = overrides.filter_map(|(index, own)| own.check(metadata, &at.index(index), findings)).collect();
-        RateLimitPolicy { selector, services, shadow: self.mode == Some(RawMode::Shadow), limits, overrides }
+        RateLimitPolicy { attachment, shadow: self.mode == Some(RawMode::Shadow), limits, overrides }
     }
 }
 

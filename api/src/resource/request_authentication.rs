@@ -7,20 +7,16 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use super::Metadata;
-use super::authorization_policy::RawTargetRef;
+use super::attachment::{Attachment, RawAttachment, RawTargetRef};
 use super::duration::WrittenDuration;
 use super::findings::Findings;
 use super::path::{Path, Shortened};
-use super::peer_authentication::{RawSelector, Selector};
-use super::syntax::check_labels;
+use super::peer_authentication::RawSelector;
 use crate::policy::jwt::{ClaimHeader, KeySet, KeySetUrl, Keys, Place, Rule};
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RequestAuthentication {
-    /// None: every workload of the namespace; in the root namespace of the mesh, with a selector as without.
-    pub selector: Option<Selector>,
-    /// Names of Services of the policy's namespace; empty: every port of the workload.
-    pub services: Vec<String>,
+    pub attachment: Attachment,
     /// A request without a token is refused.
     pub required: bool,
     pub rules: Vec<Rule>,
@@ -78,20 +74,9 @@ const SHORTEST_FETCH: Duration = Duration::from_millis(1);
 impl RawRequestAuthentication {
     /// `path` is that of `spec`.
     pub(super) fn check(self, metadata: &Metadata, path: &Path, findings: &mut Findings) -> RequestAuthentication {
-        let labels = self.selector.map(|selector| selector.match_labels).unwrap_or_default();
-        check_labels(&labels, &path.key("selector").key("matchLabels"), findings);
-        let selector = (!labels.is_empty()).then_some(Selector { match_labels: labels });
-        let mut services = Vec::new();
-        if let Some(target) = self.target_ref {
-            services.extend(target.check(metadata, &path.key("targetRef"), findings));
-        }
-        for (index, target) in self.target_refs.into_iter().flatten().enumerate() {
-            services.extend(target.check(metadata, &path.key("targetRefs").index(index), findings));
-        }
-        if selector.is_some() && !services.is_empty() {
-            let message = "stands beside `selector`: write one of the two".to_owned();
-            findings.error_at_key(&path.key("targetRefs"), message);
-        }
+        let target_refs = self.target_refs.unwrap_or_default();
+        let attachment = RawAttachment { selector: self.selector, target_ref: self.target_ref, target_refs };
+        let attachment = attachment.check(metadata, path, findings);
         match (self.jwt_rules.is_empty(), self.required) {
             (true, true) => {
                 let message = "no token can be valid without `jwtRules`: write at least one".to_owned();
@@ -103,7 +88,7 @@ impl RawRequestAuthentication {
         let at_rules = path.key("jwtRules");
         let rules = self.jwt_rules.into_iter().enumerate();
         let rules = rules.filter_map(|(index, rule)| rule.check(&at_rules.index(index), findings)).collect();
-        RequestAuthentication { selector, services, required: self.required, rules }
+        RequestAuthentication { attachment, required: self.required, rules }
     }
 }
 

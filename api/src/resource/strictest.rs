@@ -8,8 +8,8 @@ use super::load::parse;
 use super::nearest::nearest;
 use super::tree::{Budget, Node, TreeSeed, safe_prefix};
 use super::{
-    AuthorizationPolicy, Labels, Metadata, PeerAuthentication, Problem, RequestAuthentication, Resource, Selector,
-    SourceFile,
+    Attachment, AuthorizationPolicy, Labels, Metadata, PeerAuthentication, Problem, RequestAuthentication, Resource,
+    Selector, SourceFile,
 };
 use crate::identity::ROOT_NAMESPACE;
 use crate::name::is_label;
@@ -101,6 +101,11 @@ struct Scope {
 impl Scope {
     fn mesh() -> Scope {
         Scope { namespace: ROOT_NAMESPACE.to_owned(), selector: None }
+    }
+
+    fn attachment(&self) -> Attachment {
+        let selector = self.selector.clone().map(|match_labels| Selector { match_labels });
+        Attachment { selector, services: Vec::new() }
     }
 }
 
@@ -217,14 +222,10 @@ impl Reader<'_> {
         self.note(message, found);
         // No object can have such a name.
         let name = format!("~{}:{}#{}", self.file.name, self.line, found.authorization.len());
+        let attachment = scope.attachment();
         let metadata = Metadata { name, namespace: scope.namespace, ..Metadata::default() };
-        let spec = AuthorizationPolicy {
-            selector: scope.selector.map(|match_labels| Selector { match_labels }),
-            services: Vec::new(),
-            action: Action::Deny,
-            shadow: false,
-            rules: vec![Rule::default()],
-        };
+        let spec =
+            AuthorizationPolicy { attachment, action: Action::Deny, shadow: false, rules: vec![Rule::default()] };
         found.authorization.push(Resource { metadata, spec });
     }
 
@@ -236,9 +237,8 @@ impl Reader<'_> {
         self.note(message, found);
         // No object can have such a name.
         let name = format!("~{}:{}#{}", self.file.name, self.line, found.authentication.len());
+        let spec = RequestAuthentication { attachment: scope.attachment(), required: true, rules: Vec::new() };
         let metadata = Metadata { name, namespace: scope.namespace, ..Metadata::default() };
-        let selector = scope.selector.map(|match_labels| Selector { match_labels });
-        let spec = RequestAuthentication { selector, services: Vec::new(), required: true, rules: Vec::new() };
         found.authentication.push(Resource { metadata, spec });
     }
 
@@ -496,7 +496,8 @@ mod tests {
             let found = strictest(&SourceFile { name: "a.yaml".into(), text: text.clone() });
             let scope = |policy: &Resource<AuthorizationPolicy>| match policy.metadata.name.starts_with('~') {
                 true => {
-                    let selector = policy.spec.selector.as_ref().map(|selector| selector.match_labels.clone());
+                    let selector =
+                        policy.spec.attachment.selector.as_ref().map(|selector| selector.match_labels.clone());
                     Scope { namespace: policy.metadata.namespace.clone(), selector }.to_string()
                 }
                 false => "kept".to_owned(),
@@ -528,7 +529,8 @@ mod tests {
             let scope = |policy: &Resource<RequestAuthentication>| match policy.metadata.name.starts_with('~') {
                 true => {
                     assert!(policy.spec.required && policy.spec.rules.is_empty());
-                    let selector = policy.spec.selector.as_ref().map(|selector| selector.match_labels.clone());
+                    let selector =
+                        policy.spec.attachment.selector.as_ref().map(|selector| selector.match_labels.clone());
                     Scope { namespace: policy.metadata.namespace.clone(), selector }.to_string()
                 }
                 false => "kept".to_owned(),

@@ -11,19 +11,15 @@ use serde::de::IgnoredAny;
 
 use self::rule::RawRule;
 use super::Metadata;
+use super::attachment::{Attachment, RawAttachment, RawTargetRef};
 use super::findings::Findings;
-use super::path::{Path, Shortened};
-use super::peer_authentication::{RawSelector, Selector};
-use super::syntax::check_labels;
-use crate::name::is_label;
+use super::path::Path;
+use super::peer_authentication::RawSelector;
 use crate::policy::authorization::{Action, Rule};
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct AuthorizationPolicy {
-    /// None: every workload of the namespace; in the root namespace of the mesh, with a selector as without.
-    pub selector: Option<Selector>,
-    /// Names of Services of the policy's namespace; empty: every port of the workload.
-    pub services: Vec<String>,
+    pub attachment: Attachment,
     pub action: Action,
     pub shadow: bool,
     pub rules: Vec<Rule>,
@@ -40,16 +36,6 @@ pub(in crate::resource) struct RawAuthorizationPolicy {
     mode: Option<RawMode>,
     provider: Option<IgnoredAny>,
     rules: Vec<RawRule>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(default, rename_all = "camelCase")]
-pub(in crate::resource) struct RawTargetRef {
-    group: String,
-    kind: String,
-    name: String,
-    namespace: Option<String>,
-    section_name: Option<IgnoredAny>,
 }
 
 #[derive(Clone, Copy, Deserialize, Default, PartialEq, Eq)]
@@ -79,20 +65,9 @@ impl RawAuthorizationPolicy {
         path: &Path,
         findings: &mut Findings,
     ) -> AuthorizationPolicy {
-        let labels = self.selector.map(|selector| selector.match_labels).unwrap_or_default();
-        check_labels(&labels, &path.key("selector").key("matchLabels"), findings);
-        let selector = (!labels.is_empty()).then_some(Selector { match_labels: labels });
-        let mut services = Vec::new();
-        if let Some(target) = self.target_ref {
-            services.extend(target.check(metadata, &path.key("targetRef"), findings));
-        }
-        for (index, target) in self.target_refs.into_iter().flatten().enumerate() {
-            services.extend(target.check(metadata, &path.key("targetRefs").index(index), findings));
-        }
-        if selector.is_some() && !services.is_empty() {
-            let message = "stands beside `selector`: write one of the two".to_owned();
-            findings.error_at_key(&path.key("targetRefs"), message);
-        }
+        let target_refs = self.target_refs.unwrap_or_default();
+        let attachment = RawAttachment { selector: self.selector, target_ref: self.target_ref, target_refs };
+        let attachment = attachment.check(metadata, path, findings);
         if self.provider.is_some() || self.action == RawAction::Custom {
             let message =
                 "CUSTOM and `provider` (an authorizer outside of the mesh) are not supported: write the rules \
@@ -112,36 +87,6 @@ impl RawAuthorizationPolicy {
         let at_rules = path.key("rules");
         let rules = self.rules.into_iter().enumerate();
         let rules = rules.map(|(index, rule)| rule.check(metadata, action, &at_rules.index(index), findings)).collect();
-        AuthorizationPolicy { selector, services, action, shadow: self.mode == Some(RawMode::Shadow), rules }
-    }
-}
-
-impl RawTargetRef {
-    pub(in crate::resource) fn check(
-        self,
-        metadata: &Metadata,
-        path: &Path,
-        findings: &mut Findings,
-    ) -> Option<String> {
-        if self.section_name.is_some() {
-            findings.error_at_key(
-                &path.key("sectionName"),
-                "not supported here: a policy is for all ports of a Service".to_owned(),
-            );
-        }
-        if let Some(namespace) = self.namespace.filter(|namespace| *namespace != metadata.namespace) {
-            let message = format!("{} is another namespace than the policy's", Shortened(&namespace));
-            findings.error(&path.key("namespace"), message);
-        }
-        if !matches!((self.group.as_str(), self.kind.as_str()), ("" | "core", "Service")) {
-            let message = format!("{} is not supported: write kind Service, or `selector`", Shortened(&self.kind));
-            findings.error(&path.key("kind"), message);
-            return None;
-        }
-        if !is_label(&self.name) {
-            findings.error(&path.key("name"), super::metadata::not_a_label(&self.name));
-            return None;
-        }
-        Some(self.name)
+        AuthorizationPolicy { attachment, action, shadow: self.mode == Some(RawMode::Shadow), rules }
     }
 }

@@ -4,8 +4,8 @@ use std::time::{Instant, SystemTime};
 
 use outrigger_api::name::Protocol;
 use outrigger_api::resource::{
-    AuthorizationPolicy, Labels, LoadBalancerType, PeerAuthentication, Selector, ServicePort, TargetPort,
-    Workload as WorkloadSpec,
+    Attachment, AuthorizationPolicy, Labels, LoadBalancerType, PeerAuthentication, RateLimitPolicy, Selector,
+    ServicePort, TargetPort, Workload as WorkloadSpec,
 };
 use outrigger_api::snapshot::{Destination, Endpoint, EndpointTls, LoadBalancer, MtlsMode};
 
@@ -395,8 +395,10 @@ fn a_policy_that_selects_no_workload_is_told_once_workloads_are_there() {
         [("cart", Some("app=cart")), ("crat", Some("app=crat")), ("~broken", Some("app=x")), ("all", None)]
     {
         let spec = AuthorizationPolicy {
-            selector: selector.map(|text| Selector { match_labels: labels(text) }),
-            services: Vec::new(),
+            attachment: Attachment {
+                selector: selector.map(|text| Selector { match_labels: labels(text) }),
+                services: Vec::new(),
+            },
             action: outrigger_api::policy::authorization::Action::Deny,
             shadow: false,
             rules: Vec::new(),
@@ -408,6 +410,16 @@ fn a_policy_that_selects_no_workload_is_told_once_workloads_are_there() {
     moment = moment.lease("cart", 1, "app=cart", None);
     let expected = "AuthorizationPolicy shop/crat: no registered workload has the labels of its selector";
     assert_eq!(moment.catalog().warnings(&moment.registry), [expected]);
+    let limit = RateLimitPolicy {
+        attachment: Attachment { selector: Some(Selector { match_labels: labels("app=carts") }), services: Vec::new() },
+        shadow: true,
+        limits: Vec::new(),
+        overrides: Vec::new(),
+    };
+    let resource = Resource { metadata: metadata("many", &[]), spec: limit };
+    moment.resources.rate_limit_policies.insert(("shop".into(), "many".into()), resource);
+    let also = "RateLimitPolicy shop/many: no registered workload has the labels of its selector";
+    assert_eq!(moment.catalog().warnings(&moment.registry), [expected, also]);
     let selected =
         |name: &str| moment.catalog().selected_by(&moment.registry, &format!("AuthorizationPolicy/shop/{name}"));
     assert_eq!(["cart", "crat", "all", "none"].map(selected), [1, 0, 1, 0]);

@@ -1,10 +1,8 @@
 //! What is probably not as it was meant, for `outrigger status`.
 
-use std::sync::Arc;
-
 use outrigger_api::compile;
 use outrigger_api::name::{self, Protocol, ServiceName};
-use outrigger_api::resource::{AuthorizationPolicy, Resource, Service, ServicePort, TargetPort};
+use outrigger_api::resource::{Attached, Resource, Service, ServicePort, TargetPort};
 
 use super::destination::{LOAD_BALANCER, load_balancer};
 use super::target::{Target, target};
@@ -81,32 +79,26 @@ impl Catalog {
         warnings
     }
 
-    /// AuthorizationPolicies with a selector that selects no registered workload, where any is registered.
+    /// Policies with a selector that selects no registered workload, where any is registered.
     fn selecting_nothing(&self, registry: &Registry) -> Vec<String> {
-        let policies = self.resources.authorization_policies.values();
-        let selecting =
-            policies.filter(|policy| policy.spec.selector.is_some() && !policy.metadata.name.starts_with('~'));
+        let written = self.resources.attached().filter(Attached::is_written);
+        let selecting = written.filter(|policy| policy.attachment.selector.is_some());
         let nothing = selecting.filter(|policy| {
-            let (metadata, spec) = (&policy.metadata, &policy.spec);
             let mut all = registry.all();
-            !all.any(|instance| compile::selects(metadata, spec, &instance.id.namespace, &instance.labels))
+            !all.any(|instance| policy.selects(&instance.id.namespace, &instance.labels))
         });
-        let warning = |policy: &Resource<AuthorizationPolicy>| {
-            let (namespace, name) = (&policy.metadata.namespace, &policy.metadata.name);
-            format!("AuthorizationPolicy {namespace}/{name}: no registered workload has the labels of its selector")
+        let warning = |policy: Attached<'_>| {
+            let (kind, namespace, name) = (policy.kind, &policy.metadata.namespace, &policy.metadata.name);
+            format!("{kind} {namespace}/{name}: no registered workload has the labels of its selector")
         };
         if registry.all().next().is_none() { Vec::new() } else { nothing.map(warning).collect() }
     }
 
-    /// How many workloads an AuthorizationPolicy, `KIND/NAMESPACE/NAME`, selects.
+    /// How many workloads a policy, `KIND/NAMESPACE/NAME`, selects.
     pub fn selected_by(&self, registry: &Registry, policy: &str) -> usize {
-        let mut parts = policy.splitn(3, '/').skip(1).map(str::to_owned);
-        let (Some(namespace), Some(name)) = (parts.next(), parts.next()) else { return 0 };
-        let Some(policy) = self.resources.authorization_policies.get(&(namespace, name)) else { return 0 };
-        let selected = |instance: &&Arc<Instance>| {
-            compile::selects(&policy.metadata, &policy.spec, &instance.id.namespace, &instance.labels)
-        };
-        registry.all().filter(selected).count()
+        let named = |attached: &Attached<'_>| attached.object().to_string() == policy;
+        let Some(policy) = self.resources.attached().find(named) else { return 0 };
+        registry.all().filter(|instance| policy.selects(&instance.id.namespace, &instance.labels)).count()
     }
 
     /// What the sidecars of a port say of its protocol, when it is not what its callers go by.
