@@ -20,8 +20,6 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod text;
-#[cfg(test)]
-mod trace_tests;
 mod verdicts;
 
 use std::hash::{BuildHasher, RandomState};

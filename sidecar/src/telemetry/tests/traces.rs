@@ -11,7 +11,6 @@ use opentelemetry_proto::tonic::trace::v1::Span;
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 
-use super::tests::{Sink, labels, own};
 use super::*;
 use crate::outcome::Reason;
 
