@@ -158,6 +158,16 @@ impl Stream {
     }
 }
 
+/// A GET of this path without a body.
+pub fn get(path: &str) -> Request<()> {
+    Request::get(format!("http://catalog{path}")).body(()).expect("a request")
+}
+
+/// A POST to this path; the body is written afterwards.
+pub fn post(path: &str) -> Request<()> {
+    Request::post(format!("http://catalog{path}")).body(()).expect("a request")
+}
+
 /// The server's end of one HTTP/2 connection: a test answers each stream itself.
 pub struct Http2Server {
     streams: mpsc::UnboundedReceiver<(Request<RecvStream>, SendResponse<Bytes>)>,
@@ -198,6 +208,12 @@ impl Http2Server {
     }
 }
 
+/// Answers a request of [`Http2Server`] with 200 and this body.
+pub fn reply_with(reply: &mut SendResponse<Bytes>, body: &'static str) {
+    let mut sending = reply.send_response(Response::new(()), false).unwrap();
+    sending.send_data(Bytes::from_static(body.as_bytes()), true).unwrap();
+}
+
 impl Answer {
     /// The next piece of the body; `None` at its end.
     pub async fn data(&mut self) -> Result<Option<Bytes>, h2::Error> {
@@ -221,6 +237,10 @@ impl Whole {
     /// In trailers, or in the head of a trailers-only answer.
     pub fn grpc_status(&self) -> Option<&str> {
         self.trailers.get("grpc-status").or_else(|| self.headers.get("grpc-status"))?.to_str().ok()
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
     }
 
     pub fn messages(&self) -> Vec<Bytes> {
