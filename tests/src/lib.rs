@@ -6,6 +6,7 @@ pub mod application;
 pub mod arrows;
 pub mod claim;
 pub mod collector;
+pub mod counted;
 pub mod dns;
 pub mod eventually;
 pub mod grpc;

@@ -1,19 +1,16 @@
 //! Promise: the metrics contract. Both sides of a call count it once, under the labels of the contract and with the same
-//! values, whatever is spoken and however it ends; the text and the rules that read it are what Prometheus expects.
-
-use std::collections::BTreeSet;
-use std::io::Write;
-use std::net::SocketAddr;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+//! values, whatever is spoken. Calls that fail are in `telemetry_failures.rs`.
 
 use outrigger_api::name::Protocol;
-use outrigger_tests::application::{Backend, nobody};
+use outrigger_tests::application::Backend;
+use outrigger_tests::counted::{
+    CLOSED, IN_FLIGHT, MESSAGES, OPENED, RECEIVED, REQUEST_BYTES, REQUESTS, RESPONSE_BYTES, SENT, counts, label_sets,
+    pair, pair_in,
+};
 use outrigger_tests::grpc::{Http2, frame};
-use outrigger_tests::metrics::Samples;
 use outrigger_tests::peer;
-use outrigger_tests::wire::{self, Connection, End};
-use outrigger_tests::{Application, Mesh, MeshOptions, Peer, Sidecar, eventually};
+use outrigger_tests::wire::{self, Connection};
+use outrigger_tests::{Application, Mesh, MeshOptions, Peer, eventually};
 
 const CART: &str = "spiffe://outrigger.local/ns/shop/sa/cart";
 
@@ -23,98 +20,6 @@ const HTTP_HISTOGRAM: &str = "direction source_workload source_namespace destina
                               destination_namespace protocol code grpc_status mtls le";
 const TCP: &str = "direction source_workload source_namespace source_principal destination_service \
                    destination_workload destination_namespace protocol mtls reason";
-
-/// A caller and a service whose names in metrics are those of `--workload`, not of instances or accounts.
-struct Pair {
-    near: Sidecar,
-    far: Sidecar,
-    mesh: Mesh,
-}
-
-async fn pair(app: SocketAddr, protocol: Option<Protocol>) -> Pair {
-    pair_in(Mesh::start(MeshOptions::default()).await, app, protocol).await
-}
-
-async fn pair_in(mesh: Mesh, app: SocketAddr, protocol: Option<Protocol>) -> Pair {
-    mesh.service("catalog.shop", 80, app.port(), None);
-    let far = mesh.sidecar("catalog-1").label("app", "catalog").workload("catalog-api").inbound(app);
-    let far = far.port(app.port(), protocol).start().await;
-    let near = mesh.sidecar("cart-1").workload("cart-web").outbound("catalog:80").start().await;
-    Pair { near, far, mesh }
-}
-
-/// What both sides say of a call through the pair, but for direction and outcome.
-fn labels<'a>(direction: &'a str, protocol: &'a str, more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
-    let mut labels = vec![
-        ("direction", direction),
-        ("source_workload", "cart-web"),
-        ("source_namespace", "shop"),
-        ("destination_service", "catalog.shop"),
-        ("destination_workload", "catalog-api"),
-        ("destination_namespace", "shop"),
-        ("protocol", protocol),
-        ("mtls", "true"),
-    ];
-    labels.extend_from_slice(more);
-    labels
-}
-
-impl Pair {
-    fn sides(&self) -> [(&'static str, &Sidecar); 2] {
-        [("outbound", &self.near), ("inbound", &self.far)]
-    }
-
-    /// Both sides come to these values for these labels.
-    async fn both(&self, protocol: &str, outcome: &[(&str, &str)], values: &[(&str, f64)]) {
-        for (direction, sidecar) in self.sides() {
-            counts(sidecar, &labels(direction, protocol, outcome), values).await;
-        }
-    }
-}
-
-async fn counts(sidecar: &Sidecar, labels: &[(&str, &str)], values: &[(&str, f64)]) {
-    for (name, value) in values {
-        let begun = Instant::now();
-        let what = format!("{name} is {value}");
-        eventually(&what, async || {
-            let samples = sidecar.metrics().await;
-            let there = samples.select(name, labels).next().is_some();
-            if there && samples.sum(name, labels) == *value {
-                return Some(());
-            }
-            if begun.elapsed() > Duration::from_secs(5) {
-                let others: Vec<_> = samples.select(name, &[]).collect();
-                panic!("{}: no {name} with {labels:?} is {value} among {others:#?}", sidecar.name);
-            }
-            None
-        })
-        .await;
-    }
-}
-
-const REQUESTS: &str = "outrigger_http_requests_total";
-const REQUEST_BYTES: &str = "outrigger_http_request_bytes_total";
-const RESPONSE_BYTES: &str = "outrigger_http_response_bytes_total";
-const IN_FLIGHT: &str = "outrigger_http_requests_in_flight";
-const MESSAGES: &str = "outrigger_grpc_messages_total";
-const OPENED: &str = "outrigger_tcp_connections_opened_total";
-const CLOSED: &str = "outrigger_tcp_connections_closed_total";
-const SENT: &str = "outrigger_tcp_sent_bytes_total";
-const RECEIVED: &str = "outrigger_tcp_received_bytes_total";
-
-/// The labels of each metric, exactly.
-fn label_sets(samples: &Samples, names: &[&str], expected: &str) {
-    let expected: BTreeSet<&str> = expected.split_whitespace().collect();
-    for name in names {
-        let mut any = false;
-        for sample in samples.select(name, &[]) {
-            any = true;
-            let found: BTreeSet<&str> = sample.labels.keys().map(String::as_str).collect();
-            assert_eq!(found, expected, "{name}");
-        }
-        assert!(any, "no sample of {name}");
-    }
-}
 
 #[tokio::test]
 async fn http1_is_counted_by_body_bytes_method_and_code() {
@@ -248,29 +153,6 @@ async fn grpc_counts_messages_of_both_directions() {
 }
 
 #[tokio::test]
-async fn a_grpc_call_that_the_mesh_fails_has_a_failing_status() {
-    let pair = pair(nobody().await, Some(Protocol::Grpc)).await;
-    let client = Http2::open(pair.near.outbound()).await;
-    let failed = client.unary("Unary", b"hello").await.unwrap();
-    assert_eq!((failed.status.as_u16(), failed.grpc_status()), (200, Some("14")));
-    let inbound = [("code", "200"), ("grpc_status", "14"), ("reason", "connection_refused")];
-    counts(&pair.far, &labels("inbound", "grpc", &inbound), &[(REQUESTS, 1.0)]).await;
-    // It passed this answer on unchanged.
-    let outbound = [("code", "200"), ("grpc_status", "14")];
-    counts(&pair.near, &labels("outbound", "grpc", &outbound), &[(REQUESTS, 1.0)]).await;
-
-    let app = Application::start("catalog").await;
-    let pair = self::pair(app.address(), Some(Protocol::Grpc)).await;
-    let client = Http2::open(pair.near.outbound()).await;
-    let call = client.call("Wait", &[]).await.unwrap();
-    pair.both("grpc", &[], &[(IN_FLIGHT, 1.0)]).await;
-    call.cancel();
-    let cancelled = [("code", ""), ("grpc_status", ""), ("reason", "client_closed")];
-    pair.both("grpc", &cancelled, &[(REQUESTS, 1.0)]).await;
-    pair.both("grpc", &[], &[(IN_FLIGHT, 0.0)]).await;
-}
-
-#[tokio::test]
 async fn opaque_bytes_are_counted_from_caller_to_service_on_both_sides() {
     for (declared, first) in [(Some(Protocol::Tcp), &b"\x00\x01question"[..]), (None, b"\x00\x01question")] {
         let app = Backend::start().await;
@@ -347,169 +229,6 @@ async fn a_client_that_hesitates_before_its_request_is_no_opaque_connection() {
 }
 
 #[tokio::test]
-async fn a_head_that_is_refused_counts_for_the_service_it_was_sent_to() {
-    let app = Application::start("catalog").await;
-    let pair = pair(app.address(), None).await;
-    let mut client = Connection::open(pair.near.outbound()).await;
-    assert_eq!(client.ask("GET / HTTP/1.1\r\nHost : c\r\n\r\n").await.status, 400);
-    let labels = [
-        ("direction", "outbound"),
-        ("source_workload", "cart-web"),
-        ("destination_service", "catalog.shop"),
-        ("code", "400"),
-        ("reason", "bad_request"),
-    ];
-    counts(&pair.near, &labels, &[(REQUESTS, 1.0)]).await;
-    assert_eq!(app.count(), 0);
-}
-
-#[tokio::test]
-async fn a_destination_that_nobody_registered_is_unknown() {
-    let app = Application::start("outside").await;
-    let mesh = Mesh::start(MeshOptions::default()).await;
-    let near = mesh.sidecar("cart-1").workload("cart-web").http_proxy().start().await;
-    let target = app.address();
-    let request = format!("GET http://{target}/ HTTP/1.1\r\nHost: {target}\r\n\r\n");
-    assert_eq!(Connection::open(near.http_proxy()).await.ask(request).await.status, 200);
-    let labels = [
-        ("source_workload", "cart-web"),
-        ("destination_service", ""),
-        ("destination_workload", "unknown"),
-        ("destination_namespace", "unknown"),
-        ("mtls", "false"),
-        ("code", "200"),
-    ];
-    counts(&near, &labels, &[(REQUESTS, 1.0)]).await;
-}
-
-#[tokio::test]
-async fn an_application_that_refuses_is_the_inbound_sides_reason() {
-    let pair = pair(nobody().await, None).await;
-    let answer = wire::get(pair.near.outbound(), "/").await;
-    assert_eq!((answer.status, answer.reason().as_str()), (503, "connection_refused"));
-    let inbound = [("code", "503"), ("method", "GET"), ("reason", "connection_refused")];
-    counts(&pair.far, &labels("inbound", "http1", &inbound), &[(REQUESTS, 1.0)]).await;
-    counts(&pair.near, &labels("outbound", "http1", &[("code", "503")]), &[(REQUESTS, 1.0)]).await;
-    pair.both("http1", &[], &[(IN_FLIGHT, 0.0), (REQUESTS, 1.0)]).await;
-}
-
-#[tokio::test]
-async fn a_service_without_endpoints_is_unavailable() {
-    let mesh = Mesh::start(MeshOptions::default()).await;
-    mesh.service("catalog.shop", 80, 8080, None);
-    let near = mesh.sidecar("cart-1").workload("cart-web").outbound("catalog:80").start().await;
-    let answer = wire::get(near.outbound(), "/").await;
-    assert_eq!((answer.status, answer.reason().as_str()), (503, "destination_unavailable"));
-    let labels = [
-        ("direction", "outbound"),
-        ("source_workload", "cart-web"),
-        ("destination_service", "catalog.shop"),
-        ("code", "503"),
-        ("reason", "destination_unavailable"),
-    ];
-    counts(&near, &labels, &[(REQUESTS, 1.0)]).await;
-    let mut client = Connection::open(near.outbound()).await;
-    client.send(b"\xff\xff\xff\xff").await;
-    client.take_to_end().await;
-    let labels = [("destination_service", "catalog.shop"), ("reason", "destination_unavailable")];
-    counts(&near, &labels, &[(CLOSED, 1.0)]).await;
-}
-
-#[tokio::test]
-async fn plaintext_under_strict_is_a_connection_of_nobody_known() {
-    let app = Application::start("catalog").await;
-    let pair = pair(app.address(), None).await;
-    let mut client = Connection::open(pair.far.inbound()).await;
-    client.send("GET / HTTP/1.1\r\nHost: catalog\r\n\r\n").await;
-    assert!(client.take_to_end().await.0.is_empty());
-    let labels = [
-        ("direction", "inbound"),
-        ("source_workload", "unknown"),
-        ("source_namespace", "unknown"),
-        ("source_principal", ""),
-        ("destination_service", "catalog.shop"),
-        ("destination_workload", "catalog-api"),
-        ("mtls", "false"),
-        ("reason", "mtls_required"),
-    ];
-    counts(&pair.far, &labels, &[(CLOSED, 1.0)]).await;
-}
-
-#[tokio::test]
-async fn plaintext_under_permissive_is_served_for_nobody_known() {
-    let app = Application::start("catalog").await;
-    let pair = pair_in(Mesh::start(MeshOptions::permissive()).await, app.address(), None).await;
-    assert_eq!(wire::get(pair.far.inbound(), "/").await.status, 200);
-    let labels = [
-        ("source_workload", "unknown"),
-        ("source_namespace", "unknown"),
-        ("source_principal", ""),
-        ("destination_workload", "catalog-api"),
-        ("mtls", "false"),
-        ("code", "200"),
-        ("reason", ""),
-    ];
-    counts(&pair.far, &labels, &[(REQUESTS, 1.0)]).await;
-}
-
-#[tokio::test]
-async fn a_client_that_leaves_is_said_to_have_left_on_both_sides() {
-    let app = Application::start("catalog").await;
-    let pair = pair(app.address(), None).await;
-    let mut client = Connection::open(pair.near.outbound()).await;
-    client.send("GET /hold HTTP/1.1\r\nHost: c\r\n\r\n").await;
-    pair.both("http1", &[], &[(IN_FLIGHT, 1.0)]).await;
-    drop(client);
-    let left = [("code", ""), ("reason", "client_closed")];
-    pair.both("http1", &left, &[(REQUESTS, 1.0)]).await;
-    pair.both("http1", &[], &[(IN_FLIGHT, 0.0)]).await;
-
-    // In the middle of an answer: its head was there.
-    let mut client = Connection::open(pair.near.outbound()).await;
-    client.send("GET /bytes/100000000 HTTP/1.1\r\nHost: c\r\n\r\n").await;
-    client.take_until(b"\r\n\r\n").await;
-    client.reset();
-    let left = [("code", "200"), ("reason", "client_closed")];
-    pair.both("http1", &left, &[(REQUESTS, 1.0)]).await;
-    pair.both("http1", &[], &[(IN_FLIGHT, 0.0)]).await;
-}
-
-#[tokio::test]
-async fn an_answer_that_breaks_off_is_not_a_success() {
-    let app = Application::start("catalog").await;
-    let pair = pair(app.address(), None).await;
-    let mut client = Connection::open(pair.near.outbound()).await;
-    let answer = client.ask("GET /truncate HTTP/1.1\r\nHost: c\r\n\r\n").await;
-    assert!(!answer.is_whole());
-    let cut = [("code", "200"), ("reason", "upstream_truncated")];
-    pair.both("http1", &cut, &[(REQUESTS, 1.0), (RESPONSE_BYTES, 9.0)]).await;
-    let mut client = Connection::open(pair.near.outbound()).await;
-    client.ask("GET /reset HTTP/1.1\r\nHost: c\r\n\r\n").await;
-    pair.both("http1", &[("code", "502")], &[(REQUESTS, 1.0)]).await;
-}
-
-#[tokio::test]
-async fn a_connection_that_a_side_closes_has_no_reason_and_one_that_fails_has() {
-    let app = Backend::start().await;
-    let pair = pair(app.address(), Some(Protocol::Tcp)).await;
-    let mut client = Connection::open(pair.near.outbound()).await;
-    client.send(b"hello").await;
-    let mut served = app.accept().await;
-    served.take(5).await;
-    client.reset();
-    assert_eq!(served.take_to_end().await.1, End::Reset);
-    pair.both("tcp", &[("reason", "")], &[(CLOSED, 1.0)]).await;
-
-    let refused = self::pair(nobody().await, Some(Protocol::Tcp)).await;
-    let mut client = Connection::open(refused.near.outbound()).await;
-    client.try_send(b"hello").await.ok();
-    client.take_to_end().await;
-    let labels = labels("inbound", "tcp", &[("reason", "connection_refused")]);
-    counts(&refused.far, &labels, &[(CLOSED, 1.0)]).await;
-    counts(&refused.near, &self::labels("outbound", "tcp", &[]), &[(CLOSED, 1.0), (OPENED, 1.0)]).await;
-}
-
-#[tokio::test]
 async fn beyond_max_series_everything_is_counted_as_overflow() {
     let mesh = Mesh::start(MeshOptions::default()).await;
     let config = "apiVersion: outrigger.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: default, namespace: \
@@ -533,90 +252,4 @@ async fn beyond_max_series_everything_is_counted_as_overflow() {
         assert_eq!(samples.sum(REQUESTS, &[]), 6.0, "nothing is lost");
         assert_eq!(samples.select(REQUESTS, &[]).count(), 4);
     }
-}
-
-// --- what Prometheus says of it ---------------------------------------------------------------------------------
-
-/// Runs promtool. None, and a line that says so, where it is not installed; CI has it.
-fn promtool(arguments: &[&str], input: &str) -> Option<(bool, String)> {
-    let mut command = Command::new("promtool");
-    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = match command.spawn() {
-        Ok(child) => child,
-        Err(error) => {
-            assert!(std::env::var("CI").as_deref() != Ok("true"), "promtool: {error}; apt-get install prometheus");
-            println!("not run: promtool {arguments:?}: {error}; it is in Debian's package prometheus");
-            return None;
-        }
-    };
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-    let output = child.wait_with_output().unwrap();
-    let said = [output.stdout, output.stderr].concat();
-    Some((output.status.success(), String::from_utf8_lossy(&said).into_owned()))
-}
-
-#[tokio::test]
-async fn promtool_finds_nothing_to_complain_of() {
-    let app = Application::start("catalog").await;
-    let pair = pair(app.address(), None).await;
-    // A sample of everything.
-    assert_eq!(wire::get(pair.near.outbound(), "/").await.status, 200);
-    Http2::open(pair.near.outbound()).await.unary("Unary", b"hello").await.unwrap();
-    let mut opaque = Connection::open(pair.near.outbound()).await;
-    opaque.send(b"\xff\xff\xff\xff\r\n\r\n").await;
-    opaque.take_to_end().await;
-    drop(opaque);
-    for (_, sidecar) in pair.sides() {
-        counts(sidecar, &[], &[(REQUESTS, 2.0), (CLOSED, 1.0), (MESSAGES, 2.0)]).await;
-    }
-    let addresses = [
-        ("cart-1", pair.near.address("metrics")),
-        ("catalog-1", pair.far.address("metrics")),
-        ("control plane", pair.mesh.admin()),
-    ];
-    for (name, address) in addresses {
-        let request = "GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
-        let answer = wire::ask(address, request).await;
-        let kind = answer.header("content-type").unwrap_or_default();
-        assert!(kind.starts_with("text/plain; version=0.0.4"), "{name}: {kind}");
-        let Some((clean, said)) = promtool(&["check", "metrics"], &answer.text()) else { return };
-        assert!(clean && said.trim().is_empty(), "{name}: {said}");
-    }
-}
-
-#[test]
-fn promtool_takes_the_rules() {
-    let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../k8s/prometheus");
-    for entry in std::fs::read_dir(directory).unwrap() {
-        let file = entry.unwrap().path();
-        let Some((clean, said)) = promtool(&["check", "rules", file.to_str().unwrap()], "") else { return };
-        assert!(clean && said.contains("SUCCESS"), "{file:?}: {said}");
-    }
-}
-
-/// Each metric of the mesh that a rule reads exists, with the labels that the rule names.
-#[tokio::test]
-async fn the_rules_read_what_is_there() {
-    let app = Application::start("catalog").await;
-    let pair = pair(app.address(), None).await;
-    assert_eq!(wire::get(pair.near.outbound(), "/").await.status, 200);
-    counts(&pair.near, &[], &[(REQUESTS, 1.0)]).await;
-    let text = wire::get(pair.near.address("metrics"), "/metrics").await.text();
-    let known: BTreeSet<&str> =
-        text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
-    let rules = include_str!("../../k8s/prometheus/outrigger-rules.yaml");
-    let rules: String = rules.lines().filter(|line| !line.trim_start().starts_with('#')).collect::<Vec<_>>().join("\n");
-    let words = rules.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == ':'));
-    for word in words.filter(|word| word.starts_with("outrigger_")) {
-        let name = word.strip_suffix("_bucket").unwrap_or(word);
-        // Opaque connections have not been seen by this sidecar.
-        assert!(known.contains(name) || name.starts_with("outrigger_tcp_"), "{word} is in no exposition: {known:?}");
-    }
-    eventually("the standard names of a process", async || {
-        let samples = pair.near.metrics().await;
-        let cpu = samples.select("process_cpu_seconds_total", &[]).count();
-        let memory = samples.sum("process_resident_memory_bytes", &[]);
-        (cpu == 1 && memory > 1e6).then_some(())
-    })
-    .await;
 }
